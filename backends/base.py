@@ -1,0 +1,167 @@
+"""The contract every engine fulfils. The protocols are the stable part; helpers live elsewhere.
+
+One backend is one module `backends/<name>.py` with one attribute `backend` that has the four methods of
+`Backend`. Compiling needs no device where the vendor's tools allow; running needs no compiler. Vendor SDKs are
+imported inside functions, so that listing backends imports none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lensc.backends.errors import UsageError
+from lensc.export.graph import Graph, GraphSpec
+
+Array = npt.NDArray[Any]
+
+PROCESSORS = ("cpu", "gpu", "npu")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an artifact runs: `onnxruntime:cpu`, `qnn:npu:sm8650`. One spelling for flag, log, manifest and key."""
+
+    backend: str
+    processor: str
+    arch: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """Parse `backend:processor[:arch]`. Raises UsageError that names the part that is wrong."""
+        parts = text.split(":")
+        if len(parts) not in (2, 3) or not all(p and p == p.strip() for p in parts):
+            raise UsageError(f"target {text!r}: expected backend:processor or backend:processor:arch, e.g. onnxruntime:cpu")
+        if parts[1] not in PROCESSORS:
+            raise UsageError(f"target {text!r}: processor {parts[1]!r} is not one of {', '.join(PROCESSORS)}")
+        return cls(*parts)
+
+    def __str__(self) -> str:
+        return ":".join(p for p in (self.backend, self.processor, self.arch) if p)
+
+    @property
+    def slug(self) -> str:
+        """The target as a folder name: `onnxruntime-cpu`."""
+        return str(self).replace(":", "-")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a backend says of one processor on this machine, as `lensc devices` prints it."""
+
+    backend: str
+    processor: str
+    usable: bool
+    reason: str
+    """Why it is usable ("onnxruntime 1.32.0") or why not, with the command that would help."""
+    state: str = "runs here"
+    """`runs here`, `emulated` or `untested`."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of a bundle: path relative to the bundle (POSIX, no `..`, no links), size and SHA-256."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A graph compiled for one target.
+
+    `files[0]` is the one to open; all paths are relative to the bundle. `compatibility` holds what must match where it is
+    loaded (string to string, e.g. `{"onnxruntime": ">=1.32"}`), `options` what it was compiled with,
+    `placement` how many nodes run on which processor (`{"CPUExecutionProvider": 412}`).
+    """
+
+    graph: str
+    target: Target
+    scheme: str
+    files: tuple[FileRecord, ...]
+    toolchain: dict[str, str]
+    options: dict[str, str]
+    compatibility: dict[str, str]
+    placement: dict[str, int]
+    parity: dict[str, float | int | str] = field(default_factory=dict)
+
+
+class Session(Protocol):
+    """A loaded graph, ready to run. Not thread-safe unless the backend says so."""
+
+    @property
+    def spec(self) -> GraphSpec: ...
+
+    def run(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """Run once and return every output by name.
+
+        An output named in `out` is written into that array, which must be C-contiguous and of the exact shape and
+        dtype, and the same array is returned: this is how the KV cache is filled in place. Feeds are not modified.
+        Raises ExecutionError if the engine fails, UsageError if a feed does not fit the spec.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds. Running afterwards is an error."""
+        ...
+
+
+class Backend(Protocol):
+    """One engine."""
+
+    name: str
+
+    def probe(self) -> tuple[Probe, ...]:
+        """One `Probe` per processor the engine knows. Never raises; says why not."""
+        ...
+
+    def supports(self, spec: GraphSpec, scheme: str, target: Target) -> str | None:
+        """The reason why this graph cannot be compiled for `target`, or None if it can. Pure: touches no device."""
+        ...
+
+    def compile(self, graph: Graph, target: Target, out: Path) -> Artifact:
+        """Compile `graph` into the existing folder `out`, whose parent is the bundle (paths are relative to it).
+
+        Raises UnavailableError, UnsupportedError or ExecutionError.
+        """
+        ...
+
+    def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, threads: int | None = None) -> Session:
+        """Open an artifact of `bundle` on this machine. `threads=None`: as many as there are physical cores allowed.
+
+        Raises UnavailableError, CompatibilityError or ExecutionError.
+        """
+        ...
+
+
+def check_feeds(spec: GraphSpec, feeds: Mapping[str, Array]) -> dict[str, int]:
+    """Check names, dtypes and shapes of `feeds` against `spec`; return the size of each symbolic dimension.
+
+    Raises UsageError that lists every mismatch, not the first.
+    """
+    sizes: dict[str, int] = {}
+    problems = [f"missing {n}" for n in (t.name for t in spec.inputs) if n not in feeds]
+    known = {t.name: t for t in spec.inputs}
+    for name, array in feeds.items():
+        tensor = known.get(name)
+        if tensor is None:
+            problems.append(f"unexpected {name}")
+            continue
+        if array.dtype != np.dtype(tensor.dtype):
+            problems.append(f"{tensor}: got dtype {array.dtype}")
+        if array.ndim != len(tensor.shape):
+            problems.append(f"{tensor}: got shape {list(array.shape)}")
+            continue
+        for want, got in zip(tensor.shape, array.shape, strict=True):
+            if (want != got) if isinstance(want, int) else (sizes.setdefault(want, got) != got):
+                problems.append(f"{tensor}: got shape {list(array.shape)}")
+                break
+    if problems:
+        raise UsageError(f"graph {spec.name}: " + "; ".join(problems))
+    return sizes

@@ -1,0 +1,1 @@
+"""Reference models: one file per architecture, plain torch, the definition every graph and engine is judged by."""
