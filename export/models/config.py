@@ -70,17 +70,22 @@ class ModelConfig:
     def from_json(cls, data: Any, source: str = "config.json") -> ModelConfig:
         """Parse the JSON object of `config.json`. Raises CheckpointError that lists every problem."""
         reader = _Reader(data, source)
-        vision = _Reader(reader.raw("vision_config", dict, {}), f"{source}: vision_config")
-        slices = _Reader(reader.raw("slice_config", dict, {"max_slice_nums": 1}), f"{source}: slice_config")
+        vision = _Reader(reader.raw("vision_config", dict, {}), source, "vision_config.")
+        slices = _Reader(reader.raw("slice_config", dict, {"max_slice_nums": 1}), source, "slice_config.")
         reader.expect("model_type", ("minicpmv",))
         reader.expect("hidden_act", ("silu",), default="silu")
         reader.expect("rope_scaling", (None,), default=None)
         reader.expect("attention_bias", (False,), default=False)
         reader.expect("tie_word_embeddings", (False,), default=False)
+        if reader.raw("quantization_config", (dict, type(None)), None):
+            reader.problems.append(
+                "quantization_config is present: lensc quantizes itself, give it the 16-bit checkpoint"
+            )
         vision.expect("hidden_act", ("gelu_pytorch_tanh",), default="gelu_pytorch_tanh")
         version = reader.raw("version", (str, float, int), "2.5")
         if str(version) != "2.5":
-            reader.problems.append(f"version is {version!r}, lensc reads MiniCPM-Llama3-V 2.5")
+            reader.problems.append(f"version is {_shown(version)}, lensc reads MiniCPM-Llama3-V 2.5")
+        heads = reader.integer("num_attention_heads")
         config = cls(
             vision=VisionConfig(
                 hidden_size=vision.integer("hidden_size", 768),
@@ -100,8 +105,8 @@ class ModelConfig:
             hidden_size=reader.integer("hidden_size"),
             intermediate_size=reader.integer("intermediate_size"),
             num_hidden_layers=reader.integer("num_hidden_layers"),
-            num_attention_heads=reader.integer("num_attention_heads"),
-            num_key_value_heads=reader.integer("num_key_value_heads", reader.integer("num_attention_heads")),
+            num_attention_heads=heads,
+            num_key_value_heads=reader.integer("num_key_value_heads", heads),
             vocab_size=reader.integer("vocab_size"),
             rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
             rope_theta=reader.number("rope_theta", 10000.0),
@@ -115,6 +120,7 @@ class ModelConfig:
             slice_patch = slices.integer("patch_size", 14)
             if slice_patch != config.patch_size:
                 problems.append(f"slice_config.patch_size {slice_patch} differs from vision {config.patch_size}")
+            problems += slices.problems
         if problems:
             raise CheckpointError(f"{source}: " + "; ".join(problems))
         return config
@@ -123,30 +129,53 @@ class ModelConfig:
         checks = (
             (self.hidden_size % self.num_attention_heads, "hidden_size is not a multiple of num_attention_heads"),
             (self.head_dim % 2, f"head size {self.head_dim} is odd, rotary embedding needs pairs"),
-            (self.num_attention_heads % self.num_key_value_heads, "num_attention_heads is not a multiple of num_key_value_heads"),
-            (self.hidden_size % 128, f"hidden_size {self.hidden_size} is not a multiple of 128, the resampler's head size"),
-            (self.vision.hidden_size % self.vision.num_attention_heads, "vision hidden_size is not a multiple of its heads"),
+            (
+                self.num_attention_heads % self.num_key_value_heads,
+                "num_attention_heads is not a multiple of num_key_value_heads",
+            ),
+            (
+                self.hidden_size % 128,
+                f"hidden_size {self.hidden_size} is not a multiple of 128, the resampler's head size",
+            ),
+            (
+                self.vision.hidden_size % self.vision.num_attention_heads,
+                "vision hidden_size is not a multiple of its heads",
+            ),
             (self.vision.image_size % self.vision.patch_size, "vision image_size is not a multiple of patch_size"),
             (self.vision.num_channels - 3, f"vision num_channels is {self.vision.num_channels}, expected 3"),
+            (
+                max(self.bos_token_id, self.eos_token_id) >= self.vocab_size,
+                "bos or eos token id is outside the vocabulary",
+            ),
             (self.drop_vision_last_layer and self.vision.num_hidden_layers < 2, "no vision layer is left"),
         )
         return [text for bad, text in checks if bad]
 
 
+LARGEST = 1 << 20
+"""No size of a model of this kind comes near it (vocabulary 128,256), and products of three such sizes fit 64 bits."""
+
+
+def _shown(value: Any) -> str:
+    """`value` as it appears in a message, cut to one short line."""
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 class _Reader:
     """Typed reads from a JSON object that collect problems instead of stopping at the first."""
 
-    def __init__(self, data: Any, source: str) -> None:
+    def __init__(self, data: Any, source: str, prefix: str = "") -> None:
         if not isinstance(data, dict):
             raise CheckpointError(f"{source}: expected a JSON object, found {type(data).__name__}")
         self._data: dict[str, Any] = data
         self.problems: list[str] = []
-        self._prefix = source.rpartition(": ")[2] + "." if ": " in source else ""
+        self._prefix = prefix
 
     def raw(self, key: str, kind: type | tuple[type, ...], default: Any) -> Any:
         value = self._data.get(key, default)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            self.problems.append(f"{self._prefix}{key} is {value!r}, which has the wrong type")
+            self.problems.append(f"{self._prefix}{key} is {_shown(value)}, which has the wrong type")
             return default
         return value
 
@@ -154,16 +183,16 @@ class _Reader:
         value = self._data.get(key, default)
         if value is None:
             self.problems.append(f"{self._prefix}{key} is missing")
-        elif isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
-            self.problems.append(f"{self._prefix}{key} is {value!r}, expected an integer of at least {least}")
+        elif isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
+            self.problems.append(f"{self._prefix}{key} is {_shown(value)}, expected an integer of {least} to {LARGEST}")
         else:
             return value
         return least
 
     def number(self, key: str, default: float) -> float:
         value = self._data.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            self.problems.append(f"{self._prefix}{key} is {value!r}, expected a positive number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e300:
+            self.problems.append(f"{self._prefix}{key} is {_shown(value)}, expected a positive number")
             return default
         return float(value)
 
@@ -173,4 +202,6 @@ class _Reader:
     def expect(self, key: str, accepted: tuple[Any, ...], default: Any = None) -> None:
         value = self._data.get(key, default)
         if value not in accepted:
-            self.problems.append(f"{self._prefix}{key} is {value!r}, lensc supports {', '.join(map(repr, accepted))}")
+            self.problems.append(
+                f"{self._prefix}{key} is {_shown(value)}, lensc supports {', '.join(map(repr, accepted))}"
+            )
