@@ -1,0 +1,147 @@
+"""One sequence, or one set of beams, in the decoder: embeddings go in, logits come out, the KV cache grows in place."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from lensc.backends.base import Array, Session
+from lensc.backends.bundle import DecoderSpec
+from lensc.backends.errors import GraphError, PromptError, TokenizerError
+from lensc.export.graph import GraphSpec
+
+from .kv_cache import KVCache
+
+F32 = npt.NDArray[np.float32]
+I64 = npt.NDArray[np.int64]
+
+PREFILL_CHUNK = 512
+"""Most tokens fed in one run. An engine without fused attention makes a float32[heads, tokens, past + tokens] per
+layer: 512 MiB for 32 heads at a context of 8192, against 8 GiB if the whole prompt went in at once."""
+
+
+class Cancelled(Exception):  # noqa: N818  (not an error: the caller asked for it)
+    """Raised between two runs when the caller wants no more."""
+
+
+class Decoder:
+    """State of one generation. `prompt_length` is where generated tokens begin, which is where beams differ."""
+
+    def __init__(
+        self, session: Session, spec: DecoderSpec, table: Array, capacity: int, lock: threading.Lock | None = None
+    ) -> None:
+        self.cache = KVCache(spec, capacity)
+        self.prompt_length = 0
+        self._session = session
+        self._table = table
+        self._vocab_size = spec.vocab_size
+        self._lock = lock or threading.Lock()
+        self._last = np.zeros(1, np.int64)
+        self._logits: F32 | None = None
+        tokens = session.spec.dims.get("tokens")
+        self._chunk = PREFILL_CHUNK if tokens is None else min(PREFILL_CHUNK, tokens.max)
+
+    def prefill(self, embeds: F32, should_stop: Callable[[], bool] | None = None) -> F32:
+        """Feed the prompt `embeds: float32[tokens, D]`; return float32[vocab], the logits of its last position."""
+        logits = np.empty(0, np.float32)
+        for start in range(0, len(embeds), self._chunk):
+            if should_stop is not None and should_stop():
+                raise Cancelled
+            chunk = embeds[None, start : start + self._chunk]
+            logits = self.run(chunk, np.array([chunk.shape[1] - 1]))[0, 0]
+        self.prompt_length = self.cache.length
+        return logits
+
+    def decode_one_token(self, tokens: I64) -> F32:
+        """Feed one token per sequence, `tokens: int64[batch]`; return float32[batch, vocab].
+
+        The result is overwritten by the next call: copy it to keep it.
+        """
+        embeds = self._table[tokens][:, None].astype(np.float32, copy=False)
+        shape = (len(tokens), 1, self._vocab_size)
+        if self._logits is None or self._logits.shape != shape:
+            # One buffer for all steps: at 128,256 ids a fresh one costs a page fault per 4 KiB, 125 in every step.
+            self._logits = np.empty(shape, np.float32)
+        return self._run(embeds, self._last, self._logits)[:, 0]
+
+    def run(self, embeds: F32, logit_positions: I64) -> F32:
+        """Feed `embeds: float32[batch, tokens, D]`; return float32[batch, rows, vocab], the logits of `logit_positions`.
+
+        `logit_positions: int64[rows]` count from the first of these tokens.
+        """
+        shape = (len(embeds), len(logit_positions), self._vocab_size)
+        return self._run(np.ascontiguousarray(embeds), logit_positions, np.empty(shape, np.float32))
+
+    def fork(self, beams: int) -> None:
+        """Continue as `beams` equal sequences."""
+        self.cache = self.cache.fork(beams)
+
+    def reorder(self, parents: I64) -> None:
+        """Let sequence i continue sequence `parents[i]`."""
+        self.cache.reorder(parents, self.prompt_length)
+
+    def _run(self, embeds: F32, logit_positions: I64, logits: F32) -> F32:
+        cache = self.cache
+        tokens, length = embeds.shape[1], cache.length
+        out: dict[str, Array] = {"logits": logits, **cache.slots(tokens)}
+        feeds: dict[str, Array] = {
+            "inputs_embeds": embeds,
+            "position_ids": np.arange(length, length + tokens),
+            "logit_positions": logit_positions,
+            **cache.past(),
+        }
+        with self._lock:
+            self._session.run(feeds, out)
+        cache.advance(tokens)
+        return logits
+
+
+def embed(table: Array, ids: I64) -> F32:
+    """Rows `ids: int64[n]` of the embedding table as float32[n, D]. Raises TokenizerError for an id outside of it."""
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(table):
+        raise TokenizerError(
+            f"token id {int(ids.max())} is outside the embedding table of {len(table)} rows: "
+            "the tokenizer belongs to another model; build the bundle again"
+        )
+    return np.asarray(table[ids], np.float32)
+
+
+def scatter(embeds: F32, image_bounds: I64, image_embeds: F32) -> None:
+    """Write `image_embeds: float32[slices, Q, D]` over rows of `embeds`; `image_bounds: int64[slices, 2]` says which."""
+    if len(image_bounds) != len(image_embeds):
+        raise PromptError(f"prompt has {len(image_bounds)} slices, the pictures have {len(image_embeds)}")
+    for (start, end), rows in zip(image_bounds.tolist(), image_embeds, strict=True):
+        embeds[start:end] = rows
+
+
+def check_graph(graph: GraphSpec, decoder: DecoderSpec) -> None:
+    """Raise GraphError if `graph` is not the decoder that `decoder` describes, naming every difference."""
+    wanted = {
+        "inputs_embeds": ("batch", "tokens", decoder.hidden_size),
+        "position_ids": ("tokens",),
+        "logit_positions": ("rows",),
+        **{name: ("past", "batch", decoder.num_kv_heads, decoder.head_dim) for name in _names("past_", decoder)},
+    }
+    made = {
+        "logits": ("batch", "rows", decoder.vocab_size),
+        **{name: ("tokens", "batch", decoder.num_kv_heads, decoder.head_dim) for name in _names("", decoder)},
+    }
+    problems: list[str] = []
+    for expected, tensors in ((wanted, graph.inputs), (made, graph.outputs)):
+        found = {t.name: t for t in tensors}
+        problems += [f"{name} is missing" for name in expected if name not in found]
+        problems += [f"{name} is not known" for name in found if name not in expected]
+        for name, shape in expected.items():
+            got = found[name].shape if name in found else shape
+            sizes = zip(shape, got, strict=False)
+            if len(got) != len(shape) or any(isinstance(s, int) and s != g for s, g in sizes):
+                problems.append(f"{found[name]}: expected [{', '.join(map(str, shape))}]")
+    if problems:
+        raise GraphError(f"graph {graph.name} does not fit the model: " + "; ".join(problems[:20]))
+
+
+def _names(prefix: str, decoder: DecoderSpec) -> Iterator[str]:
+    return (f"{prefix}{kind}.{i}" for i in range(decoder.num_layers) for kind in ("key", "value"))

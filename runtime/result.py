@@ -1,0 +1,95 @@
+"""What a generation gives back: the answer with its metrics, at once or in pieces."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from lensc.backends.errors import UsageError
+
+FinishReason = Literal["stop", "length", "cancelled"]
+"""A stop id was generated; max_new_tokens or the context was reached; the caller cancelled."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Times, sizes and what happened on the way. Time that the reader of a stream takes is not counted."""
+
+    prepare_ms: float
+    """Opening, slicing and resizing the pictures, making the prompt."""
+    image_ms: tuple[float, ...]
+    """Vision encoding per slice, in prompt order; 0.0 where the features came from the cache."""
+    slices_from_cache: int
+    prefill_ms: float
+    ttft_ms: float
+    """From the call to the first token. With beams, to the whole answer: none of its tokens is known before."""
+    decode_tokens_per_s: float | None
+    """Tokens after the first, per beam; None if there are none."""
+    prompt_tokens: int
+    new_tokens: int
+    kv_cache_bytes: int
+    """Bytes reserved for keys and values; a page counts as memory only once a row in it is written."""
+    peak_memory_bytes: int | None
+    """Largest resident size of the process since it started; None where the system does not tell."""
+    notes: tuple[str, ...]
+    """What was converted, resized, cut short or reused."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """An answer. `token_ids` are all generated ids, with the stop id if one was generated."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    metrics: Metrics
+
+
+class Pieces(Protocol):
+    """What a stream is made of: the pieces of text, the result after them, and a switch."""
+
+    def pieces(self) -> Iterator[str]: ...
+
+    def cancel(self) -> None: ...
+
+    def result(self) -> Result | None: ...
+
+
+class Stream(Iterator[str]):
+    """Iterate to get the answer piece by piece; no piece splits a character.
+
+    Nothing is computed ahead: the vision encoder and the prompt run when the first piece is asked for.
+    """
+
+    def __init__(self, source: Pieces) -> None:
+        self._source = source
+        self._pieces = source.pieces()
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def cancel(self) -> None:
+        """End the stream after the step in progress. Safe to call from another thread."""
+        self._source.cancel()
+
+    @property
+    def result(self) -> Result:
+        """The whole answer, after the last piece. Raises UsageError before the end."""
+        result = self._source.result()
+        if result is None:
+            raise UsageError(
+                "the stream has not ended: read it to its end, or cancel() it, before asking for its result"
+            )
+        return result
+
+
+def peak_memory_bytes() -> int | None:
+    """The largest resident size of this process so far."""
+    try:
+        import resource
+    except ImportError:  # Windows has no getrusage
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

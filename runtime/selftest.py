@@ -1,0 +1,91 @@
+"""The golden probe: tiny recorded inputs go through every loaded graph, and the outputs must be the recorded ones.
+
+A driver, an engine version or a chip that computes something else is found when the bundle is loaded, not by readers of
+a wrong answer.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lensc.backends.base import Array, Session
+from lensc.backends.bundle import ProbeRecord
+from lensc.backends.errors import ManifestError, ParityError
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """How far a graph's outputs are from those recorded. `max_abs` is inf for a wrong shape and nan for NaN outputs."""
+
+    graph: str
+    file: str
+    max_abs: float
+    worst: str
+    """Name of the output that is furthest off."""
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        # Written so that nan fails.
+        return self.max_abs <= self.tolerance
+
+
+def run_selftest(
+    probes: Sequence[ProbeRecord], sessions: Mapping[str, Session], folder: Path
+) -> tuple[ProbeResult, ...]:
+    """Run the probes of every graph in `sessions`; paths are relative to `folder`.
+
+    Raises ManifestError if a probe file cannot be used, ExecutionError if an engine fails.
+    """
+    return tuple(_run(probe, sessions[probe.graph], folder) for probe in probes if probe.graph in sessions)
+
+
+def check(results: Sequence[ProbeResult], targets: Mapping[str, str]) -> None:
+    """Raise ParityError that names every failed probe. `targets` says where each graph ran."""
+    failed = [
+        f"{r.graph} on {targets[r.graph]}: {r.worst} differs by {r.max_abs:.3g}, tolerance {r.tolerance:.3g} ({r.file})"
+        for r in results
+        if not r.passed
+    ]
+    if failed:
+        raise ParityError(
+            "self-test failed: " + "; ".join(failed) + "; the engine here does not compute what was verified when the "
+            "bundle was built: choose another target, or load with selftest=False to look into it"
+        )
+
+
+def _run(probe: ProbeRecord, session: Session, folder: Path) -> ProbeResult:
+    arrays = _read(folder / probe.file)
+    feeds = {name[3:]: a for name, a in arrays.items() if name.startswith("in.")}
+    expected = {name[4:]: a for name, a in arrays.items() if name.startswith("out.")}
+    known = {t.name for t in session.spec.outputs}
+    if not expected or not expected.keys() <= known or len(feeds) + len(expected) != len(arrays):
+        raise ManifestError(
+            f"{folder / probe.file}: arrays {', '.join(sorted(arrays))}: expected in.<name> for every input and "
+            f"out.<name> for outputs of graph {probe.graph}"
+        )
+    outputs = session.run(feeds)
+    differences = {name: _difference(outputs[name], array) for name, array in expected.items()}
+    worst = max(differences, key=lambda n: np.inf if np.isnan(differences[n]) else differences[n])
+    return ProbeResult(probe.graph, probe.file, differences[worst], worst, probe.tolerance)
+
+
+def _difference(got: Array, expected: Array) -> float:
+    if got.shape != expected.shape:
+        return float("inf")
+    return float(np.max(np.abs(got.astype(np.float64) - expected), initial=0.0))
+
+
+def _read(path: Path) -> dict[str, Array]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ManifestError(f"{path}: not an npz file; build the bundle again")
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ManifestError(f"{path}: cannot be read as npz: {error}; build the bundle again") from error

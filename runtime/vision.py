@@ -1,0 +1,134 @@
+"""Slices of pictures in, image embeddings out; a slice seen before is not encoded again."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lensc.backends.base import Session
+from lensc.backends.bundle import PictureSpec
+from lensc.backends.errors import GraphError
+from lensc.export.graph import GraphSpec
+
+from .decoder import Cancelled
+from .picture import vision_feeds
+
+F32 = npt.NDArray[np.float32]
+U8 = npt.NDArray[np.uint8]
+
+CACHE_BYTES = 128 << 20
+"""Image embeddings kept: 80 slices of 96 x 4096 floats, that is 8 pictures of the largest grid."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """`embeds: float32[slices, Q, D]`, with the milliseconds each slice took (0.0 if it came from the cache)."""
+
+    embeds: F32
+    ms: tuple[float, ...]
+    from_cache: tuple[bool, ...]
+
+
+class VisionEncoder:
+    """Runs the vision graph slice by slice and remembers the results, least recently used first to go.
+
+    One slice per run: slices do not see each other (the padding of "official" depends on the batch's longest slice
+    only), and ten slices in one run would take ten times the attention memory for no gain on a busy processor.
+    """
+
+    def __init__(
+        self, session: Session, spec: PictureSpec, hidden_size: int, lock: threading.Lock | None = None
+    ) -> None:
+        self._session = session
+        self._spec = spec
+        self._hidden_size = hidden_size
+        self._lock = lock or threading.Lock()
+        self._cache: OrderedDict[bytes, F32] = OrderedDict()
+
+    def encode(self, slices: Sequence[U8], should_stop: Callable[[], bool] | None = None) -> Encoded:
+        """Encode `slices`, each uint8[H, W, 3] of whole patches, as one call of the model would see them together."""
+        embeds = np.empty((len(slices), self._spec.query_num, self._hidden_size), np.float32)
+        ms = [0.0] * len(slices)
+        from_cache = [True] * len(slices)
+        for i, pixels in enumerate(slices):
+            longest = max(slices, key=self._patches)
+            key = self._key(pixels, longest)
+            features = self._recall(key)
+            if features is None:
+                if should_stop is not None and should_stop():
+                    raise Cancelled
+                started = time.perf_counter()
+                features = self._run(pixels, longest)
+                self._remember(key, features)
+                ms[i] = (time.perf_counter() - started) * 1e3
+                from_cache[i] = False
+            embeds[i] = features
+        return Encoded(embeds, tuple(ms), tuple(from_cache))
+
+    def _patches(self, pixels: U8) -> int:
+        return int(pixels.shape[0] * pixels.shape[1]) // self._spec.patch_size**2
+
+    def _padded_to(self, pixels: U8, longest: U8) -> U8 | None:
+        """`longest` if `pixels` must be padded to it, which changes "official" features only; else None."""
+        shorter = self._patches(pixels) < self._patches(longest)
+        return longest if shorter and self._spec.vision_padding == "official" else None
+
+    def _key(self, pixels: U8, longest: U8) -> bytes:
+        """A hash of all that a slice's features depend on."""
+        beside = self._padded_to(pixels, longest)
+        patches = 0 if beside is None else self._patches(beside)
+        digest = hashlib.sha256(f"{pixels.shape} {patches}".encode())
+        digest.update(np.ascontiguousarray(pixels).data)
+        return digest.digest()
+
+    def _run(self, pixels: U8, longest: U8) -> F32:
+        beside = self._padded_to(pixels, longest)
+        batch = vision_feeds([pixels] if beside is None else [pixels, beside], self._spec, self._hidden_size)[0]
+        feeds = {name: array[:1] for name, array in batch.feeds.items()}
+        with self._lock:
+            features = self._session.run(feeds)["image_embeds"][0]
+        # A copy: an engine may reuse the memory of its outputs.
+        return np.array(features, np.float32)
+
+    def _recall(self, key: bytes) -> F32 | None:
+        with self._lock:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+            return self._cache.get(key)
+
+    def _remember(self, key: bytes, features: F32) -> None:
+        with self._lock:
+            self._cache[key] = features
+            while len(self._cache) > 1 and len(self._cache) * features.nbytes > CACHE_BYTES:
+                self._cache.popitem(last=False)
+
+
+def check_graph(graph: GraphSpec, picture: PictureSpec, hidden_size: int) -> None:
+    """Raise GraphError if `graph` is not the vision graph of this model, naming every difference."""
+    strip = 3 * picture.patch_size**2
+    wanted = {
+        "patches": strip,
+        "position_ids": None,
+        "attention_bias": None,
+        "key_bias": None,
+        "key_pos_embed": hidden_size,
+    }
+    found = {t.name: t for t in graph.inputs}
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} is not known" for name in found if name not in wanted]
+    for name, width in wanted.items():
+        if name in found and width is not None and found[name].shape[-1] != width:
+            problems.append(f"{found[name]}: expected [slices, patches, {width}]")
+    made = {t.name: t for t in graph.outputs}
+    shape = (picture.query_num, hidden_size)
+    if "image_embeds" not in made or made["image_embeds"].shape[1:] != shape:
+        problems.append(f"expected output image_embeds [slices, {shape[0]}, {shape[1]}]")
+    if problems:
+        raise GraphError(f"graph {graph.name} does not fit the model: " + "; ".join(problems))
