@@ -223,7 +223,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
         problems += _problems(manifest)
     if problems:
         raise ManifestError("not written: " + _message(path, problems))
-    _write_text(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     return manifest
 
 
@@ -251,6 +251,20 @@ def path_problem(path: str) -> str | None:
     if parts[0].endswith(PARTIAL):
         return f"is a temporary name ({PARTIAL})"
     return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file so that `path` holds either what it held or all of `text`. Raises StorageError."""
+    temporary = path.with_name(path.name + PARTIAL)
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"{path}: not written: {_reason(error)}") from error
 
 
 def _read_json(path: Path) -> object:
@@ -438,19 +452,6 @@ def _walk(folder: Path) -> tuple[list[str], list[str]]:
             else:
                 problems.append(f"{path}: is neither a file nor a folder")
     return sorted(found), sorted(problems)
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + PARTIAL)
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"{path}: not written: {_reason(error)}") from error
 
 
 def _reason(error: OSError) -> str:

@@ -90,7 +90,7 @@ def _fields(cls: type) -> dict[str, tuple[Any, bool]]:
 
 
 def _decode(kind: Any, value: object, problems: list[str], where: str) -> Any:
-    at = where or "manifest"
+    at = where or "top level"
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         if type(value) not in {type(a) for a in args} or value not in args:
@@ -127,7 +127,7 @@ def _decode(kind: Any, value: object, problems: list[str], where: str) -> Any:
 
 def _decode_dataclass(cls: type, value: object, problems: list[str], where: str) -> Any:
     if not isinstance(value, dict):
-        return _mismatch("an object", value, problems, where or "manifest")
+        return _mismatch("an object", value, problems, where or "top level")
     fields, before = _fields(cls), len(problems)
     prefix = f"{where}." if where else ""
     problems += [f"{prefix}{_name(key)}: unknown key" for key in value if key not in fields]

@@ -1,0 +1,57 @@
+# make demo   build the demo bundle and let it answer questions about pictures
+# make test   run all tests
+# make lint   check format, style and types
+# make clean  remove what was built, the virtual environment included
+#
+# Everything is installed into .venv, in the versions of constraints.txt. torch comes first and from TORCH_INDEX, so
+# that Linux gets the CPU build (200 MB) and not the CUDA one (3 GB); where that index cannot be reached, pip's own
+# configuration decides. pip's environment variables and pip.conf are honoured.
+
+PYTHON ?= python3
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TARGET ?= onnxruntime:cpu
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+BUNDLE := build/demo-bundle
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
+SOURCES := $(shell find backends export runtime lensc profiles kernels -name '*.py' -o -name '*.safetensors' -o -name '*.toml')
+
+# The root folders must not be importable by their bare names (`kernels` is somebody else's package).
+export PYTHONSAFEPATH := 1
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(BUNDLE)/manifest.json
+	@$(BIN)/python -m lensc.bench.demo $(BUNDLE)
+
+test: $(INSTALLED)
+	@$(BIN)/python -m pytest -q
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(BUNDLE)/manifest.json: $(INSTALLED) $(SOURCES)
+	@$(BIN)/python -m lensc build demo --target $(TARGET) -o $(BUNDLE)
+	@touch $@
+
+# `lensc` is here because a file added to it needs a link (kernels/CMakeLists.txt); importing it first keeps the
+# bytecode folder from looking like one.
+$(INSTALLED): pyproject.toml constraints.txt kernels/CMakeLists.txt lensc
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "lensc needs Python 3.11 or newer, $(PYTHON) is older; name another: make PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing torch"
+	@$(PIP) install -qq --retries 2 -c constraints.txt --extra-index-url $(TORCH_INDEX) torch
+	@echo "installing lensc and the other packages of constraints.txt"
+	@PIP_CONSTRAINT=constraints.txt $(PIP) install -qq -e '.[dev]'
+	@$(BIN)/python -c 'import lensc.cli'
+	@touch $@

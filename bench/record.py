@@ -1,0 +1,167 @@
+"""Results as data: `bench/results/<topic>.json`, from which the tables of README and docs are made.
+
+A file holds a list of records, one per command; writing replaces the record of the same command. A row whose parity
+failed has no speed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lensc.backends.bundle import write_text
+from lensc.backends.errors import InputError, ParityError, StorageError
+from lensc.profiles import probe
+
+RESULTS = Path("bench/results")
+"""Relative to the root of the source tree, from which benchmarks are run."""
+
+TOPICS = ("full_size", "native_cpu", "qnn", "gpu", "runtime", "demo_accuracy")
+HIGHER_IS_BETTER = frozenset({"tokens/s", "slices/s", "GB/s", "TOPS", "%"})
+LOWER_IS_BETTER = frozenset({"s", "ms", "MB", "errors"})
+PACKAGES = ("lensc", "numpy", "onnxruntime", "tokenizers", "pillow", "torch", "onnx", "openvino", "onnxruntime-qnn")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: the median in `lensc`, smallest and largest in `spread`, both in `unit`.
+
+    `rival` names the system measured beside it, `limit` is what the machine could reach at best or what must not be
+    exceeded. `parity` says whether the same run computed the right thing; `none` where nothing is computed.
+    Raises ParityError for a speed whose parity failed, InputError for a unit that has no better and worse.
+    """
+
+    what: str
+    unit: str
+    lensc: float | None
+    spread: tuple[float, float] | None = None
+    rival: str | None = None
+    rival_value: float | None = None
+    limit: float | None = None
+    parity: Literal["pass", "fail", "none"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.unit not in HIGHER_IS_BETTER | LOWER_IS_BETTER:
+            known = ", ".join(sorted(HIGHER_IS_BETTER | LOWER_IS_BETTER))
+            raise InputError(f"bench row {self.what!r}: unit {self.unit!r} is not one of {known}")
+        if self.parity == "fail" and (self.lensc is not None or self.spread is not None):
+            raise ParityError(f"bench row {self.what!r}: its parity failed, so it has no value; pass lensc=None")
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times better than the rival; above 1 is ahead, for times and memory too."""
+        return self._better_than(self.rival_value)
+
+    @property
+    def of_limit(self) -> float | None:
+        """How near to the limit; 1 is reached, for times and memory too, and a time under its limit is above 1."""
+        return self._better_than(self.limit)
+
+    def _better_than(self, other: float | None) -> float | None:
+        if not self.lensc or not other:
+            return None
+        return self.lensc / other if self.unit in HIGHER_IS_BETTER else other / self.lensc
+
+    def to_json(self) -> dict[str, Any]:
+        """The row with `ratio` and `of_limit`, rounded to 4 digits, without what is not known."""
+        values = dataclasses.asdict(self) | {"ratio": self.ratio, "of_limit": self.of_limit}
+        return {name: _rounded(value) for name, value in values.items() if value is not None}
+
+
+def write(
+    topic: str, command: str, rows: Sequence[Row], folder: Path = RESULTS, limits: dict[str, float] | None = None
+) -> Path:
+    """Put `rows` into `<folder>/<topic>.json` beside this machine, versions and commit; return the file.
+
+    `limits` are what the machine was measured to reach in the same run, e.g. `{"bandwidth_gb_s": 45.8}`.
+    Raises InputError for an unknown topic or a damaged file, StorageError if it cannot be written.
+    """
+    if topic not in TOPICS:
+        raise InputError(f"bench topic {topic!r} is not one of {', '.join(TOPICS)}")
+    path = folder / f"{topic}.json"
+    if not folder.is_dir():
+        raise StorageError(f"{folder} is not a folder; run from the root of the source tree or name another folder")
+    record = {
+        "topic": topic,
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "machine": machine() | (limits or {}),
+        "versions": versions(),
+        "command": command,
+        "rows": [row.to_json() for row in rows],
+    }
+    records = [r for r in read(path) if r["command"] != command] if path.exists() else []
+    text = json.dumps([*records, record], indent=1, ensure_ascii=False) + "\n"
+    write_text(path, text)
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a results file. Raises InputError if it is not one."""
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+    if not isinstance(records, list) or not all(
+        isinstance(r, dict) and {"command", "rows"} <= r.keys() for r in records
+    ):
+        raise InputError(f"{path}: expected a list of records with command and rows")
+    return records
+
+
+def machine() -> dict[str, Any]:
+    """This machine, as it stands in a record."""
+    found = probe.machine()
+    return {
+        "cpu": found.cpu,
+        "arch": found.arch,
+        "isa": list(found.isa),
+        "cores": found.cores,
+        "threads": found.threads,
+        "memory_gib": round(found.memory_bytes / 2**30, 1) if found.memory_bytes else None,
+        "system": found.system,
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions that matter of what is installed, Python's first."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The commit of the source tree in the working folder, `-dirty` if files differ from it; `unknown` without git."""
+    head = _git("rev-parse", "--short=12", "HEAD")
+    if not head:
+        return "unknown"
+    return head + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _git(*arguments: str) -> str:
+    """What git answers, empty where it cannot."""
+    try:
+        done = subprocess.run(["git", *arguments], check=False, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _rounded(value: object) -> object:
+    if isinstance(value, tuple):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value

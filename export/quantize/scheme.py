@@ -1,0 +1,111 @@
+"""The quantization scheme as one word: `f32`, `f16`, `w8a8`, `w4a16-g128-kv8`.
+
+    scheme  = "f32" | "f16" | "w" bits "a" bits          then, each at most once and in this order:
+              "-g" group size                            weights share a scale in groups along the inputs
+              "-asym"                                    weights have a zero point
+              "-kv" bits                                 the KV cache is stored with fewer bits
+              "-keep:" part { "+" part }                 these parts of the model stay in float, sorted
+
+A scheme has exactly one spelling, so that it can serve as flag, log entry and key of a cache.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from lensc.backends.errors import UsageError
+
+WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
+ACTIVATION_BITS = (8, 16, 32)
+KV_BITS = (4, 8, 16)
+FLOATS = {"f32": 32, "f16": 16}
+
+_SPELLING = re.compile(
+    r"(?:(?P<float>f32|f16)|w(?P<weight>[1-9][0-9]?)a(?P<activation>[1-9][0-9]?))"
+    r"(?:-g(?P<group>[1-9][0-9]{0,6}))?(?P<asym>-asym)?(?:-kv(?P<kv>[1-9][0-9]?))?"
+    r"(?:-keep:(?P<keep>[a-z0-9_.]+(?:\+[a-z0-9_.]+)*))?",
+    re.ASCII,
+)
+_EXAMPLES = "expected f32, f16 or like w4a16-g128 (see lensc.export.quantize.scheme)"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How weights, activations and KV cache are stored. Raises UsageError for a combination that means nothing.
+
+    `group_size=None` is one scale per output channel. `kv_bits=None` stores the cache as the activations are.
+    `keep` names the parts that stay in float, e.g. `("lm_head",)`.
+    """
+
+    weight_bits: int = 32
+    group_size: int | None = None
+    symmetric: bool = True
+    activation_bits: int = 32
+    kv_bits: int | None = None
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        if problems:
+            raise UsageError(f"scheme {str(self)!r}: " + "; ".join(problems))
+
+    def _problems(self) -> list[str]:
+        problems = []
+        if self.is_float:
+            if self.group_size is not None:
+                problems.append("float weights have no groups")
+            if not self.symmetric:
+                problems.append("float weights have no zero point")
+            if self.keep:
+                problems.append("all parts are float, nothing is left to keep")
+        else:
+            if self.weight_bits not in WEIGHT_BITS:
+                problems.append(f"weight bits {self.weight_bits} is not one of {_listed(WEIGHT_BITS)}")
+            if self.activation_bits not in ACTIVATION_BITS:
+                problems.append(f"activation bits {self.activation_bits} is not one of {_listed(ACTIVATION_BITS)}")
+            if self.group_size is not None and self.group_size < 1:
+                problems.append(f"group size {self.group_size}, expected at least 1")
+        if self.kv_bits is not None and self.kv_bits not in KV_BITS:
+            problems.append(f"KV bits {self.kv_bits} is not one of {_listed(KV_BITS)}")
+        if self.kv_bits is not None and self.kv_bits >= self.activation_bits:
+            problems.append(f"KV bits {self.kv_bits}, expected fewer than the activations' {self.activation_bits}")
+        if list(self.keep) != sorted(set(self.keep)):
+            problems.append(f"keep: expected sorted names without repetition, {'+'.join(sorted(set(self.keep)))}")
+        problems += [f"keep: {name!r} is no name" for name in self.keep if not re.fullmatch("[a-z0-9_.]+", name)]
+        return problems
+
+    @property
+    def is_float(self) -> bool:
+        """Whether nothing but the KV cache can be quantized."""
+        return (self.weight_bits, self.activation_bits) in ((32, 32), (16, 16))
+
+    @classmethod
+    def parse(cls, text: str) -> Scheme:
+        """The scheme spelled `text`. Raises UsageError that names what is wrong."""
+        match = _SPELLING.fullmatch(text)
+        if match is None:
+            raise UsageError(f"scheme {text!r}: {_EXAMPLES}")
+        bits = FLOATS.get(match["float"] or "")
+        scheme = cls(
+            weight_bits=bits or int(match["weight"]),
+            group_size=int(match["group"]) if match["group"] else None,
+            symmetric=match["asym"] is None,
+            activation_bits=bits or int(match["activation"]),
+            kv_bits=int(match["kv"]) if match["kv"] else None,
+            keep=tuple((match["keep"] or "").split("+")) if match["keep"] else (),
+        )
+        if str(scheme) != text:
+            raise UsageError(f"scheme {text!r}: is written {scheme}")
+        return scheme
+
+    def __str__(self) -> str:
+        text = f"f{self.weight_bits}" if self.is_float else f"w{self.weight_bits}a{self.activation_bits}"
+        text += f"-g{self.group_size}" if self.group_size is not None else ""
+        text += "" if self.symmetric else "-asym"
+        text += f"-kv{self.kv_bits}" if self.kv_bits is not None else ""
+        return text + (f"-keep:{'+'.join(self.keep)}" if self.keep else "")
+
+
+def _listed(values: tuple[int, ...]) -> str:
+    return ", ".join(map(str, values))
