@@ -7,6 +7,7 @@ imported inside functions, so that listing backends imports none of them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from lensc.backends.errors import UsageError
+from lensc.backends.errors import CompatibilityError, GraphError, UsageError
 from lensc.export.graph import Graph, GraphSpec
 
 Array = npt.NDArray[Any]
@@ -165,3 +166,57 @@ def check_feeds(spec: GraphSpec, feeds: Mapping[str, Array]) -> dict[str, int]:
     if problems:
         raise UsageError(f"graph {spec.name}: " + "; ".join(problems))
     return sizes
+
+
+def check_out(spec: GraphSpec, sizes: Mapping[str, int], out: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    """Check the arrays of `out` against `spec` at the `sizes` of a call; return the shape of every output.
+
+    Raises UsageError that lists every array the engine cannot write into, GraphError for an output with a dimension
+    that no input has.
+    """
+    unknown = [f"{t}" for t in spec.outputs for dim in t.shape if isinstance(dim, str) and dim not in sizes]
+    if unknown:
+        raise GraphError(f"graph {spec.name}: no input gives a dimension of {'; '.join(unknown)}")
+    shapes = {t.name: tuple(sizes[d] if isinstance(d, str) else d for d in t.shape) for t in spec.outputs}
+    known = {t.name: t for t in spec.outputs}
+    problems = []
+    for name, array in out.items():
+        tensor = known.get(name)
+        if tensor is None:
+            problems.append(f"unexpected output {name}")
+        elif array.dtype != np.dtype(tensor.dtype) or array.shape != shapes[name]:
+            problems.append(f"{tensor}: expected {list(shapes[name])}, got {array.dtype}{list(array.shape)} to write into")
+        elif not (array.flags.c_contiguous and array.flags.writeable):
+            problems.append(f"{tensor}: the array to write into is not C-contiguous and writeable")
+    if problems:
+        raise UsageError(f"graph {spec.name}: " + "; ".join(problems))
+    return shapes
+
+
+def check_compatibility(artifact: Artifact, found: Mapping[str, str]) -> None:
+    """Check what `artifact` requires against what is `found` here, name by name.
+
+    A requirement `>=1.32.0` is met by that version or a newer one, any other text only by the same text. Raises
+    CompatibilityError that lists every requirement that is not met, and the command that rebuilds the artifact.
+    """
+    problems = []
+    for name, wanted in artifact.compatibility.items():
+        here = found.get(name)
+        if here is None:
+            problems.append(f"requirement {name} {wanted} is not known to this version of lensc")
+        elif wanted.startswith(">="):
+            if _version(here) < _version(wanted[2:]):
+                problems.append(f"needs {name} {wanted}, found {here}")
+        elif here != wanted:
+            problems.append(f"needs {name} {wanted}, found {here}")
+    if problems:
+        raise CompatibilityError(
+            f"{artifact.graph} for {artifact.target}: {'; '.join(problems)}; "
+            f"rebuild it here with: lensc compile GRAPHS --target {artifact.target} -o BUNDLE"
+        )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """The leading numbers of a version without trailing zeros, so that 1.32 equals 1.32.0rc1."""
+    numbers = re.match(r"(\d+(?:\.\d+)*?)(?:\.0+)*(?![.\d])", text)
+    return tuple(int(n) for n in numbers.group(1).split(".")) if numbers else ()

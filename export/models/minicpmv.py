@@ -192,14 +192,18 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        # a division, not rsqrt: the form that graph optimizers recognize as RMSNorm
+        y = y / torch.sqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)
 
 
 def rotary(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin, each float32[tokens, head_dim]: both halves carry the same angles (half-split convention)."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
-    angles = position_ids.float()[:, None] * (1.0 / theta**exponents)[None, :]
+    # the power in float64: float32 powers differ by an ulp between torch and numpy, which folds this into a constant
+    # of the graph, and an ulp is 4e-4 radians at position 8000
+    powers = (theta ** exponents.double()).float()
+    angles = position_ids.float()[:, None] * (1.0 / powers)[None, :]
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
