@@ -68,9 +68,9 @@ class Decoder:
         return self._run(embeds, self._last, self._logits)[:, 0]
 
     def run(self, embeds: F32, logit_positions: I64) -> F32:
-        """Feed `embeds: float32[batch, tokens, D]`; return float32[batch, rows, vocab], the logits of `logit_positions`.
+        """Feed `embeds: float32[batch, tokens, D]`; return float32[batch, rows, vocab].
 
-        `logit_positions: int64[rows]` count from the first of these tokens.
+        The rows are the logits at `logit_positions: int64[rows]`, which count from the first of these tokens.
         """
         shape = (len(embeds), len(logit_positions), self._vocab_size)
         return self._run(np.ascontiguousarray(embeds), logit_positions, np.empty(shape, np.float32))
@@ -110,7 +110,7 @@ def embed(table: Array, ids: I64) -> F32:
 
 
 def scatter(embeds: F32, image_bounds: I64, image_embeds: F32) -> None:
-    """Write `image_embeds: float32[slices, Q, D]` over rows of `embeds`; `image_bounds: int64[slices, 2]` says which."""
+    """Write `image_embeds: float32[slices, Q, D]` over the rows of `embeds` in `image_bounds: int64[slices, 2]`."""
     if len(image_bounds) != len(image_embeds):
         raise PromptError(f"prompt has {len(image_bounds)} slices, the pictures have {len(image_embeds)}")
     for (start, end), rows in zip(image_bounds.tolist(), image_embeds, strict=True):
@@ -141,6 +141,16 @@ def check_graph(graph: GraphSpec, decoder: DecoderSpec) -> None:
                 problems.append(f"{found[name]}: expected [{', '.join(map(str, shape))}]")
     if problems:
         raise GraphError(f"graph {graph.name} does not fit the model: " + "; ".join(problems[:20]))
+
+
+def check_table(table: Array, decoder: DecoderSpec) -> None:
+    """Raise GraphError if `table` is not the embedding table that `decoder` describes."""
+    shape = (decoder.vocab_size, decoder.hidden_size)
+    if table.shape != shape or table.dtype not in (np.float16, np.float32):
+        raise GraphError(
+            f"embed_tokens is {table.dtype}{list(table.shape)}, expected float16 or float32{list(shape)}; "
+            "build the bundle again"
+        )
 
 
 def _names(prefix: str, decoder: DecoderSpec) -> Iterator[str]:

@@ -88,7 +88,7 @@ class KVCache:
         self.length = length
 
     def fork(self, batch: int) -> KVCache:
-        """Make a cache of `batch` sequences that begin with the rows of this one, which has batch 1 and stays as it is."""
+        """Make a cache of `batch` sequences that all begin with the rows of this one, which must have batch 1."""
         if self.batch != 1:
             raise UsageError(f"KV cache: cannot fork a batch of {self.batch}, expected 1")
         copy = KVCache(self._decoder, self.capacity, batch, self.limit)

@@ -1,13 +1,10 @@
-"""What a generation gives back: the answer with its metrics, at once or in pieces."""
+"""What a generation gives back: the answer with its metrics."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
-
-from lensc.backends.errors import UsageError
+from typing import Literal
 
 FinishReason = Literal["stop", "length", "cancelled"]
 """A stop id was generated; max_new_tokens or the context was reached; the caller cancelled."""
@@ -30,7 +27,7 @@ class Metrics:
     prompt_tokens: int
     new_tokens: int
     kv_cache_bytes: int
-    """Bytes reserved for keys and values; a page counts as memory only once a row in it is written."""
+    """Bytes of the keys and values of all tokens that were fed."""
     peak_memory_bytes: int | None
     """Largest resident size of the process since it started; None where the system does not tell."""
     notes: tuple[str, ...]
@@ -45,44 +42,6 @@ class Result:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     metrics: Metrics
-
-
-class Pieces(Protocol):
-    """What a stream is made of: the pieces of text, the result after them, and a switch."""
-
-    def pieces(self) -> Iterator[str]: ...
-
-    def cancel(self) -> None: ...
-
-    def result(self) -> Result | None: ...
-
-
-class Stream(Iterator[str]):
-    """Iterate to get the answer piece by piece; no piece splits a character.
-
-    Nothing is computed ahead: the vision encoder and the prompt run when the first piece is asked for.
-    """
-
-    def __init__(self, source: Pieces) -> None:
-        self._source = source
-        self._pieces = source.pieces()
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    def cancel(self) -> None:
-        """End the stream after the step in progress. Safe to call from another thread."""
-        self._source.cancel()
-
-    @property
-    def result(self) -> Result:
-        """The whole answer, after the last piece. Raises UsageError before the end."""
-        result = self._source.result()
-        if result is None:
-            raise UsageError(
-                "the stream has not ended: read it to its end, or cancel() it, before asking for its result"
-            )
-        return result
 
 
 def peak_memory_bytes() -> int | None:

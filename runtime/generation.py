@@ -1,0 +1,192 @@
+"""One answer being made: pictures are encoded, the prompt is fed, tokens are chosen until something ends it.
+
+encode pictures → embed the prompt, put image embeddings over the placeholders → prefill → decode one by one
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lensc.backends.base import Array
+from lensc.backends.bundle import ModelSpec
+
+from .beam import BeamSearch, Hypothesis
+from .decoder import Cancelled, Decoder, embed, scatter
+from .options import GenerationOptions
+from .prompt import Prompt
+from .result import FinishReason, Metrics, Result, peak_memory_bytes
+from .sampling import F32, greedy, penalize, sample
+from .vision import VisionEncoder
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt ready to be fed: the slices of its pictures in order, and what was done to the pictures."""
+
+    prompt: Prompt
+    slices: tuple[npt.NDArray[np.uint8], ...]
+    slices_per_picture: tuple[int, ...]
+    notes: tuple[str, ...]
+    prepare_ms: float
+
+
+class Generation:
+    """State of one answer. `tokens()` may be run once; `result` describes what it gave until then."""
+
+    def __init__(
+        self,
+        request: Request,
+        options: GenerationOptions,
+        spec: ModelSpec,
+        vision: VisionEncoder,
+        decoder: Decoder,
+        table: Array,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> None:
+        self.token_ids: list[int] = []
+        self.hypotheses: list[Hypothesis] = []
+        """What a beam search ended with, best first."""
+        self.finish_reason: FinishReason | None = None
+        self.decoder = decoder
+        self._request = request
+        self._options = options
+        self._eos = spec.generation.eos_token_ids
+        self._vision = vision
+        self._table = table
+        self._should_stop = should_stop
+        self._cancelled = False
+        self._notes = list(request.notes)
+        self._image_ms: tuple[float, ...] = ()
+        self._slices_from_cache = 0
+        self._prefill_ms = 0.0
+        self._steps = 0
+        self._busy = 0.0
+        self._first_token_at: float | None = None
+        self._resumed = 0.0
+
+    def cancel(self) -> None:
+        """End after the run in progress. Safe to call from another thread."""
+        self._cancelled = True
+
+    def tokens(self) -> Iterator[int]:
+        """Make the answer, one id at a time (all at once at the end of a beam search)."""
+        self._resumed = time.perf_counter()
+        try:
+            logits = self.prefill()
+            yield from self._beams(logits) if self._options.num_beams > 1 else self._one_by_one(logits)
+        except Cancelled:
+            self.finish_reason = "cancelled"
+
+    def prefill(self) -> F32:
+        """Encode the pictures and feed the prompt; return float32[vocab], the logits of its last position."""
+        encoded = self._vision.encode(self._request.slices, self._stop)
+        self._image_ms = encoded.ms
+        self._slices_from_cache = sum(encoded.from_cache)
+        self._note_cached(encoded.from_cache)
+        started = time.perf_counter()
+        embeds = embed(self._table, self._request.prompt.ids)
+        scatter(embeds, self._request.prompt.image_bounds, encoded.embeds)
+        logits = self.decoder.prefill(embeds, self._stop)
+        self._prefill_ms = (time.perf_counter() - started) * 1e3
+        return logits
+
+    def result(self, text: str) -> Result:
+        """The answer with its metrics, once `tokens()` has ended."""
+        assert self.finish_reason is not None
+        decode_s = self._busy - (self._first_token_at or 0.0)
+        first = self._busy if self._first_token_at is None or self.hypotheses else self._first_token_at
+        metrics = Metrics(
+            prepare_ms=self._request.prepare_ms,
+            image_ms=self._image_ms,
+            slices_from_cache=self._slices_from_cache,
+            prefill_ms=self._prefill_ms,
+            ttft_ms=self._request.prepare_ms + first * 1e3,
+            decode_tokens_per_s=(self._steps - 1) / decode_s if self._steps > 1 and decode_s > 0 else None,
+            prompt_tokens=len(self._request.prompt.ids),
+            new_tokens=len(self.token_ids),
+            kv_cache_bytes=self.decoder.cache.used_bytes,
+            peak_memory_bytes=peak_memory_bytes(),
+            notes=tuple(self._notes),
+        )
+        return Result(text, tuple(self.token_ids), self.finish_reason, metrics)
+
+    def _one_by_one(self, logits: F32) -> Iterator[int]:
+        options, ids = self._options, self.token_ids
+        generator = np.random.default_rng(options.seed) if options.do_sample else None
+        while True:
+            token = self._choose(logits, generator)
+            ids.append(token)
+            self._chosen()
+            if token in self._eos:
+                self.finish_reason = "stop"
+            elif len(ids) >= options.max_new_tokens:
+                self.finish_reason = "length"
+            self._busy += time.perf_counter() - self._resumed
+            yield token
+            self._resumed = time.perf_counter()
+            if self.finish_reason is not None:
+                return
+            if self._stop():
+                raise Cancelled
+            logits = self.decoder.decode_one_token(np.array([token]))[0]
+
+    def _choose(self, logits: F32, generator: np.random.Generator | None) -> int:
+        options = self._options
+        if generator is None:
+            return greedy(penalize(logits, self.token_ids, options.repetition_penalty))
+        return sample(
+            logits,
+            self.token_ids,
+            generator,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            repetition_penalty=options.repetition_penalty,
+        )
+
+    def _beams(self, logits: F32) -> Iterator[int]:
+        options = self._options
+        search = BeamSearch(options.num_beams, self._eos, options.max_new_tokens, options.repetition_penalty)
+        all_logits = np.repeat(logits[None], options.num_beams, axis=0)
+        cancelled = False
+        while True:
+            tokens, parents = search.advance(all_logits)
+            self._chosen()
+            if search.done or search.length >= options.max_new_tokens:
+                break
+            if self._stop():
+                cancelled = True
+                break
+            if search.length == 1:
+                # All beams come from the prompt, so there is nothing to reorder, and no copies if it ends here.
+                self.decoder.fork(options.num_beams)
+            else:
+                self.decoder.reorder(parents)
+            all_logits = self.decoder.decode_one_token(tokens)
+        self.hypotheses = search.hypotheses()
+        best = self.hypotheses[0]
+        self.token_ids += best.token_ids
+        self.finish_reason = "cancelled" if cancelled else "stop" if best.stopped else "length"
+        self._busy += time.perf_counter() - self._resumed
+        yield from best.token_ids
+
+    def _chosen(self) -> None:
+        self._steps += 1
+        if self._first_token_at is None:
+            self._first_token_at = self._busy + time.perf_counter() - self._resumed
+
+    def _stop(self) -> bool:
+        return self._cancelled or (self._should_stop is not None and self._should_stop())
+
+    def _note_cached(self, from_cache: tuple[bool, ...]) -> None:
+        start = 0
+        for i, count in enumerate(self._request.slices_per_picture, 1):
+            reused = sum(from_cache[start : start + count])
+            if reused:
+                self._notes.append(f"picture {i}: {reused} of {count} slices reused from the cache")
+            start += count

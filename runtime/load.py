@@ -1,0 +1,102 @@
+"""From a bundle on disk to a `VLM`: manifest, plan, sessions, self-test."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import cast, get_args
+
+import numpy as np
+
+from lensc.backends import registry
+from lensc.backends.base import Array, Probe, Session, Target
+from lensc.backends.bundle import Manifest, VisionPadding, load_manifest
+from lensc.backends.errors import CompatibilityError, ManifestError, UnavailableError, UsageError
+
+from . import selftest as golden
+from .pipeline import VLM
+from .plan import Plan, plan
+from .prompt import Tokenizer
+
+
+def load(
+    path: str | Path,
+    target: str | None = None,
+    threads: int | None = None,
+    selftest: bool = True,
+    vision_padding: str | None = None,
+) -> VLM:
+    """Open a bundle; see `lensc.load`."""
+    requested = None if target is None else Target.parse(target)
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise UsageError(f"threads={threads!r}: expected at least 1, or None for every physical core")
+    if vision_padding is not None and vision_padding not in get_args(VisionPadding):
+        raise UsageError(f"vision_padding={vision_padding!r}: expected one of {', '.join(get_args(VisionPadding))}")
+    if requested is not None and requested.backend not in registry.names():
+        raise UsageError(f"target {target}: backend {requested.backend!r} is not one of {', '.join(registry.names())}")
+    folder = Path(path)
+    manifest = load_manifest(folder)
+    spec = manifest.model
+    if vision_padding is not None:
+        picture = dataclasses.replace(spec.picture, vision_padding=cast(VisionPadding, vision_padding))
+        spec = dataclasses.replace(spec, picture=picture)
+    tokenizer = Tokenizer.from_file(folder / manifest.tokenizer)
+    table = _table(folder, manifest)
+
+    chosen, sessions = _open_sessions(folder, manifest, requested, threads)
+    try:
+        if selftest:
+            results = golden.run_selftest(manifest.probes, sessions, folder)
+            golden.check(results, {p.graph: str(p.effective) for p in chosen.placements})
+        return VLM(spec, tokenizer, sessions, table, chosen)
+    except BaseException:
+        _close(sessions)
+        raise
+
+
+def _open_sessions(
+    folder: Path, manifest: Manifest, requested: Target | None, threads: int | None
+) -> tuple[Plan, dict[str, Session]]:
+    """Load the planned artifacts. One that its engine refuses is planned around, unless it was requested."""
+    probes = _probes(manifest)
+    refused: dict[tuple[str, Target], str] = {}
+    while True:
+        chosen = plan(manifest, probes, requested, refused)
+        sessions: dict[str, Session] = {}
+        try:
+            for placement in chosen.placements:
+                backend = registry.get(placement.effective.backend)
+                spec = manifest.graphs[placement.graph].spec
+                sessions[placement.graph] = backend.load(placement.artifact, spec, folder, threads)
+            return chosen, sessions
+        except (CompatibilityError, UnavailableError) as error:
+            _close(sessions)
+            if requested is not None:
+                raise
+            refused[placement.graph, placement.effective] = str(error)
+        except BaseException:
+            _close(sessions)
+            raise
+
+
+def _probes(manifest: Manifest) -> list[Probe]:
+    """Ask only the backends that the bundle was built for: each probe may import a vendor's SDK."""
+    wanted = {a.target.backend for a in manifest.artifacts} & set(registry.names())
+    return [probe for name in sorted(wanted) for probe in registry.get(name).probe()]
+
+
+def _table(folder: Path, manifest: Manifest) -> Array:
+    name = manifest.tables.get("embed_tokens")
+    if name is None:
+        raise ManifestError(f"{folder}: tables: no embed_tokens, expected the embedding table; build the bundle again")
+    try:
+        table = np.load(folder / name, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ManifestError(f"{folder / name}: cannot be read as npy: {error}; build the bundle again") from error
+    # As a plain array over the same mapping: indexing the memmap subclass costs microseconds more per token.
+    return np.asarray(table)
+
+
+def _close(sessions: dict[str, Session]) -> None:
+    for session in sessions.values():
+        session.close()

@@ -1,0 +1,303 @@
+"""Pictures and words in, words out: the public face of the runtime.
+
+A `VLM` holds a model's sessions, tokenizer and embedding table. It knows no engine: the sessions may be any backend's,
+or the reference model's. Calls from several threads are safe; their runs take turns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self, overload
+
+from lensc.backends.base import Array, Session
+from lensc.backends.bundle import ModelSpec
+from lensc.backends.errors import GraphError, PromptError, UsageError
+
+from . import decoder, vision
+from .decoder import Decoder
+from .generation import Generation, Request
+from .options import GenerationOptions, resolve
+from .picture import PictureSource, slice_picture
+from .plan import Plan
+from .prompt import Message, Tokenizer, build_prompt, parse_messages, pictures_of, user_messages
+from .result import Metrics, Result
+from .stream import Stream
+from .vision import VisionEncoder
+
+__all__ = ["VLM", "Metrics", "Result", "Stream"]
+
+
+class VLM:
+    """A loaded model. Close it, or use it as a context manager, to free what its engines hold.
+
+    `embed_table: float16 or float32[vocab, D]` may be memory-mapped. `plan` says where the graphs run, if known.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        tokenizer: Tokenizer,
+        sessions: Mapping[str, Session],
+        embed_table: Array,
+        plan: Plan | None = None,
+    ) -> None:
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self.plan = plan
+        missing = [name for name in ("vision", "decoder") if name not in sessions]
+        if missing:
+            raise GraphError(f"model {spec.name}: no graph {', '.join(missing)}; expected vision and decoder")
+        self._sessions: dict[str, Session] | None = dict(sessions)
+        self._table = embed_table
+        self._lock = threading.Lock()
+        width = spec.decoder.hidden_size
+        vision.check_graph(sessions["vision"].spec, spec.picture, width)
+        decoder.check_graph(sessions["decoder"].spec, spec.decoder)
+        decoder.check_table(embed_table, spec.decoder)
+        self._vision = VisionEncoder(sessions["vision"], spec.picture, width, self._lock)
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        images: Sequence[PictureSource] = ...,
+        *,
+        system_prompt: str = ...,
+        do_sample: bool | None = ...,
+        num_beams: int | None = ...,
+        temperature: float | None = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        repetition_penalty: float | None = ...,
+        max_new_tokens: int | None = ...,
+        seed: int | None = ...,
+        stream: Literal[False] = ...,
+        strip_pad: bool | None = ...,
+        should_stop: Callable[[], bool] | None = ...,
+    ) -> Result: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        images: Sequence[PictureSource] = ...,
+        *,
+        system_prompt: str = ...,
+        do_sample: bool | None = ...,
+        num_beams: int | None = ...,
+        temperature: float | None = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        repetition_penalty: float | None = ...,
+        max_new_tokens: int | None = ...,
+        seed: int | None = ...,
+        stream: Literal[True],
+        strip_pad: bool | None = ...,
+        should_stop: Callable[[], bool] | None = ...,
+    ) -> Stream: ...
+
+    def generate(
+        self,
+        prompt: str,
+        images: Sequence[PictureSource] = (),
+        *,
+        system_prompt: str = "",
+        do_sample: bool | None = None,
+        num_beams: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        max_new_tokens: int | None = None,
+        seed: int | None = None,
+        stream: bool = False,
+        strip_pad: bool | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Result | Stream:
+        """Answer one question about `images` (paths, bytes or PIL images), which stand before the text.
+
+        Greedy if nothing is given. `do_sample=True` draws with the model's temperature, top-k, top-p and penalty
+        (officially 0.7, 100, 0.8, 1.05) where they are not given; `num_beams=3` is what the official code runs without
+        sampling, with penalty 1.2. `seed` makes draws repeatable; `max_new_tokens` defaults to the model's 1024.
+
+        `stream=True` returns a `Stream` of pieces. `strip_pad` removes id 0, which is `!`, from the answer: by default,
+        as officially, the whole answer has it removed and a stream keeps it. `should_stop` is asked between steps.
+
+        Raises UsageError, PictureError, or PromptError if the prompt does not fit the context.
+        """
+        if not isinstance(prompt, str):
+            raise UsageError(f"prompt: got {type(prompt).__name__}; expected a string")
+        options = resolve(
+            self.spec.generation,
+            do_sample=do_sample,
+            num_beams=num_beams,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            stream=stream,
+        )
+        messages = user_messages(prompt, _pictures(images), system_prompt)
+        return self._answer(messages, options, stream, strip_pad, should_stop)
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        images: Sequence[PictureSource] = ...,
+        *,
+        do_sample: bool | None = ...,
+        num_beams: int | None = ...,
+        temperature: float | None = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        repetition_penalty: float | None = ...,
+        max_new_tokens: int | None = ...,
+        seed: int | None = ...,
+        stream: Literal[False] = ...,
+        strip_pad: bool | None = ...,
+        should_stop: Callable[[], bool] | None = ...,
+    ) -> Result: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        images: Sequence[PictureSource] = ...,
+        *,
+        do_sample: bool | None = ...,
+        num_beams: int | None = ...,
+        temperature: float | None = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        repetition_penalty: float | None = ...,
+        max_new_tokens: int | None = ...,
+        seed: int | None = ...,
+        stream: Literal[True],
+        strip_pad: bool | None = ...,
+        should_stop: Callable[[], bool] | None = ...,
+    ) -> Stream: ...
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        images: Sequence[PictureSource] = (),
+        *,
+        do_sample: bool | None = None,
+        num_beams: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        max_new_tokens: int | None = None,
+        seed: int | None = None,
+        stream: bool = False,
+        strip_pad: bool | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Result | Stream:
+        """Answer a conversation: a list of `{"role", "content"}`, see `parse_messages`; the rest as for `generate`.
+
+        `images` are the pictures of those `{"type": "image"}` parts that name none. Pictures seen in an earlier call
+        are not encoded again.
+        """
+        options = resolve(
+            self.spec.generation,
+            do_sample=do_sample,
+            num_beams=num_beams,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            stream=stream,
+        )
+        return self._answer(parse_messages(messages, _pictures(images)), options, stream, strip_pad, should_stop)
+
+    def prepare(self, messages: Sequence[Message]) -> Request:
+        """Open and slice the pictures of `messages` and make the prompt; nothing runs on an engine."""
+        started = time.perf_counter()
+        sliced = [slice_picture(part.source, self.spec.picture) for part in pictures_of(messages)]
+        prompt = build_prompt(messages, [s.plan for s in sliced], self.tokenizer, self.spec.picture.query_num)
+        context = self.spec.decoder.context_length
+        if len(prompt.ids) >= context:
+            raise PromptError(
+                f"the prompt has {len(prompt.ids)} tokens ({len(prompt.image_bounds)} slices of "
+                f"{self.spec.picture.query_num} among them), the model's context is {context} and the answer needs at "
+                "least 1; shorten the text, leave out early turns or use fewer or smaller pictures"
+            )
+        notes = [f"picture {i}: {note}" for i, s in enumerate(sliced, 1) for note in s.notes]
+        slices = tuple(pixels for s in sliced for pixels in s.pixels)
+        counts = tuple(len(s.pixels) for s in sliced)
+        return Request(prompt, slices, counts, tuple(notes), (time.perf_counter() - started) * 1e3)
+
+    def begin(
+        self, request: Request, options: GenerationOptions, should_stop: Callable[[], bool] | None = None
+    ) -> Generation:
+        """Set up the generation of an answer to `request`, cutting max_new_tokens to what the context leaves."""
+        session = self._open()["decoder"]
+        beams = session.spec.dims.get("batch")
+        if beams is not None and options.num_beams > beams.max:
+            raise UsageError(f"num_beams={options.num_beams}: this bundle's decoder was made for at most {beams.max}")
+        prompt_tokens = len(request.prompt.ids)
+        room = self.spec.decoder.context_length - prompt_tokens
+        if options.max_new_tokens > room:
+            note = (
+                f"max_new_tokens cut from {options.max_new_tokens} to {room}: {prompt_tokens} tokens of prompt are in "
+            )
+            note += f"a context of {self.spec.decoder.context_length}"
+            request = dataclasses.replace(request, notes=(*request.notes, note))
+            options = dataclasses.replace(options, max_new_tokens=room)
+        # The last token is never fed, so it needs no row.
+        capacity = prompt_tokens + options.max_new_tokens - 1
+        state = Decoder(session, self.spec.decoder, self._table, capacity, self._lock)
+        return Generation(request, options, self.spec, self._vision, state, self._table, should_stop)
+
+    def close(self) -> None:
+        """Free what the engines hold. Generating afterwards is an error; closing again is not."""
+        with self._lock:
+            sessions, self._sessions = self._sessions, None
+        for session in (sessions or {}).values():
+            session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _answer(
+        self,
+        messages: Sequence[Message],
+        options: GenerationOptions,
+        stream: bool,
+        strip_pad: bool | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> Result | Stream:
+        self._open()
+        generation = self.begin(self.prepare(messages), options, should_stop)
+        if stream:
+            return Stream(generation, self.tokenizer.decode_stream(strip_pad or False))
+        for _ in generation.tokens():
+            pass
+        strip = True if strip_pad is None else strip_pad
+        return generation.result(self.tokenizer.decode_answer(generation.token_ids, strip))
+
+    def _open(self) -> dict[str, Session]:
+        if self._sessions is None:
+            raise UsageError("the model is closed; load it again")
+        return self._sessions
+
+
+def _pictures(images: Sequence[PictureSource]) -> Sequence[PictureSource]:
+    if isinstance(images, str | bytes) or not isinstance(images, Sequence):
+        raise UsageError(f"images: got {type(images).__name__}; expected a list, e.g. images=[picture]")
+    return images
