@@ -26,8 +26,11 @@ RESULTS = Path("bench/results")
 
 TOPICS = ("full_size", "native_cpu", "qnn", "gpu", "runtime", "demo_accuracy")
 HIGHER_IS_BETTER = frozenset({"tokens/s", "slices/s", "GB/s", "TOPS", "%"})
-LOWER_IS_BETTER = frozenset({"s", "ms", "MB", "errors"})
+LOWER_IS_BETTER = frozenset({"s", "ms", "MB", "errors", "% errors"})
 PACKAGES = ("lensc", "numpy", "onnxruntime", "tokenizers", "pillow", "torch", "onnx", "openvino", "onnxruntime-qnn")
+
+
+Parity = Literal["pass", "fail", "none"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Row:
     rival: str | None = None
     rival_value: float | None = None
     limit: float | None = None
-    parity: Literal["pass", "fail", "none"] = "none"
+    parity: Parity = "none"
 
     def __post_init__(self) -> None:
         if self.unit not in HIGHER_IS_BETTER | LOWER_IS_BETTER:

@@ -6,8 +6,11 @@ fields of receipts and forms).
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
 from PIL import Image
@@ -95,7 +98,9 @@ def _bigger(rng: Random) -> tuple[str, str, Drawing | None]:
     large = small * rng.uniform(1.45, 1.9)
     sizes = {first: large, second: small} if rng.random() < 0.5 else {first: small, second: large}
     colours = rng.sample(list(COLOURS), 2)
-    drawing = draw_scene(rng, [(first, colours[0], sizes[first]), (second, colours[1], sizes[second])], _scene_area(rng))
+    drawing = draw_scene(
+        rng, [(first, colours[0], sizes[first]), (second, colours[1], sizes[second])], _scene_area(rng)
+    )
     return f"Which is bigger, the {first} or the {second}?", max(sizes, key=lambda k: sizes[k]), drawing
 
 
@@ -116,9 +121,7 @@ def question(rng: Random, evaluation: bool, kind: str | None = None) -> Sample:
         _, content = _page(rng, evaluation, cells, ("receipt", "form"))
         drawing = draw_page(rng, content, SLICE_AREA * (cells - rng.uniform(0.05, 0.6)))
         label = rng.choice(list(content.facts))
-        return Sample(
-            "question", "field", drawing.image, f"What is the {label}?", content.facts[label], drawing.glyphs
-        )
+        return Sample("question", "field", drawing.image, f"What is the {label}?", content.facts[label], drawing.glyphs)
     while True:
         text, answer, scene = makers[kind](rng)
         if scene is not None:
@@ -130,3 +133,23 @@ def held_out_samples(task: str, count: int, seed: int = 2026) -> list[Sample]:
     rng = Random(f"{task} {seed}")
     make = {"line": line, "page": page, "question": question}[task]
     return [make(rng, True) for _ in range(count)]
+
+
+def main() -> None:
+    """Write held-out pictures with their questions and answers: `python -m lensc.export.demo.samples -o FOLDER`."""
+    parser = argparse.ArgumentParser(prog="python -m lensc.export.demo.samples", description=main.__doc__)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=8, help="pictures per task (default 8)")
+    parser.add_argument("--seed", type=int, default=2026, help="2026 is the evaluation set (default)")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    answers = {}
+    for task in TASKS:
+        for i, sample in enumerate(held_out_samples(task, args.count, args.seed)):
+            sample.image.save(args.output / f"{task}{i}.png")
+            answers[f"{task}{i}.png"] = {"question": sample.question, "answer": sample.answer}
+    (args.output / "answers.json").write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

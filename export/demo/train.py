@@ -209,9 +209,7 @@ def optimizers(learner: Learner, recipe: Recipe) -> list[torch.optim.Optimizer]:
     for name, parameter in learner.named_parameters():
         is_inner = parameter.ndim == 2 and not any(k in name for k in ("embed", "lm_head", "query", "head."))
         (inner if is_inner else outer).append(parameter)
-    muon = torch.optim.Muon(
-        inner, lr=recipe.muon_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
+    muon = torch.optim.Muon(inner, lr=recipe.muon_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(outer, lr=recipe.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
     return [muon, adamw]
 
