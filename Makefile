@@ -13,7 +13,7 @@ TARGET ?= onnxruntime:cpu
 
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/installed
+INSTALLED := build/installed
 BUNDLE := build/demo-bundle
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 SOURCES := $(shell find backends export runtime lensc profiles kernels -name '*.py' -o -name '*.safetensors' -o -name '*.toml')
@@ -43,12 +43,15 @@ $(BUNDLE)/manifest.json: $(INSTALLED) $(SOURCES)
 	@$(BIN)/python -m lensc build demo --target $(TARGET) -o $(BUNDLE)
 	@touch $@
 
-# `lensc` is here because a file added to it needs a link (kernels/CMakeLists.txt); importing it first keeps the
-# bytecode folder from looking like one.
-$(INSTALLED): pyproject.toml constraints.txt kernels/CMakeLists.txt lensc
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "lensc needs Python 3.11 or newer, $(PYTHON) is older; name another: make PYTHON=python3.12" >&2; exit 1; }
-	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	  { echo "lensc needs Python 3.11 or newer, $(PYTHON) is not; name another: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+# The editable install imports through links in build/ (kernels/CMakeLists.txt), hence the stamp there. A file added to
+# lensc/ needs a link, hence the folder; importing it first keeps the bytecode folder from looking like a new file.
+$(INSTALLED): pyproject.toml constraints.txt kernels/CMakeLists.txt lensc $(BIN)/python
 	@echo "installing torch"
 	@$(PIP) install -qq --retries 2 -c constraints.txt --extra-index-url $(TORCH_INDEX) torch
 	@echo "installing lensc and the other packages of constraints.txt"

@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from lensc.backends.errors import CompatibilityError, GraphError, UsageError
 from lensc.export.graph import Graph, GraphSpec
+
+from .errors import CompatibilityError, GraphError, UsageError
 
 Array = npt.NDArray[Any]
 
