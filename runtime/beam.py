@@ -97,8 +97,9 @@ class BeamSearch:
     def _best(self, scores: F32) -> list[tuple[int, float]]:
         """The best flat indices and their scores, best first: enough that `num_beams` of them are no stop ids."""
         count = min(len(scores), max(2, 1 + len(self._eos)) * self.num_beams)
-        top = np.argpartition(scores, len(scores) - count)[len(scores) - count :]
-        top = top[np.lexsort((top, -scores[top]))]
+        least = np.partition(scores, len(scores) - count)[len(scores) - count]
+        top = np.flatnonzero(scores >= least)
+        top = top[np.argsort(-scores[top], kind="stable")][:count]
         return [(int(i), float(scores[i])) for i in top]
 
     def _finish(self, score: float, tokens: tuple[int, ...], stopped: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -30,15 +29,12 @@ class Cancelled(Exception):  # noqa: N818  (not an error: the caller asked for i
 class Decoder:
     """State of one generation. `prompt_length` is where generated tokens begin, which is where beams differ."""
 
-    def __init__(
-        self, session: Session, spec: DecoderSpec, table: Array, capacity: int, lock: threading.Lock | None = None
-    ) -> None:
+    def __init__(self, session: Session, spec: DecoderSpec, table: Array, capacity: int) -> None:
         self.cache = KVCache(spec, capacity)
         self.prompt_length = 0
         self._session = session
         self._table = table
         self._vocab_size = spec.vocab_size
-        self._lock = lock or threading.Lock()
         self._last = np.zeros(1, np.int64)
         self._logits: F32 | None = None
         tokens = session.spec.dims.get("tokens")
@@ -93,8 +89,7 @@ class Decoder:
             "logit_positions": logit_positions,
             **cache.past(),
         }
-        with self._lock:
-            self._session.run(feeds, out)
+        self._session.run(feeds, out)
         cache.advance(tokens)
         return logits
 

@@ -30,6 +30,8 @@ from .vision import VisionEncoder
 
 __all__ = ["VLM", "Metrics", "Result", "Stream"]
 
+CLOSED = "the model is closed; load it again"
+
 
 class VLM:
     """A loaded model. Close it, or use it as a context manager, to free what its engines hold.
@@ -51,14 +53,14 @@ class VLM:
         missing = [name for name in ("vision", "decoder") if name not in sessions]
         if missing:
             raise GraphError(f"model {spec.name}: no graph {', '.join(missing)}; expected vision and decoder")
-        self._sessions: dict[str, Session] | None = dict(sessions)
+        self._closed = False
+        self._sessions = {name: _SharedSession(session) for name, session in sessions.items()}
         self._table = embed_table
-        self._lock = threading.Lock()
         width = spec.decoder.hidden_size
         vision.check_graph(sessions["vision"].spec, spec.picture, width)
         decoder.check_graph(sessions["decoder"].spec, spec.decoder)
         decoder.check_table(embed_table, spec.decoder)
-        self._vision = VisionEncoder(sessions["vision"], spec.picture, width, self._lock)
+        self._vision = VisionEncoder(self._sessions["vision"], spec.picture, width)
 
     @overload
     def generate(
@@ -241,7 +243,7 @@ class VLM:
         self, request: Request, options: GenerationOptions, should_stop: Callable[[], bool] | None = None
     ) -> Generation:
         """Set up the generation of an answer to `request`, cutting max_new_tokens to what the context leaves."""
-        session = self._open()["decoder"]
+        session = self._sessions["decoder"]
         beams = session.spec.dims.get("batch")
         if beams is not None and options.num_beams > beams.max:
             raise UsageError(f"num_beams={options.num_beams}: this bundle's decoder was made for at most {beams.max}")
@@ -256,14 +258,13 @@ class VLM:
             options = dataclasses.replace(options, max_new_tokens=room)
         # The last token is never fed, so it needs no row.
         capacity = prompt_tokens + options.max_new_tokens - 1
-        state = Decoder(session, self.spec.decoder, self._table, capacity, self._lock)
+        state = Decoder(session, self.spec.decoder, self._table, capacity)
         return Generation(request, options, self.spec, self._vision, state, self._table, should_stop)
 
     def close(self) -> None:
         """Free what the engines hold. Generating afterwards is an error; closing again is not."""
-        with self._lock:
-            sessions, self._sessions = self._sessions, None
-        for session in (sessions or {}).values():
+        self._closed = True
+        for session in self._sessions.values():
             session.close()
 
     def __enter__(self) -> Self:
@@ -282,7 +283,8 @@ class VLM:
         strip_pad: bool | None,
         should_stop: Callable[[], bool] | None,
     ) -> Result | Stream:
-        self._open()
+        if self._closed:
+            raise UsageError(CLOSED)
         generation = self.begin(self.prepare(messages), options, should_stop)
         if stream:
             return Stream(generation, self.tokenizer.decode_stream(strip_pad or False))
@@ -291,10 +293,26 @@ class VLM:
         strip = True if strip_pad is None else strip_pad
         return generation.result(self.tokenizer.decode_answer(generation.token_ids, strip))
 
-    def _open(self) -> dict[str, Session]:
-        if self._sessions is None:
-            raise UsageError("the model is closed; load it again")
-        return self._sessions
+
+class _SharedSession:
+    """A session that several generations use: their runs take turns, and fail with a clear error once it is closed."""
+
+    def __init__(self, session: Session) -> None:
+        self.spec = session.spec
+        self._session: Session | None = session
+        self._lock = threading.Lock()
+
+    def run(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        with self._lock:
+            if self._session is None:
+                raise UsageError(CLOSED)
+            return self._session.run(feeds, out)
+
+    def close(self) -> None:
+        with self._lock:
+            session, self._session = self._session, None
+        if session is not None:
+            session.close()
 
 
 def _pictures(images: Sequence[PictureSource]) -> Sequence[PictureSource]:

@@ -43,13 +43,11 @@ class VisionEncoder:
     only), and ten slices in one run would take ten times the attention memory for no gain on a busy processor.
     """
 
-    def __init__(
-        self, session: Session, spec: PictureSpec, hidden_size: int, lock: threading.Lock | None = None
-    ) -> None:
+    def __init__(self, session: Session, spec: PictureSpec, hidden_size: int) -> None:
         self._session = session
         self._spec = spec
         self._hidden_size = hidden_size
-        self._lock = lock or threading.Lock()
+        self._lock = threading.Lock()
         self._cache: OrderedDict[bytes, F32] = OrderedDict()
 
     def encode(self, slices: Sequence[U8], should_stop: Callable[[], bool] | None = None) -> Encoded:
@@ -92,10 +90,8 @@ class VisionEncoder:
         beside = self._padded_to(pixels, longest)
         batch = vision_feeds([pixels] if beside is None else [pixels, beside], self._spec, self._hidden_size)[0]
         feeds = {name: array[:1] for name, array in batch.feeds.items()}
-        with self._lock:
-            features = self._session.run(feeds)["image_embeds"][0]
         # A copy: an engine may reuse the memory of its outputs.
-        return np.array(features, np.float32)
+        return np.array(self._session.run(feeds)["image_embeds"][0], np.float32)
 
     def _recall(self, key: bytes) -> F32 | None:
         with self._lock:

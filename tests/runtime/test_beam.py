@@ -15,7 +15,9 @@ from lensc.runtime.beam import BeamSearch, Hypothesis
 RECORDED: list[dict[str, Any]] = json.loads((Path(__file__).parent / "beam_transformers_4_40.json").read_text())
 
 
-def made_up_logits(history: tuple[int, ...], vocabulary: int, seed: int, eos: int, eos_bias: float) -> np.ndarray[Any, Any]:
+def made_up_logits(
+    history: tuple[int, ...], vocabulary: int, seed: int, eos: int, eos_bias: float
+) -> np.ndarray[Any, Any]:
     """Deterministic logits of a history, by an integer hash; ids below `eos` are stop ids."""
     state = seed * 7919 + 17
     for token in history:
@@ -37,7 +39,9 @@ def search(case: dict[str, Any]) -> tuple[BeamSearch, list[Hypothesis]]:
     return beams, beams.hypotheses()
 
 
-@pytest.mark.parametrize("case", RECORDED, ids=lambda c: "seed{seed}-beams{num_beams}-V{vocabulary}-eos{eos}".format(**c))
+@pytest.mark.parametrize(
+    "case", RECORDED, ids=lambda c: "seed{seed}-beams{num_beams}-V{vocabulary}-eos{eos}".format(**c)
+)
 def test_equals_transformers_4_40(case: dict[str, Any]) -> None:
     beams, hypotheses = search(case)
     assert beams.length == case["steps"]

@@ -30,7 +30,7 @@ def manifest(**targets: list[Target]) -> Manifest:
     """A manifest with one artifact per graph and target, in the order given."""
     spec = ModelSpec(
         "tiny",
-        PictureSpec(448, 14, 9, 96, "official", (0.5,) * 3, (0.5,) * 3, 70),  # type: ignore[arg-type]
+        PictureSpec(448, 14, 9, 96, "official", (0.5,) * 3, (0.5,) * 3, 70),
         DecoderSpec(8, 1, 1, 8, 16, 64),
         GenerationSpec((1,)),
     )
@@ -83,7 +83,9 @@ def test_a_request_is_kept_or_refused_never_replaced() -> None:
     bundle = manifest(vision=[NPU, CPU], decoder=[CPU, GPU])
     chosen = plan(bundle, USABLE, CPU)
     assert [(p.requested, p.effective) for p in chosen.placements] == [(CPU, CPU)] * 2
-    with pytest.raises(UnavailableError, match=r"nothing runs for beta:gpu: graph vision: .*not the requested beta:gpu"):
+    with pytest.raises(
+        UnavailableError, match=r"nothing runs for beta:gpu: graph vision: .*not the requested beta:gpu"
+    ):
         plan(bundle, USABLE, GPU)
 
 

@@ -52,7 +52,9 @@ def test_greedy_follows_the_recorded_logits(name: str) -> None:
 def test_penalty_acts_once_per_distinct_id_and_leaves_its_input() -> None:
     logits = np.array([2.0, -2.0, 0.0, 1.0], np.float32)
     kept = logits.copy()
-    np.testing.assert_array_equal(sampling.penalize(logits, [0, 1, 1, 0, 2], 2.0), np.float32([1.0, -4.0, 0.0, 1.0]))
+    np.testing.assert_array_equal(
+        sampling.penalize(logits, [0, 1, 1, 0, 2], 2.0), np.array([1.0, -4.0, 0.0, 1.0], np.float32)
+    )
     np.testing.assert_array_equal(logits, kept)
 
 
@@ -121,4 +123,4 @@ def test_broken_logits_are_refused(bad: float) -> None:
 
 
 def test_log_softmax_is_stable() -> None:
-    np.testing.assert_allclose(sampling.log_softmax(np.float32([1e4, 1e4])), np.log([0.5, 0.5]), rtol=1e-6)
+    np.testing.assert_allclose(sampling.log_softmax(np.array([1e4, 1e4], np.float32)), np.log([0.5, 0.5]), rtol=1e-6)

@@ -72,7 +72,7 @@ def test_probes_of_graphs_that_are_not_loaded_are_skipped(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("arrays", [{"in_x": X}, {"in_x": X, "out_w": X}, {"in_x": X, "out_y": X, "extra": X}])
 def test_arrays_that_are_not_the_graph_s_are_refused(tmp_path: Path, arrays: dict[str, Array]) -> None:
-    with pytest.raises(ManifestError, match="expected in.<name>"):
+    with pytest.raises(ManifestError, match=r"expected in\.<name>"):
         run_selftest([PROBE], {"vision": Doubler()}, write(tmp_path, **arrays))
 
 
