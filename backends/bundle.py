@@ -10,6 +10,7 @@ A folder of portable graphs, as `lensc export` writes it, is a bundle without ar
 5. Files are plain files: no links, devices or pipes, and no linked folders.
 6. Every path mentioned elsewhere in the manifest is one of `files`, every graph mentioned is one of `graphs`.
 7. Free text lives only in `metadata`, string to string.
+8. Counts are at least 1, token ids lie in the vocabulary, penalties and temperature are positive, dates are ISO 8601.
 
 All problems are reported at once. The manifest is written last, under a temporary name, then renamed.
 """
@@ -41,6 +42,9 @@ PARTIAL = ".partial"
 
 MANIFEST_BYTES = 16 << 20
 """A manifest of 2 graphs and 80 KV pairs is about 100 KB; anything near this limit is not one."""
+
+PATH_CHARACTERS = 1000
+"""Less than what every file system takes in one path, 1024 on macOS."""
 
 PROBLEMS_SHOWN = 50
 
@@ -237,6 +241,8 @@ def path_problem(path: str) -> str | None:
     """Why `path` may not stand in a manifest, or None if it may."""
     if not path:
         return "is empty"
+    if len(path) > PATH_CHARACTERS:
+        return f"has more than {PATH_CHARACTERS} characters"
     if not path.isprintable() or "\\" in path or ":" in path:
         return "holds a backslash, a colon or an unprintable character"
     if path.startswith("/"):
