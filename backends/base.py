@@ -7,6 +7,7 @@ imported inside functions, so that listing backends imports none of them.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,7 +39,12 @@ class Target:
         """Parse `backend:processor[:arch]`. Raises UsageError that names the part that is wrong."""
         parts = text.split(":")
         if len(parts) not in (2, 3) or not all(p and p == p.strip() for p in parts):
-            raise UsageError(f"target {text!r}: expected backend:processor or backend:processor:arch, e.g. onnxruntime:cpu")
+            raise UsageError(
+                f"target {text!r}: expected backend:processor or backend:processor:arch, e.g. onnxruntime:cpu"
+            )
+        for part in parts:
+            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", part):
+                raise UsageError(f"target {text!r}: {part!r} is not a name of letters, digits, _, - and dots")
         if parts[1] not in PROCESSORS:
             raise UsageError(f"target {text!r}: processor {parts[1]!r} is not one of {', '.join(PROCESSORS)}")
         return cls(*parts)
@@ -169,6 +175,17 @@ def check_feeds(spec: GraphSpec, feeds: Mapping[str, Array]) -> dict[str, int]:
     return sizes
 
 
+def file_record(path: Path, bundle: Path) -> FileRecord:
+    """The record of the file `path` of the folder `bundle`, hashed now. Raises OSError."""
+    return FileRecord(path.relative_to(bundle).as_posix(), path.stat().st_size, sha256_file(path))
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file as 64 hex digits, read in pieces. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def check_out(spec: GraphSpec, sizes: Mapping[str, int], out: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
     """Check the arrays of `out` against `spec` at the `sizes` of a call; return the shape of every output.
 
@@ -186,7 +203,9 @@ def check_out(spec: GraphSpec, sizes: Mapping[str, int], out: Mapping[str, Array
         if tensor is None:
             problems.append(f"unexpected output {name}")
         elif array.dtype != np.dtype(tensor.dtype) or array.shape != shapes[name]:
-            problems.append(f"{tensor}: expected {list(shapes[name])}, got {array.dtype}{list(array.shape)} to write into")
+            problems.append(
+                f"{tensor}: expected {list(shapes[name])}, got {array.dtype}{list(array.shape)} to write into"
+            )
         elif not (array.flags.c_contiguous and array.flags.writeable):
             problems.append(f"{tensor}: the array to write into is not C-contiguous and writeable")
     if problems:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
 import json
 import os
 import stat
@@ -31,7 +30,8 @@ from typing import Literal
 
 from lensc.export.graph import GraphSpec
 
-from .base import Artifact, FileRecord
+from .base import Artifact, FileRecord, file_record
+from .base import sha256_file as sha256_file
 from .codec import decode, encode, loads, shown
 from .errors import FormatTooNewError, IntegrityError, ManifestError, StorageError
 
@@ -215,7 +215,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     if problems:
         raise ManifestError(_message(path, problems))
     try:
-        files = tuple(FileRecord(name, (folder / name).stat().st_size, sha256_file(folder / name)) for name in found)
+        files = tuple(file_record(folder / name, folder) for name in found)
     except OSError as error:
         raise StorageError(f"{path}: not written: {_reason(error)}") from error
     manifest = dataclasses.replace(manifest, format=FORMAT, files=files)
@@ -229,12 +229,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
         raise ManifestError("not written: " + _message(path, problems))
     write_text(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     return manifest
-
-
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file as 64 hex digits, read in pieces. Raises OSError."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def path_problem(path: str) -> str | None:
