@@ -1,3 +1,4 @@
+# ruff: noqa: SIM905 (lists of words read better as text)
 """What stands in the demo pictures: strings, receipts, forms, notes and scenes of shapes; and which are held out.
 
 A string is held out when the first byte of its SHA-256 is below `HELD_OUT`: 5 % of all strings, by a rule that needs

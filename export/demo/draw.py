@@ -166,11 +166,11 @@ def draw_scene(rng: Random, wanted: list[tuple[str, str, float]], area: float) -
     canvas = ImageDraw.Draw(image)
     for shape in placed:
         r = shape.radius * unit
-        colour = tuple(min(255, max(0, c + rng.randrange(-12, 13))) for c in COLOURS[shape.colour])
+        fill = tuple(min(255, max(0, c + rng.randrange(-12, 13))) for c in COLOURS[shape.colour])
         if shape.kind == "circle":
             box = (shape.x - r, shape.y - r, shape.x + r, shape.y + r)
-            canvas.ellipse([c * factor for c in box], fill=colour)
+            canvas.ellipse([c * factor for c in box], fill=fill)
         else:
-            canvas.polygon([(x * factor, y * factor) for x, y in _outline(shape, unit)], fill=colour)
+            canvas.polygon([(x * factor, y * factor) for x, y in _outline(shape, unit)], fill=fill)
     assert {s.kind for s in placed} <= set(SHAPES)
     return Drawing(_weathered(rng, image.resize((width, height), Image.Resampling.BOX)))

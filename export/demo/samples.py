@@ -130,9 +130,9 @@ def question(rng: Random, evaluation: bool, kind: str | None = None) -> Sample:
 
 def held_out_samples(task: str, count: int, seed: int = 2026) -> list[Sample]:
     """The evaluation set of a task: held-out strings only, the same pictures on every machine."""
+    makers: dict[str, Callable[[Random, bool], Sample]] = {"line": line, "page": page, "question": question}
     rng = Random(f"{task} {seed}")
-    make = {"line": line, "page": page, "question": question}[task]
-    return [make(rng, True) for _ in range(count)]
+    return [makers[task](rng, True) for _ in range(count)]
 
 
 def main() -> None:

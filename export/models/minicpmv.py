@@ -67,7 +67,7 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         def heads(t: Tensor) -> Tensor:
-            return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            return torch.unflatten(t, -1, (self.heads, -1)).transpose(1, 2)
 
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
         mixed = attend(q, k, v, bias[:, None, None, :], q.shape[-1] ** -0.5)
@@ -146,7 +146,7 @@ class ResamplerAttention(nn.Module):
         """query: [1, queries, D] shared by all slices; key, value: [slices, patches, D]; bias: [slices, patches]."""
 
         def heads(t: Tensor) -> Tensor:
-            return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            return torch.unflatten(t, -1, (self.heads, -1)).transpose(1, 2)
 
         wq, wk, wv = self.in_proj_weight.chunk(3)
         bq, bk, bv = self.in_proj_bias.chunk(3)
