@@ -32,13 +32,10 @@ class Hypothesis:
 class BeamSearch:
     """The state of one search: open beams, finished hypotheses."""
 
-    def __init__(
-        self, num_beams: int, eos_token_ids: tuple[int, ...], max_new_tokens: int, repetition_penalty: float = 1.0
-    ) -> None:
+    def __init__(self, num_beams: int, eos_token_ids: tuple[int, ...], repetition_penalty: float = 1.0) -> None:
         self.num_beams = num_beams
         self.done = False
         self._eos = eos_token_ids
-        self._max_new_tokens = max_new_tokens
         self._penalty = repetition_penalty
         self._tokens: list[tuple[int, ...]] = [()] * num_beams
         self._scores = np.full(num_beams, FIRST_STEP_SCORE)
@@ -87,12 +84,10 @@ class BeamSearch:
             for score, tokens in zip(self._scores.tolist(), self._tokens, strict=True):
                 self._finish(score / self.length, tokens, stopped=False)
         self.done = True
-        result = []
-        for score, tokens, stopped in sorted(self._finished, key=lambda h: h[0])[::-1]:
-            # A hypothesis that stopped in the very last step has no room left for its stop id.
-            fits = stopped and len(tokens) < self._max_new_tokens
-            result.append(Hypothesis(score, (*tokens, self._eos[0]) if fits else tokens, stopped))
-        return result
+        return [
+            Hypothesis(score, (*tokens, self._eos[0]) if stopped else tokens, stopped)
+            for score, tokens, stopped in sorted(self._finished, key=lambda h: h[0])[::-1]
+        ]
 
     def _best(self, scores: F32) -> list[tuple[int, float]]:
         """The best flat indices and their scores, best first: enough that `num_beams` of them are no stop ids."""

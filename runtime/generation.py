@@ -151,7 +151,7 @@ class Generation:
 
     def _beams(self, logits: F32) -> Iterator[int]:
         options = self._options
-        search = BeamSearch(options.num_beams, self._eos, options.max_new_tokens, options.repetition_penalty)
+        search = BeamSearch(options.num_beams, self._eos, options.repetition_penalty)
         all_logits = np.repeat(logits[None], options.num_beams, axis=0)
         cancelled = False
         while True:

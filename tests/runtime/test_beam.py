@@ -30,7 +30,7 @@ def made_up_logits(
 
 def search(case: dict[str, Any]) -> tuple[BeamSearch, list[Hypothesis]]:
     eos = tuple(range(case["eos"]))
-    beams = BeamSearch(case["num_beams"], eos, case["max_new_tokens"], case["penalty"])
+    beams = BeamSearch(case["num_beams"], eos, case["penalty"])
     histories: list[tuple[int, ...]] = [()] * case["num_beams"]
     while not beams.done and beams.length < case["max_new_tokens"]:
         logits = [made_up_logits(h, case["vocabulary"], case["seed"], len(eos), case["eos_bias"]) for h in histories]
@@ -59,7 +59,7 @@ def one_hot(*probabilities: list[float]) -> np.ndarray[Any, Any]:
 
 
 def test_scores_are_divided_by_the_length_with_the_stop_id() -> None:
-    beams = BeamSearch(2, (0,), 4)
+    beams = BeamSearch(2, (0,))
     beams.advance(one_hot([0.1, 0.6, 0.3], [0.1, 0.6, 0.3]))
     beams.advance(one_hot([0.8, 0.1, 0.1], [0.8, 0.1, 0.1]))
     best, second = beams.hypotheses()
@@ -69,17 +69,22 @@ def test_scores_are_divided_by_the_length_with_the_stop_id() -> None:
 
 
 def test_a_stop_id_outside_the_best_beams_is_not_a_hypothesis() -> None:
-    beams = BeamSearch(2, (0,), 1)
-    beams.advance(one_hot([0.1, 0.6, 0.3], [0.1, 0.6, 0.3]))
-    assert [h.stopped for h in beams.hypotheses()] == [False, False]
+    # Ranked: 2, then the stop ids 0 and 1, then the rest. Stop id 1 has rank 2 of 2 beams, so it does not count,
+    # although it would be second in the end: all ways on from 2 are unlikely.
+    first = [0.3, 0.2, 0.4, *[0.1 / 97] * 97]
+    even = [1e-6, 1e-6, *[0.01] * 98]
+    beams = BeamSearch(2, (0, 1))
+    beams.advance(one_hot(first, first))
+    beams.advance(one_hot(even, even))
+    assert [(h.token_ids[0], h.stopped) for h in beams.hypotheses()] == [(0, True), (2, False)]
 
 
 def test_any_stop_id_ends_a_beam_and_the_first_is_written() -> None:
-    beams = BeamSearch(2, (5, 0), 3)
+    beams = BeamSearch(2, (5, 0))
     beams.advance(one_hot([0.9, 0.05, 0.03, 0.01, 0.005, 0.005], [0.9, 0.05, 0.03, 0.01, 0.005, 0.005]))
     assert beams.hypotheses()[0] == Hypothesis(pytest.approx(np.log(0.9), abs=1e-6), (5,), True)
 
 
 def test_broken_logits_are_refused() -> None:
     with pytest.raises(ExecutionError, match="finite"):
-        BeamSearch(2, (0,), 3).advance(np.full((2, 9), np.nan, np.float32))
+        BeamSearch(2, (0,)).advance(np.full((2, 9), np.nan, np.float32))

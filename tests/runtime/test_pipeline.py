@@ -22,6 +22,7 @@ from lensc.backends.bundle import DecoderSpec, GenerationSpec, ModelSpec, Pictur
 from lensc.backends.errors import ExecutionError, GraphError, PictureError, PromptError, TokenizerError, UsageError
 from lensc.export.graph import DimRange, GraphSpec, StatePair, TensorSpec
 from lensc.runtime import decoder as decoder_module
+from lensc.runtime import sampling
 from lensc.runtime import vision as vision_module
 from lensc.runtime.beam import BeamSearch
 from lensc.runtime.decoder import embed, scatter
@@ -39,7 +40,8 @@ SPEC = ModelSpec(
     GenerationSpec(eos_token_ids=(1025, 1033), max_new_tokens=12),
 )
 TABLE = np.random.default_rng(5).normal(size=(VOCAB, D)).astype(np.float16)
-HEAD = np.random.default_rng(6).normal(size=(D, VOCAB)).astype(np.float32)
+HEAD = np.random.default_rng(6).normal(size=(D, VOCAB)).astype(np.float32) / 5
+"""Small, so that several tokens are nearly as likely and beams overtake each other."""
 QUESTION = "What is it?"
 
 
@@ -205,15 +207,20 @@ def test_pictures_change_the_answer_and_their_order_matters() -> None:
 def test_beams_equal_a_search_without_cache() -> None:
     vlm, _, _ = make()
     embeds = prompt_embeds(vlm, QUESTION, [picture()])
-    search = BeamSearch(3, SPEC.generation.eos_token_ids, 12, 1.2)
-    histories: list[list[int]] = [[], [], []]
+    search = BeamSearch(4, SPEC.generation.eos_token_ids, 1.2)
+    histories: list[list[int]] = [[], [], [], []]
+    swaps = 0
     while not search.done and search.length < 12:
         tokens, parents = search.advance(np.stack([recompute(embeds, h) for h in histories]))
+        swaps += search.length > 1 and parents.tolist() != [0, 1, 2, 3]
         histories = [[*histories[p], int(t)] for t, p in zip(tokens, parents, strict=True)]
-    assert vlm.generate(QUESTION, [picture()], num_beams=3).token_ids == search.hypotheses()[0].token_ids
+    generation = vlm.begin(vlm.prepare(user_messages(QUESTION, [picture()])), resolve(SPEC.generation, num_beams=4))
+    list(generation.tokens())
+    assert [h.token_ids for h in generation.hypotheses] == [h.token_ids for h in search.hypotheses()]
+    assert swaps > 3
 
 
-def test_penalty_looks_at_generated_tokens_only() -> None:
+def test_penalty_looks_at_generated_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
     vlm, _, _ = make()
     embeds = prompt_embeds(vlm, QUESTION, [])
     tokens: list[int] = []
@@ -222,7 +229,15 @@ def test_penalty_looks_at_generated_tokens_only() -> None:
         for t in set(tokens):
             logits[t] *= 5.0 if logits[t] < 0 else 1 / 5.0
         tokens.append(int(logits.argmax()))
+    seen: list[list[int]] = []
+
+    def recorded(logits: Any, generated: list[int], penalty: float) -> Any:
+        seen.append(list(generated))
+        return sampling.penalize(logits, generated, penalty)
+
+    monkeypatch.setattr("lensc.runtime.generation.penalize", recorded)
     assert vlm.generate(QUESTION, repetition_penalty=5.0).token_ids == tuple(tokens)
+    assert seen == [tokens[:i] for i in range(12)]
 
 
 def test_a_seed_repeats_the_answer() -> None:
@@ -242,9 +257,9 @@ def test_top_k_of_one_is_greedy() -> None:
 
 def test_generated_rows_are_written_in_place() -> None:
     vlm, _, decoder = make()
-    vlm.generate(QUESTION)
+    vlm.generate(QUESTION, max_new_tokens=60)
     assert all(np.shares_memory(a, b) for a, b in itertools.pairwise(decoder.past[1:]))
-    assert len(decoder.past) > 5
+    assert len(decoder.past) == 60
 
 
 def test_chat_is_generate_with_turns() -> None:

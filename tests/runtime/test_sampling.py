@@ -71,8 +71,11 @@ def test_top_k_of_everything_removes_nothing(k: int) -> None:
 
 def test_top_p_keeps_the_smallest_set_that_reaches_p() -> None:
     scores = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
-    kept = [np.flatnonzero(np.isfinite(sampling.keep_top_p(scores, p))).tolist() for p in (1e-6, 0.39, 0.41, 0.75, 1.0)]
-    assert kept == [[1], [1], [1, 3], [1, 2, 3], [0, 1, 2, 3]]
+    kept = [
+        np.flatnonzero(np.isfinite(sampling.keep_top_p(scores, p))).tolist()
+        for p in (1e-9, 1e-6, 0.39, 0.41, 0.75, 1.0)
+    ]
+    assert kept == [[1], [1], [1], [1, 3], [1, 2, 3], [0, 1, 2, 3]]
 
 
 def test_order_is_penalty_temperature_top_k_top_p() -> None:
