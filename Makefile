@@ -3,9 +3,9 @@
 # make lint   check format, style and types
 # make clean  remove what was built, the virtual environment included
 #
-# Everything is installed into .venv, in the versions of constraints.txt. torch comes first and from TORCH_INDEX, so
-# that Linux gets the CPU build (200 MB) and not the CUDA one (3 GB); where that index cannot be reached, pip's own
-# configuration decides. pip's environment variables and pip.conf are honoured.
+# Everything is installed into .venv, in the versions of constraints.txt. torch comes first and from TORCH_INDEX too, so
+# that Linux gets the CPU build (200 MB) and not the CUDA one (3 GB); where that index cannot be reached, only what pip
+# is configured for is asked. pip's environment variables and pip.conf are honoured.
 
 PYTHON ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -31,9 +31,11 @@ test: $(INSTALLED)
 	@$(BIN)/python -m pytest -q
 
 lint: $(INSTALLED)
-	@$(BIN)/ruff format --check --quiet .
-	@$(BIN)/ruff check --quiet .
-	@$(BIN)/mypy
+	@failed=0; \
+	$(BIN)/ruff format --check --quiet . || failed=1; \
+	$(BIN)/ruff check --quiet . || failed=1; \
+	$(BIN)/mypy || failed=1; \
+	exit $$failed
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -52,8 +54,10 @@ $(BIN)/python:
 # The editable install imports through links in build/ (kernels/CMakeLists.txt), hence the stamp there. A file added to
 # lensc/ needs a link, hence the folder; importing it first keeps the bytecode folder from looking like a new file.
 $(INSTALLED): pyproject.toml constraints.txt kernels/CMakeLists.txt lensc $(BIN)/python
-	@echo "installing torch"
-	@$(PIP) install -qq --retries 2 -c constraints.txt --extra-index-url $(TORCH_INDEX) torch
+	@if $(BIN)/python -c 'from urllib.request import urlopen; urlopen("$(TORCH_INDEX)/torch/", timeout=20)' 2>/dev/null; \
+	then echo "installing torch from $(TORCH_INDEX)"; index="--extra-index-url $(TORCH_INDEX)"; \
+	else echo "installing torch; $(TORCH_INDEX) cannot be reached, so pip's configuration chooses the build"; index=; fi; \
+	$(PIP) install -qq -c constraints.txt $$index torch
 	@echo "installing lensc and the other packages of constraints.txt"
 	@PIP_CONSTRAINT=constraints.txt $(PIP) install -qq -e '.[dev]'
 	@$(BIN)/python -c 'import lensc.cli'
