@@ -1,0 +1,248 @@
+"""ONNX Runtime on the CPU.
+
+Compiling is graph optimization done once: the artifact is the optimized graph as ONNX with external data, so that
+loading only maps the weights and packs them, and one can look at what will run (`lensc inspect`, Netron). Optimized
+graphs use operators private to ONNX Runtime, hence an artifact loads on the version that made it or a newer one.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lensc.export.graph import Graph, GraphSpec
+from lensc.export.quantize.scheme import Scheme
+from lensc.profiles import probe
+
+from .base import (
+    Array,
+    Artifact,
+    Probe,
+    Session,
+    Target,
+    check_compatibility,
+    check_feeds,
+    check_out,
+    file_record,
+)
+from .errors import ExecutionError, StorageError, UnavailableError, UnsupportedError
+
+NAME = "onnxruntime"
+INSTALL = "pip install lensc"
+PROVIDER = "CPUExecutionProvider"
+LEVEL = "extended"
+"""Fusions that hold on every CPU; the level above (layout) chooses for the CPU it runs on and gains nothing here,
+where the graphs are matrix products and not convolutions."""
+
+EXTERNAL_BYTES = 1024
+"""Tensors from this size on go to the external data file."""
+
+MESSAGE_LENGTH = 400
+
+
+class OnnxRuntime:
+    """See `Backend`."""
+
+    name = NAME
+
+    def probe(self) -> tuple[Probe, ...]:
+        """One probe, for the CPU."""
+        try:
+            ort = _engine()
+        except UnavailableError as error:
+            return (Probe(NAME, "cpu", False, str(error)),)
+        return (Probe(NAME, "cpu", True, f"onnxruntime {ort.__version__}"),)
+
+    def supports(self, spec: GraphSpec, scheme: str, target: Target) -> str | None:
+        """Every portable graph and scheme on the CPU: quantized weights are standard operators of the graph."""
+        if target.backend != NAME:
+            return f"target {target} is not one of backend {NAME}"
+        if target.processor != "cpu":
+            return f"target {target}: backend {NAME} runs on the cpu; expected {NAME}:cpu"
+        if target.arch:
+            return f"target {target}: backend {NAME} takes no architecture; expected {NAME}:cpu"
+        return None
+
+    def compile(self, graph: Graph, target: Target, out: Path) -> Artifact:
+        """Optimize `graph` and save it as `<out>/<graph name>.onnx` with its data file."""
+        reason = self.supports(graph.spec, graph.scheme, target)
+        if reason:
+            raise UnsupportedError(reason)
+        ort = _engine()
+        names = (f"{graph.spec.name}.onnx", f"{graph.spec.name}.onnx.data")
+        folder = out / f"{graph.spec.name}.partial"
+        with _writing(out):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            try:
+                _optimize(ort, graph.path, folder / names[0])
+                placement = _placement(ort, folder / names[0])
+                # the data first: without its model it is never opened
+                for name in reversed(names):
+                    if (folder / name).exists():
+                        os.replace(folder / name, out / name)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            files = tuple(file_record(out / name, out.parent) for name in names if (out / name).exists())
+        return Artifact(
+            graph=graph.spec.name,
+            target=target,
+            scheme=graph.scheme,
+            files=files,
+            toolchain={NAME: ort.__version__},
+            options={"graph_optimization": LEVEL},
+            compatibility={NAME: f">={ort.__version__}"} | _cpu_requirement(graph.scheme),
+            placement=placement,
+        )
+
+    def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, threads: int | None = None) -> Session:
+        """Open an optimized graph. Weights are mapped from the data file, then packed for the CPU at hand."""
+        ort = _engine()
+        check_compatibility(artifact, {NAME: ort.__version__, "machine": platform.machine()})
+        options = _options(ort)
+        options.intra_op_num_threads = probe.machine().cores if threads is None else threads
+        return OrtSession(spec, _open(ort, bundle / artifact.files[0].path, options))
+
+
+class OrtSession:
+    """A loaded graph. Arrays are handed to the engine by address, in and out: nothing is copied at the border."""
+
+    def __init__(self, spec: GraphSpec, session: Any) -> None:
+        self.spec = spec
+        self._session: Any = session
+        self._binding: Any = session.io_binding()
+        self._dtypes = {t.name: np.dtype(t.dtype).type for t in (*spec.inputs, *spec.outputs)}
+
+    def run(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """Run once; see `Session.run`. Feeds that are not C-contiguous are copied, all others are read in place."""
+        if self._session is None:
+            raise ExecutionError(f"graph {self.spec.name}: the session is closed")
+        given = {} if out is None else out
+        sizes = check_feeds(self.spec, feeds)
+        shapes = check_out(self.spec, sizes, given)
+        inputs = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        outputs = {
+            name: given[name] if name in given else np.empty(shape, self._dtypes[name])
+            for name, shape in shapes.items()
+        }
+        try:
+            for name, array in inputs.items():
+                self._binding.bind_input(name, "cpu", 0, self._dtypes[name], array.shape, array.ctypes.data)
+            for name, array in outputs.items():
+                self._binding.bind_output(name, "cpu", 0, self._dtypes[name], array.shape, array.ctypes.data)
+            with _engine_errors(f"graph {self.spec.name}"):
+                self._session.run_with_iobinding(self._binding)
+        finally:
+            # a binding keeps addresses, not arrays: none may outlive this call
+            self._binding.clear_binding_inputs()
+            self._binding.clear_binding_outputs()
+        return outputs
+
+    def close(self) -> None:
+        """Free the engine's session."""
+        self._session = self._binding = None
+
+
+def _engine() -> Any:
+    """The onnxruntime module. Raises UnavailableError that says how to install it."""
+    try:
+        import onnxruntime
+
+        return onnxruntime
+    except ImportError as error:
+        raise UnavailableError(f"backend {NAME} unavailable: {_one_line(error)}; {INSTALL}") from error
+
+
+def _options(ort: Any) -> Any:
+    """Options of every session here: nothing is optimized, nothing is kept between runs, errors are exceptions."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    # the engine logs an error and raises it too; only what it dies of is left to the log
+    options.log_severity_level = 4
+    # Sizes change with every call. The arena keeps the largest prefill for ever and memory patterns are kept for each
+    # size seen: 570 MB after four prefills and 600 steps of a 190 MB decoder, 350 MB without, at the same speed.
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    # threads of an idle session must not spin beside the other session's
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def _open(ort: Any, path: Path, options: Any) -> Any:
+    with _engine_errors(str(path)):
+        session = ort.InferenceSession(str(path), options, providers=[PROVIDER])
+    # without this a failing run is repeated with other providers, and printed
+    session.disable_fallback()
+    return session
+
+
+def _optimize(ort: Any, source: Path, saved: Path) -> None:
+    options = _options(ort)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(saved)
+    entries = {
+        "session.optimized_model_external_initializers_file_name": f"{saved.name}.data",
+        "session.optimized_model_external_initializers_min_size_in_bytes": str(EXTERNAL_BYTES),
+        # packed weights would be made, then dropped: they fit one CPU
+        "session.disable_prepacking": "1",
+    }
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    _open(ort, source, options)
+
+
+def _placement(ort: Any, path: Path) -> dict[str, int]:
+    """Nodes per execution provider, as the saved graph is placed when it is loaded."""
+    options = _options(ort)
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    placed = _open(ort, path, options).get_provider_graph_assignment_info()
+    counts: Counter[str] = Counter()
+    for part in placed:
+        counts[part.ep_name] += len(part.get_nodes())
+    return dict(sorted(counts.items()))
+
+
+def _cpu_requirement(scheme: str) -> dict[str, str]:
+    """Quantized operators are fused differently for x86 (uint8 products) and ARM (int8); float graphs are the same."""
+    return {} if Scheme.parse(scheme).is_float else {"machine": platform.machine()}
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def _engine_errors(what: str) -> Iterator[None]:
+    """Turn the engine's exceptions into ExecutionError of one line."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = (
+        "EPFail", "EngineError", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile",
+        "NotFound", "NotImplemented", "RuntimeException",
+    )  # fmt: skip
+    kinds = tuple(getattr(state, name) for name in names if hasattr(state, name))
+    try:
+        yield
+    except (*kinds, RuntimeError, ValueError) as error:
+        raise ExecutionError(f"{what}: onnxruntime failed: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= MESSAGE_LENGTH else text[: MESSAGE_LENGTH - 1] + "…"
+
+
+backend = OnnxRuntime()
