@@ -22,7 +22,8 @@ SOURCES := $(shell find backends export runtime lensc profiles kernels -name '*.
 export PYTHONSAFEPATH := 1
 
 .PHONY: demo test lint clean
-.DELETE_ON_ERROR:
+# A bundle is swapped in whole, so an interrupted build leaves the former one: make must not delete it.
+.PRECIOUS: $(BUNDLE)/manifest.json
 
 demo: $(BUNDLE)/manifest.json
 	@$(BIN)/python -m lensc.bench.demo $(BUNDLE)
