@@ -1,0 +1,143 @@
+"""Checkpoint → verified graphs → bundle, in resumable stages.
+
+    export_checkpoint   checkpoint → folder of graphs     golden probes, table, tokenizer, vision, decoder, parity
+    compile_graphs      folder of graphs → bundle         each graph for each target, checked with the golden probes
+    build               both, and every target's artifacts are verified against the reference model as well
+
+A folder of graphs is a bundle without artifacts. `stages` says what happens when a run is interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from lensc.backends.base import Artifact, Target
+from lensc.backends.bundle import FORMAT, Manifest, ParityRecord, load_manifest, write_manifest
+from lensc.backends.errors import CheckpointError, UsageError
+
+from . import compile_stages, demo, export_stages
+from .checkpoint import TOKENIZER, Checkpoint
+from .compile_stages import check_supported, compile_target, portable_graphs, verify_target
+from .export_stages import TABLE, TOKENIZER_CONFIG, Exported, Source, copy_files, export_graphs
+from .graph import Graph
+from .models.session import decoder_spec, vision_spec
+from .provenance import provenance, timestamp, versions
+from .stages import Report, Staging
+
+WORK = "graphs"
+"""Where `build` keeps the portable graphs, which are not shipped."""
+
+MARGIN_BYTES = 16 << 20
+"""For probes, manifests and journals."""
+
+
+def export_checkpoint(
+    checkpoint: str | Path, out: str | Path, *, report: Report | None = None, command: str = ""
+) -> Manifest:
+    """Write the verified portable graphs of `checkpoint` (a folder, or `demo`) to the folder `out`.
+
+    Raises CheckpointError, TokenizerError, GraphError, ParityError, StorageError, or UsageError if `out` must not be
+    replaced. `out` is complete or untouched.
+    """
+    source = Source(Checkpoint(resolve_checkpoint(checkpoint)))
+    with Staging(Path(out), total=export_stages.STAGES + 2, report=report) as staging:
+        staging.require(source.graph_bytes + source.table_bytes + MARGIN_BYTES)
+        exported = export_graphs(staging, source, staging.tree)
+        manifest = _manifest(source, exported, (), command)
+        return staging.publish(lambda folder: write_manifest(folder, manifest))
+
+
+def compile_graphs(
+    graphs: str | Path, targets: Sequence[Target], out: str | Path, *, report: Report | None = None, command: str = ""
+) -> Manifest:
+    """Compile the folder `graphs` for every target into the bundle `out`.
+
+    What can run here is checked with the golden probes. Raises ManifestError if `graphs` is damaged, UnsupportedError
+    listing every graph that a target cannot take, and what engines raise. `out` is complete or untouched.
+    """
+    folder = Path(graphs)
+    if folder.resolve() == Path(out).resolve():
+        raise UsageError(f"{out}: is the folder of graphs itself; choose another output folder")
+    made = load_manifest(folder, verify=True)
+    portable = portable_graphs(folder, made)
+    check_supported({name: graph.spec for name, graph in portable.items()}, targets)
+    files = {f.path: f for f in made.files}
+    copied = [made.tokenizer, *made.tables.values(), *(probe.file for probe in made.probes)]
+    copied = list(dict.fromkeys([*copied, *(name for name in (TOKENIZER_CONFIG,) if name in files)]))
+    with Staging(Path(out), total=compile_stages.STAGES * len(targets) + 2, report=report) as staging:
+        weights = sum(f.bytes for f in made.files if f.path not in copied)
+        staging.require(weights * len(targets) + sum(files[name].bytes for name in copied) + MARGIN_BYTES)
+        hashes = {name: files[name].sha256 for name in copied}
+        staging.stage("copy tables", hashes, tuple[str, ...], lambda: copy_files(folder, staging.tree, copied))
+        artifacts = tuple(a for target in targets for a in compile_target(staging, portable, target, made.probes))
+        manifest = dataclasses.replace(
+            made,
+            graphs={name: dataclasses.replace(record, file=None) for name, record in made.graphs.items()},
+            artifacts=artifacts,
+            provenance=dataclasses.replace(made.provenance, command=command, versions=versions(), created=timestamp()),
+            metadata={**made.metadata, "export_command": made.provenance.command},
+        )
+        return staging.publish(lambda bundle: write_manifest(bundle, manifest))
+
+
+def build(
+    checkpoint: str | Path,
+    targets: Sequence[Target],
+    out: str | Path,
+    *,
+    report: Report | None = None,
+    command: str = "",
+) -> Manifest:
+    """Export `checkpoint` (a folder, or `demo`) and compile it for every target into the bundle `out`.
+
+    Artifacts that can run here are verified against the reference model. Raises what `export_checkpoint` and
+    `compile_graphs` do. `out` is complete or untouched.
+    """
+    source = Source(Checkpoint(resolve_checkpoint(checkpoint)))
+    config = source.checkpoint.config
+    check_supported({"vision": vision_spec(config), "decoder": decoder_spec(config)}, targets)
+    total = export_stages.STAGES + (compile_stages.STAGES + 1) * len(targets) + 2
+    with Staging(Path(out), total=total, report=report) as staging:
+        staging.require(source.graph_bytes * (1 + len(targets)) + source.table_bytes + MARGIN_BYTES)
+        work = staging.folder / WORK
+        exported = export_graphs(staging, source, work)
+        portable = {
+            name: Graph(record.spec, work / str(record.file), record.scheme, record.sha256)
+            for name, record in exported.graphs.items()
+        }
+        artifacts: list[Artifact] = []
+        parity: list[ParityRecord] = [*exported.parity]
+        for target in targets:
+            compiled = compile_target(staging, portable, target, exported.probes)
+            parity += verify_target(staging, source, target, compiled, portable)
+            artifacts += compiled
+        compiled_only = {name: dataclasses.replace(record, file=None) for name, record in exported.graphs.items()}
+        exported = Exported(compiled_only, exported.probes, tuple(parity))
+        manifest = _manifest(source, exported, tuple(artifacts), command)
+        return staging.publish(lambda folder: write_manifest(folder, manifest))
+
+
+def resolve_checkpoint(name: str | Path) -> Path:
+    """The folder that `name` means: `demo` is the checkpoint that is shipped with lensc."""
+    if str(name) != "demo":
+        return Path(name)
+    if not demo.CHECKPOINT.is_dir():
+        raise CheckpointError(f"demo: {demo.CHECKPOINT} is not part of this installation; give a checkpoint folder")
+    return demo.CHECKPOINT
+
+
+def _manifest(source: Source, exported: Exported, artifacts: tuple[Artifact, ...], command: str) -> Manifest:
+    return Manifest(
+        format=FORMAT,
+        model=source.spec,
+        graphs=exported.graphs,
+        artifacts=artifacts,
+        tables={"embed_tokens": TABLE},
+        tokenizer=TOKENIZER,
+        files=(),
+        provenance=provenance(source.checkpoint.sha256, command),
+        parity=exported.parity,
+        probes=exported.probes,
+    )

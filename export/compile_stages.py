@@ -1,0 +1,152 @@
+"""The stages from portable graphs to artifacts that are checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from lensc.backends import registry
+from lensc.backends.base import Array, Artifact, Session, Target
+from lensc.backends.bundle import Manifest, ParityRecord, ProbeRecord, sha256_file
+from lensc.backends.errors import ManifestError, ParityError, UnsupportedError, UsageError
+
+from .engines import close, engine_key, load_if_usable
+from .export_stages import ANSWER_TOKENS, GRAPHS, Paths, Source, open_table
+from .graph import Graph, GraphSpec
+from .provenance import SCHEME, code_key
+from .questions import questions_for
+from .stages import Staging
+from .verify import verify_graph, verify_model
+
+STAGES = 2 * len(GRAPHS)
+"""How many stages `compile_target` has."""
+
+NOT_RUN = "not_run"
+"""Key in `Artifact.parity` of the reason why an artifact was not checked here."""
+
+
+def portable_graphs(folder: Path, manifest: Manifest) -> dict[str, Graph]:
+    """The graphs of a folder. Raises ManifestError unless it has all and each as ONNX."""
+    absent = [name for name in GRAPHS if name not in manifest.graphs or manifest.graphs[name].file is None]
+    if absent:
+        raise ManifestError(
+            f"{folder}: has no portable graph {', '.join(absent)}: a compiled bundle does not; "
+            "give the folder that lensc export made"
+        )
+    return {
+        name: Graph(record.spec, folder / str(record.file), record.scheme, record.sha256)
+        for name, record in manifest.graphs.items()
+    }
+
+
+def check_supported(specs: Mapping[str, GraphSpec], targets: Sequence[Target]) -> None:
+    """Raise before any work if a target is unknown or cannot take a graph, listing all reasons."""
+    if not targets:
+        raise UsageError("no target; give at least one, e.g. onnxruntime:cpu")
+    reasons = [
+        f"{name} for {target}: {reason}"
+        for target in targets
+        for name, spec in specs.items()
+        if (reason := registry.get(target.backend).supports(spec, SCHEME, target)) is not None
+    ]
+    if reasons:
+        raise UnsupportedError("; ".join(reasons))
+
+
+def compile_target(
+    staging: Staging, graphs: Mapping[str, Graph], target: Target, probes: Sequence[ProbeRecord]
+) -> tuple[Artifact, ...]:
+    """Compile each graph into the target's folder of the tree and check it with its golden probes."""
+    artifacts = []
+    for name, graph in graphs.items():
+        key = {"graph": graph.sha256, "target": str(target), **code_key(), **engine_key(target)}
+        artifact = staging.stage(
+            f"compile {name} for {target}", key, Artifact, partial(_compile, graph, target, staging.tree)
+        )
+        mine = [probe for probe in probes if probe.graph == name]
+        key |= {record.path: record.sha256 for record in artifact.files}
+        key |= {probe.file: sha256_file(staging.tree / probe.file) for probe in mine}
+        check = partial(_check, artifact, graph.spec, staging.tree, mine)
+        artifacts.append(staging.stage(f"check {name} on {target}", key, Artifact, check))
+    return tuple(artifacts)
+
+
+def verify_target(
+    staging: Staging, source: Source, target: Target, artifacts: Sequence[Artifact], graphs: Mapping[str, Graph]
+) -> tuple[ParityRecord, ...]:
+    """The parity of a target's artifacts with the reference model; none if they cannot run here."""
+    key = source.key | {"target": str(target), **engine_key(target)}
+    key |= {record.path: record.sha256 for artifact in artifacts for record in artifact.files}
+    specs = {name: graph.spec for name, graph in graphs.items()}
+    verify = partial(_verify, source, target, artifacts, specs, staging.tree)
+    return staging.stage(f"verify {target}", key, tuple[ParityRecord, ...], verify)
+
+
+def _compile(graph: Graph, target: Target, tree: Path) -> tuple[Artifact, Paths]:
+    folder = tree / target.slug
+    folder.mkdir(parents=True, exist_ok=True)
+    artifact = registry.get(target.backend).compile(graph, target, folder)
+    return artifact, [tree / record.path for record in artifact.files]
+
+
+def _check(artifact: Artifact, spec: GraphSpec, tree: Path, probes: Sequence[ProbeRecord]) -> tuple[Artifact, Paths]:
+    """`artifact` with what the golden probes say of it, or why it cannot run here. Raises ParityError."""
+    session = load_if_usable(artifact, spec, tree)
+    if isinstance(session, str):
+        return dataclasses.replace(artifact, parity={NOT_RUN: session}), []
+    parity: dict[str, float | int | str] = {}
+    try:
+        for probe in probes:
+            with np.load(tree / probe.file, allow_pickle=False) as arrays:
+                feeds = {name[3:]: arrays[name] for name in arrays.files if name.startswith("in.")}
+                outputs = {name[4:]: arrays[name] for name in arrays.files if name.startswith("out.")}
+            metrics = verify_graph(_Recorded(spec, outputs), session, [feeds])
+            if not metrics.passed:
+                raise ParityError(f"{artifact.target} does not compute the golden probe {probe.file}: {metrics}")
+            parity = {"probe_max_abs": metrics.max_abs, "probe_sqnr_db": metrics.sqnr_db}
+    finally:
+        session.close()
+    return dataclasses.replace(artifact, parity=parity), []
+
+
+class _Recorded:
+    """A Session that gives recorded outputs, whatever it is fed."""
+
+    def __init__(self, spec: GraphSpec, outputs: Mapping[str, Array]) -> None:
+        self.spec = spec
+        self._outputs = dict(outputs)
+
+    def run(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        return self._outputs
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def _verify(
+    source: Source, target: Target, artifacts: Sequence[Artifact], specs: Mapping[str, GraphSpec], tree: Path
+) -> tuple[tuple[ParityRecord, ...], Paths]:
+    sessions: dict[str, Session] = {}
+    try:
+        for artifact in artifacts:
+            session = load_if_usable(artifact, specs[artifact.graph], tree)
+            if isinstance(session, str):
+                return (), []
+            sessions[artifact.graph] = session
+        records = verify_model(
+            source.reference,
+            sessions,
+            source.spec,
+            source.tokenizer,
+            open_table(tree),
+            questions_for(source.spec),
+            tokens=ANSWER_TOKENS,
+            target=str(target),
+        )
+    finally:
+        close(sessions)
+    return records, []

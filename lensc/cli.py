@@ -1,0 +1,310 @@
+"""The command line: `lensc <verb>`, one function per verb.
+
+The result goes to stdout, everything else (progress, notes, metrics, errors) to stderr. Exit codes: 0 done, 1 failed,
+2 wrong usage, 130 interrupted, 141 the reader of stdout went away. An error is one line, `lensc: error: …`; with
+`--json` a second line on stderr holds it as `{"error": {"type", "message", "exit_code"}}`. Nothing heavier than
+argparse is imported before a verb runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
+
+from lensc.backends.errors import LensError, UnavailableError, UsageError
+
+from . import console
+
+if TYPE_CHECKING:
+    from lensc.backends.base import Target
+    from lensc.backends.bundle import Manifest
+    from lensc.export.stages import StageEvent
+
+INTERRUPTED, PIPE_CLOSED = 130, 141
+
+EXPORT_PACKAGES = {"torch", "onnx", "onnxscript", "onnx_ir", "safetensors"}
+"""What the extra `export` installs."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. `argv` defaults to the process's arguments."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    as_json, debug = "--json" in arguments, "--debug" in arguments
+    try:
+        options = parser().parse_args(arguments)
+        if not hasattr(options, "verb"):
+            parser().print_help(sys.stderr)
+            return UsageError.exit_code
+        options.command = shlex.join(["lensc", *arguments])
+        verb: Callable[[argparse.Namespace], int] = options.verb
+        code = verb(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Python flushes stdout at exit and would complain; there is nobody left to read it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except KeyboardInterrupt:
+        print("\nlensc: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except LensError as error:
+        return _fail(error, error.exit_code, str(error), as_json, debug)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(error, LensError.exit_code, f"{where}{error.strerror or error}", as_json, debug)
+    except MemoryError as error:
+        return _fail(error, LensError.exit_code, "out of memory; free some, or use a smaller model", as_json, debug)
+    except Exception as error:  # noqa: BLE001  (a bug, told in one line; --debug shows all of it)
+        text = f"unexpected {type(error).__name__}: {error}; this is a bug in lensc, please report it with the output"
+        return _fail(error, LensError.exit_code, f"{text} of the same command under --debug", as_json, debug)
+
+
+def _fail(error: BaseException, code: int, message: str, as_json: bool, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    message = console.printable(message)
+    print(f"lensc: error: {message}", file=sys.stderr)
+    if as_json:
+        document = {"error": {"type": type(error).__name__, "message": message, "exit_code": code}}
+        console.print_json(document, sys.stderr)
+    return code
+
+
+# --- arguments ----------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong argument as UsageError, so that all errors look alike."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    top = Parser(prog="lensc", description="Compiler and runtime for vision-language models on edge devices.")
+    top.add_argument("--version", action=Version, nargs=0, help="print the version and exit")
+    verbs = top.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
+
+    def verb(name: str, function: Callable[[argparse.Namespace], int], help: str, more: str = "") -> Parser:
+        added = verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}. {more}".strip())
+        added.set_defaults(verb=function)
+        added.add_argument("--json", action="store_true", help="machine-readable output")
+        added.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return added
+
+    resumes = "An interrupted run leaves OUT.partial beside OUT; run the same command again to go on from there."
+    export = verb("export", _export, "turn a checkpoint into verified portable graphs", resumes)
+    export.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or demo for the one that is shipped"
+    )
+    _output(export, "graphs/")
+
+    compile_ = verb("compile", _compile, "compile a folder of graphs for one or more targets", resumes)
+    compile_.add_argument("graphs", metavar="GRAPHS", help="folder made by lensc export")
+    _targets(compile_)
+    _output(compile_, "bundle/")
+
+    build = verb("build", _build, "export and compile in one go", resumes)
+    build.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or demo for the one that is shipped"
+    )
+    _targets(build)
+    _output(build, "bundle/")
+
+    inspect = verb("inspect", _inspect, "show what a bundle or a folder of graphs holds")
+    inspect.add_argument("bundle", metavar="BUNDLE")
+    inspect.add_argument("--verify", action="store_true", help="compute the SHA-256 of every file, too")
+
+    run = verb("run", _run, "answer one question about pictures; the answer is streamed")
+    run.add_argument("bundle", metavar="BUNDLE")
+    run.add_argument("prompt", metavar="PROMPT", help="the question; - reads it from stdin")
+    run.add_argument("--image", metavar="PICTURE", action="append", default=[], help="picture file; repeat for several")
+    run.add_argument("--system", metavar="TEXT", default="", help="system prompt")
+    run.add_argument("--metrics", action="store_true", help="print times and sizes to stderr afterwards")
+    _generation(run)
+
+    chat = verb("chat", _chat, "hold a conversation about pictures; /help lists its commands")
+    chat.add_argument("bundle", metavar="BUNDLE")
+    chat.add_argument("--image", metavar="PICTURE", action="append", default=[], help="picture of the first message")
+    chat.add_argument("--system", metavar="TEXT", default="", help="system prompt")
+    _generation(chat)
+
+    verb("devices", _devices, "list each engine and processor as usable or not, and why")
+    return top
+
+
+class Version(argparse.Action):
+    """`--version`, looked up only when asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        import lensc
+
+        print(f"lensc {lensc.__version__}")
+        parser.exit()
+
+
+def _output(verb: Parser, example: str) -> None:
+    verb.add_argument("-o", "--out", metavar="OUT", required=True, help=f"folder to make, e.g. {example}")
+
+
+def _targets(verb: Parser) -> None:
+    text = "backend:processor[:arch], e.g. onnxruntime:cpu (the default); repeat for several; see lensc devices"
+    verb.add_argument("--target", metavar="TARGET", action="append", default=[], help=text)
+
+
+def _generation(verb: Parser) -> None:
+    where = verb.add_argument_group("where it runs")
+    where.add_argument("--target", metavar="TARGET", help="backend:processor[:arch]; default: the best usable one")
+    where.add_argument("--threads", metavar="N", type=int, help="default: one per physical core")
+    where.add_argument("--vision-padding", metavar="MODE", help="official, masked or per_slice; default: the bundle's")
+    where.add_argument("--no-selftest", action="store_true", help="skip the golden probes when loading")
+    how = verb.add_argument_group("how it answers", "Greedy unless told otherwise; named as in transformers.")
+    how.add_argument("--max-new-tokens", metavar="N", type=int)
+    how.add_argument("--do-sample", action="store_true", default=None, help="draw with the model's defaults below")
+    how.add_argument("--temperature", metavar="T", type=float)
+    how.add_argument("--top-k", metavar="K", type=int)
+    how.add_argument("--top-p", metavar="P", type=float)
+    how.add_argument("--repetition-penalty", metavar="R", type=float)
+    how.add_argument("--num-beams", metavar="N", type=int)
+    how.add_argument("--seed", metavar="N", type=int, help="makes draws repeatable")
+    verb.add_argument("-q", "--quiet", action="store_true", help="no notes on stderr")
+
+
+# --- verbs --------------------------------------------------------------------------------------------------------
+
+
+def _export(options: argparse.Namespace) -> int:
+    with _needs_export_packages():
+        from lensc.export import build
+    with console.Progress() as progress:
+        manifest = build.export_checkpoint(
+            options.checkpoint,
+            options.out,
+            report=_reporter(progress),
+            command=options.command,
+        )
+    return _made(options, manifest)
+
+
+def _compile(options: argparse.Namespace) -> int:
+    with _needs_export_packages():
+        from lensc.export import build
+    with console.Progress() as progress:
+        manifest = build.compile_graphs(
+            options.graphs, _parsed(options.target), options.out, report=_reporter(progress), command=options.command
+        )
+    return _made(options, manifest)
+
+
+def _build(options: argparse.Namespace) -> int:
+    targets = _parsed(options.target)
+    with _needs_export_packages():
+        from lensc.export import build
+    with console.Progress() as progress:
+        manifest = build.build(
+            options.checkpoint,
+            targets,
+            options.out,
+            report=_reporter(progress),
+            command=options.command,
+        )
+    return _made(options, manifest)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from lensc.backends.bundle import load_manifest
+
+    from . import describe
+
+    folder = Path(options.bundle)
+    with console.Progress() as progress:
+        if options.verify:
+            progress.show(f"hashing {folder}")
+        manifest = load_manifest(folder, verify=options.verify)
+    if options.json:
+        console.print_json({"bundle": str(folder), "verified": options.verify, "manifest": describe.as_json(manifest)})
+    else:
+        print(describe.details(manifest, folder, options.verify))
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from . import answers
+
+    return answers.run(options)
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from . import answers
+
+    return answers.chat(options)
+
+
+def _devices(options: argparse.Namespace) -> int:
+    from lensc.backends import registry
+    from lensc.backends.codec import encode
+    from lensc.profiles import probe
+
+    from . import describe
+
+    machine, probes = probe.machine(), registry.probes()
+    if options.json:
+        profile = encode(probe.device_profile(machine))
+        console.print_json({"machine": str(machine), "profile": profile, "backends": [encode(p) for p in probes]})
+    else:
+        print(describe.devices(machine, probes))
+    return 0
+
+
+# --- what verbs share ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _needs_export_packages() -> Iterator[None]:
+    """Say which extra to install where a package of the compile host is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXPORT_PACKAGES:
+            raise
+        raise UnavailableError(f"{package} is not installed; pip install 'lensc[export]'") from error
+
+
+def _parsed(targets: list[str]) -> list[Target]:
+    """The targets without repetition, onnxruntime:cpu if there are none."""
+    from lensc.backends.base import Target
+
+    return list(dict.fromkeys(Target.parse(text) for text in targets or ["onnxruntime:cpu"]))
+
+
+def _reporter(progress: console.Progress) -> Callable[[StageEvent], None]:
+    def report(event: StageEvent) -> None:
+        if event.state == "start":
+            progress.show(event.stage, (event.index, event.total))
+        else:
+            progress.line(f"  {event.stage}: " + ("kept" if event.state == "kept" else f"{event.seconds:.1f} s"))
+
+    return report
+
+
+def _made(options: argparse.Namespace, manifest: Manifest) -> int:
+    from pathlib import Path
+
+    from . import describe
+
+    folder = Path(options.out)
+    if options.json:
+        console.print_json({"bundle": str(folder), "manifest": describe.as_json(manifest)})
+    else:
+        print(describe.summary(manifest, folder))
+    return 0

@@ -1,0 +1,107 @@
+"""Manifests and devices as text for people, and as JSON for programs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lensc.backends.base import Probe
+from lensc.backends.bundle import Manifest, ParityRecord
+from lensc.backends.codec import encode
+from lensc.profiles.probe import Machine
+
+from .console import printable, size, table
+
+
+def as_json(manifest: Manifest) -> Any:
+    """The manifest as it stands in manifest.json."""
+    return encode(manifest)
+
+
+def summary(manifest: Manifest, folder: Path) -> str:
+    """What was made, in a few lines."""
+    total = size(sum(f.bytes for f in manifest.files))
+    kind = "bundle" if manifest.artifacts else "graphs"
+    lines = [f"{kind} {folder}: {printable(manifest.model.name)}, {manifest.provenance.scheme}, {total}"]
+    if manifest.artifacts:
+        lines.append(_artifacts(manifest))
+    if manifest.parity:
+        lines.append(_parity(manifest.parity))
+    return "\n".join(lines)
+
+
+def details(manifest: Manifest, folder: Path, verified: bool) -> str:
+    """All that `lensc inspect` shows."""
+    model, made = manifest.model, manifest.provenance
+    picture, decoder = model.picture, model.decoder
+    total = size(sum(f.bytes for f in manifest.files))
+    checked = "sizes and SHA-256 of all files are right" if verified else "sizes of all files are right"
+    sides = f"{picture.scale_resolution} pixels, at most {picture.max_slice_nums} cells"
+    versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
+    stops = ", ".join(map(str, model.generation.eos_token_ids))
+    facts = [
+        ("model", model.name),
+        ("files", f"{len(manifest.files)}, {total}; {checked}"),
+        ("made by", f"lensc {made.lensc_version}, {made.created}: {made.command}"),
+        ("with", versions or "unknown versions"),
+        ("checkpoint", f"sha256 {made.checkpoint_sha256}"),
+        ("scheme", made.scheme),
+        ("pictures", f"{sides}, {picture.query_num} embeddings a slice, vision_padding {picture.vision_padding}"),
+        ("decoder", f"{decoder.num_layers} layers, width {decoder.hidden_size}, {decoder.vocab_size} tokens"),
+        ("context", f"{decoder.context_length} tokens, stop ids {stops}"),
+        *sorted(manifest.metadata.items()),
+    ]
+    parts = [f"{folder}: bundle format {manifest.format}", table([(k, printable(v)) for k, v in facts], "  ")]
+    parts.append("graphs\n" + _graphs(manifest))
+    parts.append("artifacts\n" + (_artifacts(manifest) or "  none; make a bundle with lensc compile"))
+    parts.append("parity\n" + (_parity(manifest.parity) or "  not measured"))
+    probes = [(p.graph, p.file, f"tolerance {p.tolerance:.3g}") for p in manifest.probes]
+    parts.append("golden probes\n" + (table(probes, "  ") if probes else "  none"))
+    return "\n\n".join(parts)
+
+
+def devices(machine: Machine, probes: Iterable[Probe]) -> str:
+    """The machine, and a line per engine and processor."""
+    isa = ", ".join(machine.isa) or "no known instruction set extensions"
+    rows = [("backend", "processor", "usable", "state", "reason")]
+    rows += [(p.backend, p.processor, "yes" if p.usable else "no", p.state, p.reason) for p in probes]
+    return f"{machine}\n{isa}\n\n{table([[printable(cell) for cell in row] for row in rows])}"
+
+
+def _graphs(manifest: Manifest) -> str:
+    rows = []
+    for name, graph in manifest.graphs.items():
+        spec = graph.spec
+        shown = [str(t) for t in (*spec.inputs, *spec.outputs) if t.name not in _states(graph.spec)]
+        rows.append((name, graph.scheme, graph.file or "compiled only", "; ".join(shown)))
+        if spec.states:
+            first = spec.input(spec.states[0].input)
+            rows.append(("", "", "", f"{len(spec.states)} pairs of state like {first}"))
+    return table(rows, "  ") if rows else "  none"
+
+
+def _states(spec: Any) -> set[str]:
+    return {name for pair in spec.states for name in (pair.input, pair.output)}
+
+
+def _artifacts(manifest: Manifest) -> str:
+    rows = []
+    for artifact in manifest.artifacts:
+        nodes = ", ".join(f"{count} nodes on {where}" for where, count in artifact.placement.items())
+        tools = ", ".join(f"{name} {version}" for name, version in artifact.toolchain.items())
+        nbytes = size(sum(f.bytes for f in artifact.files))
+        rows.append([artifact.graph, str(artifact.target), artifact.scheme, nbytes, nodes, tools])
+    return table([[printable(cell) for cell in row] for row in rows], "  ") if rows else ""
+
+
+def _parity(records: Iterable[ParityRecord]) -> str:
+    rows = [("graph", "on", "against", "max abs", "SQNR dB", "cosine", "top-1", "diverges", "pictures", "")]
+    for r in records:
+        top1 = "-" if r.top1_agreement is None else f"{100 * r.top1_agreement:.2f} %"
+        diverges = "never" if r.first_divergent_token is None else f"at token {r.first_divergent_token}"
+        sqnr = "inf" if math.isinf(r.sqnr_db) else f"{r.sqnr_db:.1f}"
+        values = (f"{r.max_abs:.2e}", sqnr, f"{r.cosine:.6f}", top1, diverges, str(r.pictures))
+        rows.append((r.graph, r.target, r.against, *values, "passed" if r.passed else "FAILED"))
+    return table([[printable(cell) for cell in row] for row in rows], "  ") if len(rows) > 1 else ""
