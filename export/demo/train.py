@@ -41,6 +41,8 @@ from .files import QUERIES, config_json, picture_spec, write_checkpoint
 from .learner import Learner, Recipe, optimizers
 from .tokenizer import write_tokenizer
 
+STATE = "train.state"
+"""Beside the checkpoint, whose folder may hold no .pt file."""
 SAVE_EVERY_S = 300.0
 REPORT_EVERY_S = 20.0
 START = Stage(longest=5, scenes=0.08, pages=0.0, fields=0.0)
@@ -90,25 +92,24 @@ def train(out: Path, budget: Budget, recipe: Recipe, resume: bool = False, threa
     """
     torch.manual_seed(recipe.seed)
     torch.set_num_threads(threads)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        log = (out / "train.jsonl").open("a", encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{out}: cannot be written: {error.strerror}") from error
-    write_tokenizer(out)
     learner = Learner(ModelConfig.from_json(config_json()))
     opts = optimizers(learner, recipe)
     average = {name: tensor.clone() for name, tensor in learner.state_dict().items()}
-    at = _restore(out / "state.pt", learner, average, opts) if resume else Position()
+    at = _restore(out / STATE, learner, average, opts) if resume else Position()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_tokenizer(out)
+    except OSError as error:
+        raise StorageError(f"{out}: cannot be written: {error.strerror}") from error
 
     def report(**row: Any) -> None:
         line = json.dumps(row)
         print(line, flush=True)
-        log.write(line + "\n")
-        log.flush()
+        with (out / "train.jsonl").open("a", encoding="utf-8") as log:
+            log.write(line + "\n")
 
     def save() -> None:
-        _save_state(out / "state.pt", learner, average, opts, at)
+        _save_state(out / STATE, learner, average, opts, at)
         write_checkpoint({n.removeprefix("model."): t for n, t in average.items() if n.startswith("model.")}, out)
 
     parameters = sum(p.numel() for p in learner.model.parameters())
@@ -154,7 +155,6 @@ def train(out: Path, budget: Budget, recipe: Recipe, resume: bool = False, threa
         drawer.terminate()
     save()
     report(event="end", step=at.step, minute=round(at.spent_s / 60, 2), pictures=at.pictures, **_means(recent))
-    log.close()
     return at
 
 
