@@ -136,7 +136,7 @@ def _decode(file: Any, name: str) -> RGBPicture:
             ) from error
         with opened as image:
             check_size(*image.size, name)
-            notes = [str(image.format)]
+            notes: list[str] = []
             if getattr(image, "is_animated", False):
                 notes.append("several frames: only the first is used")
             if any(";16" in str(tile[3]) for tile in image.tile) and not image.mode.startswith("I"):

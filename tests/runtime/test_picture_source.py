@@ -50,12 +50,12 @@ def test_modes_equal_the_official_conversion(file: str) -> None:
 
 
 NOTES = {
-    "exif_orientation6.png": ("PNG", "EXIF orientation 6 ignored"),
-    "mode_1.png": ("PNG", "mode 1 converted to RGB"),
-    "mode_LA.png": ("PNG", "alpha dropped", "mode LA converted to RGB"),
-    "mode_P.png": ("PNG", "mode P converted to RGB"),
-    "mode_RGBA.png": ("PNG", "alpha dropped", "mode RGBA converted to RGB"),
-    "tiny64.png": ("PNG",),
+    "exif_orientation6.png": ("EXIF orientation 6 ignored",),
+    "mode_1.png": ("mode 1 converted to RGB",),
+    "mode_LA.png": ("alpha dropped", "mode LA converted to RGB"),
+    "mode_P.png": ("mode P converted to RGB",),
+    "mode_RGBA.png": ("alpha dropped", "mode RGBA converted to RGB"),
+    "tiny64.png": (),
 }
 
 
@@ -66,14 +66,14 @@ def test_notes_say_what_was_done(file: str) -> None:
 
 def test_notes_say_how_a_picture_was_cut() -> None:
     notes = slice_picture(GOLDEN / "images/mt449x448.png", SPEC).notes
-    assert notes == ("PNG", "449x448 resized to 448x448", "and to 644x630, cut into 2 columns x 1 rows")
+    assert notes == ("449x448 resized to 448x448", "and to 644x630, cut into 2 columns x 1 rows")
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PPM"])
 def test_16_bit_grey_is_scaled_to_8_bits(file_format: str) -> None:
     wide = np.linspace(0, 65535, 4096).astype(np.uint16).reshape(64, 64)
     picture = open_picture(_encode(Image.fromarray(wide), file_format))
-    assert picture.notes == (file_format, "16-bit grey scaled to 8 bits")
+    assert picture.notes == ("16-bit grey scaled to 8 bits",)
     want = np.round(wide / 257).astype(np.uint8)
     assert np.array_equal(np.asarray(picture.image), np.repeat(want[..., None], 3, axis=2))
 
@@ -81,7 +81,7 @@ def test_16_bit_grey_is_scaled_to_8_bits(file_format: str) -> None:
 def test_16_bit_colour_keeps_the_high_byte() -> None:
     row = b"\0" + struct.pack(">3H", 0x12FF, 0x8000, 0xFFFF)
     picture = open_picture(_png(1, 1, zlib.compress(row), bits=16))
-    assert picture.notes == ("PNG", "16-bit channels: only their high byte is used")
+    assert picture.notes == ("16-bit channels: only their high byte is used",)
     assert picture.image.getpixel((0, 0)) == (0x12, 0x80, 0xFF)
 
 
@@ -97,14 +97,14 @@ def test_of_several_frames_the_first_is_used(file_format: str) -> None:
 def test_cmyk() -> None:
     image = Image.new("CMYK", (8, 8), (10, 200, 30, 40))
     picture = open_picture(_encode(image, "TIFF"))
-    assert picture.notes == ("TIFF", "mode CMYK converted to RGB")
+    assert picture.notes == ("mode CMYK converted to RGB",)
     assert picture.image.getpixel((0, 0)) == image.convert("RGB").getpixel((0, 0)) != (10, 200, 30)
 
 
 def test_transparent_palette_is_dropped_without_a_warning() -> None:
     image = Image.new("RGBA", (8, 8), (10, 20, 30, 0)).convert("P")
     picture = open_picture(_encode(image, "PNG", transparency=bytes([0, 128])))
-    assert picture.notes == ("PNG", "alpha dropped", "mode P converted to RGB")
+    assert picture.notes == ("alpha dropped", "mode P converted to RGB")
     assert picture.image.getpixel((0, 0)) == (10, 20, 30)
 
 
@@ -232,4 +232,4 @@ def test_a_damaged_picture_never_gives_another_error(file_format: str) -> None:
 @pytest.mark.parametrize("block", [b"II*\0\xff\xff\xff\xff" + b"\1" * 20, b"no TIFF header"], ids=["offset", "header"])
 def test_a_damaged_exif_block_is_noted(block: bytes) -> None:
     notes = open_picture(_encode(Image.new("RGB", (8, 8)), "PNG", exif=b"Exif\0\0" + block)).notes
-    assert notes[0] == "PNG" and "EXIF" in notes[1]
+    assert "EXIF" in notes[0]
