@@ -68,11 +68,14 @@ def export_graph(
 ) -> Graph:
     """Trace `module` and write it to `path`, with its weights in one file beside it.
 
-    `module` takes and returns tensors in the order of `spec`; `example` are inputs of any value and of sizes that
-    differ from each other and from 1. Raises GraphError if the traced graph is not the one `spec` describes,
-    StorageError if it cannot be written. Files are replaced only by complete ones.
+    `module` takes and returns tensors in the order of `spec`, and makes tensors of its own on its inputs' device;
+    `example` are inputs of any value and of sizes that differ from each other and from 1. Raises GraphError if the
+    traced graph is not the one `spec` describes, StorageError if it cannot be written. Files are replaced only by
+    complete ones.
     """
     parameters = dict(module.state_dict())
+    if weights is None and any(p.device.type == "meta" for p in parameters.values()):
+        raise GraphError(f"graph {spec.name}: the module lies on the meta device and has no values; pass `weights`")
     model = _trace(module, example, spec)
     _simplify(model, frozenset(parameters))
     _name_dimensions(model, spec)
@@ -247,7 +250,7 @@ def _attach_weights(model: ir.Model, parameters: Mapping[str, Tensor], weights: 
 
 
 def _read(weights: Weights, name: str, value: ir.Value) -> ir.TensorProtocol:
-    """The weight `name` as `value` declares it. Raises GraphError if it has another shape or dtype, or no values."""
+    """The weight `name` as `value` declares it. Raises GraphError if it has another shape or dtype."""
     tensor = weights(name).detach()
     assert value.dtype is not None
     found, expected = tuple(tensor.shape), tuple(value.shape or ())
@@ -256,8 +259,6 @@ def _read(weights: Weights, name: str, value: ir.Value) -> ir.TensorProtocol:
         raise GraphError(
             f"weight {name}: expected {value.dtype.numpy().name}{list(expected)}, got {dtype}{list(found)}"
         )
-    if tensor.device.type == "meta":
-        raise GraphError(f"weight {name}: has no values (meta device); pass `weights`")
     return ir.Tensor(tensor.contiguous().numpy(), name=name)
 
 

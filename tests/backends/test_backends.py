@@ -363,7 +363,9 @@ def test_artifact_describes_itself(load: Callable[..., Loaded]) -> None:
     assert (artifact.graph, artifact.scheme) == ("decoder", "f32")
     assert artifact.toolchain and artifact.compatibility
     assert sum(artifact.placement.values()) > 50
-    on_disk = {p.relative_to(loaded.bundle).as_posix(): p.stat().st_size for p in loaded.bundle.rglob("*") if p.is_file()}
+    on_disk = {
+        p.relative_to(loaded.bundle).as_posix(): p.stat().st_size for p in loaded.bundle.rglob("*") if p.is_file()
+    }
     assert {f.path: f.bytes for f in artifact.files} == on_disk
 
 
@@ -387,7 +389,9 @@ def test_closed_session_refuses(load: Callable[..., Loaded]) -> None:
 
 def test_other_requirements_are_refused_with_the_command(load: Callable[..., Loaded]) -> None:
     loaded = load("vision")
-    newer = {name: ">=99.1" if wanted.startswith(">=") else "other" for name, wanted in loaded.artifact.compatibility.items()}
+    newer = {
+        name: ">=99.1" if wanted.startswith(">=") else "other" for name, wanted in loaded.artifact.compatibility.items()
+    }
     for requirements in (newer, {**loaded.artifact.compatibility, "firmware": "7"}):
         artifact = dataclasses.replace(loaded.artifact, compatibility=requirements)
         with pytest.raises(CompatibilityError, match=f"lensc compile .* --target {loaded.artifact.target}") as caught:
@@ -426,9 +430,7 @@ def test_compiling_into_a_missing_folder_is_a_storage_error(load: Callable[..., 
 
 
 @pytest.mark.parametrize("damage", ("truncated", "missing"))
-def test_compiling_a_damaged_graph_fails_in_one_line(
-    load: Callable[..., Loaded], tmp_path: Path, damage: str
-) -> None:
+def test_compiling_a_damaged_graph_fails_in_one_line(load: Callable[..., Loaded], tmp_path: Path, damage: str) -> None:
     loaded = load("vision")
     broken = dataclasses.replace(loaded.graph, path=tmp_path / "vision.onnx")
     if damage == "truncated":
