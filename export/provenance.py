@@ -11,9 +11,11 @@ from pathlib import Path
 
 from lensc.backends.bundle import Provenance
 
-SCHEME = "float32"
+SCHEME = "f32"
 VERSIONS = ("torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "numpy", "pillow", "tokenizers")
 CODE = ("backends", "export", "runtime")
+NOT_CODE = "demo"
+"""The folder of `export` that trains a checkpoint; nothing else runs it."""
 
 
 def provenance(checkpoint_sha256: str, command: str) -> Provenance:
@@ -52,5 +54,7 @@ def code_key() -> dict[str, str]:
     root = Path(__file__).parent.parent
     for folder in CODE:
         for path in sorted((root / folder).rglob("*.py")):
+            if path.parent.name == NOT_CODE:
+                continue
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return {**versions(), "code": digest.hexdigest()}

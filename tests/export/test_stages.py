@@ -40,7 +40,7 @@ MANIFEST = Manifest(
     tables={},
     tokenizer="tokenizer.json",
     files=(),
-    provenance=Provenance("0", "test", "0" * 64, {}, "float32", "2026-01-01"),
+    provenance=Provenance("0", "test", "0" * 64, {}, "f32", "2026-01-01"),
 )
 
 STAGES = ("tokenizer", "work", "table")
