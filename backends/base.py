@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -143,7 +143,7 @@ class Backend(Protocol):
     def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, threads: int | None = None) -> Session:
         """Open an artifact of `bundle` on this machine. `threads=None`: as many as there are physical cores allowed.
 
-        Raises UnavailableError, CompatibilityError or ExecutionError.
+        Raises UnavailableError, CompatibilityError, ExecutionError, or GraphError if the file holds another graph.
         """
         ...
 
@@ -211,6 +211,17 @@ def check_out(spec: GraphSpec, sizes: Mapping[str, int], out: Mapping[str, Array
     if problems:
         raise UsageError(f"graph {spec.name}: " + "; ".join(problems))
     return shapes
+
+
+def check_interface(spec: GraphSpec, inputs: Iterable[str], outputs: Iterable[str]) -> None:
+    """Check that a loaded graph has the inputs and outputs of `spec`, by name. Raises GraphError."""
+    problems = []
+    for kind, found, tensors in (("input", set(inputs), spec.inputs), ("output", set(outputs), spec.outputs)):
+        wanted = {t.name for t in tensors}
+        problems += [f"no {kind} {name}" for name in sorted(wanted - found)]
+        problems += [f"unexpected {kind} {name}" for name in sorted(found - wanted)]
+    if problems:
+        raise GraphError(f"the file of graph {spec.name} holds another graph: {'; '.join(problems)}; build it again")
 
 
 def check_compatibility(artifact: Artifact, found: Mapping[str, str]) -> None:

@@ -30,6 +30,7 @@ from .base import (
     Target,
     check_compatibility,
     check_feeds,
+    check_interface,
     check_out,
     file_record,
 )
@@ -109,7 +110,9 @@ class OnnxRuntime:
         check_compatibility(artifact, {NAME: ort.__version__, "machine": platform.machine()})
         options = _options(ort)
         options.intra_op_num_threads = probe.machine().cores if threads is None else threads
-        return OrtSession(spec, _open(ort, bundle / artifact.files[0].path, options))
+        session = _open(ort, bundle / artifact.files[0].path, options)
+        check_interface(spec, (i.name for i in session.get_inputs()), (o.name for o in session.get_outputs()))
+        return OrtSession(spec, session)
 
 
 class OrtSession:
@@ -134,11 +137,11 @@ class OrtSession:
             for name, shape in shapes.items()
         }
         try:
-            for name, array in inputs.items():
-                self._binding.bind_input(name, "cpu", 0, self._dtypes[name], array.shape, array.ctypes.data)
-            for name, array in outputs.items():
-                self._binding.bind_output(name, "cpu", 0, self._dtypes[name], array.shape, array.ctypes.data)
             with _engine_errors(f"graph {self.spec.name}"):
+                for name, array in inputs.items():
+                    self._binding.bind_input(name, "cpu", 0, self._dtypes[name], array.shape, array.ctypes.data)
+                for name, array in outputs.items():
+                    self._binding.bind_output(name, "cpu", 0, self._dtypes[name], array.shape, array.ctypes.data)
                 self._session.run_with_iobinding(self._binding)
         finally:
             # a binding keeps addresses, not arrays: none may outlive this call
@@ -178,10 +181,8 @@ def _options(ort: Any) -> Any:
 
 def _open(ort: Any, path: Path, options: Any) -> Any:
     with _engine_errors(str(path)):
-        session = ort.InferenceSession(str(path), options, providers=[PROVIDER])
-    # without this a failing run is repeated with other providers, and printed
-    session.disable_fallback()
-    return session
+        # with its fallback the engine repeats what failed on other providers, and prints that it does
+        return ort.InferenceSession(str(path), options, providers=[PROVIDER], enable_fallback=0)
 
 
 def _optimize(ort: Any, source: Path, saved: Path) -> None:

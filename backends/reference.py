@@ -24,6 +24,7 @@ from .base import (
     Target,
     check_compatibility,
     check_feeds,
+    check_interface,
     check_out,
     file_record,
 )
@@ -86,6 +87,7 @@ class Reference:
             evaluator = onnx.reference.ReferenceEvaluator(str(path))
         except _unreadable(onnx) as error:
             raise ExecutionError(f"{path}: onnx cannot read it: {' '.join(str(error).split())}") from error
+        check_interface(spec, evaluator.input_names, evaluator.output_names)
         return ReferenceSession(spec, evaluator)
 
 

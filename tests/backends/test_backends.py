@@ -19,7 +19,14 @@ import torch
 
 from lensc.backends import registry
 from lensc.backends.base import Array, Artifact, Backend, Session, Target
-from lensc.backends.errors import CompatibilityError, ExecutionError, StorageError, UnsupportedError, UsageError
+from lensc.backends.errors import (
+    CompatibilityError,
+    ExecutionError,
+    GraphError,
+    StorageError,
+    UnsupportedError,
+    UsageError,
+)
 from lensc.export.graph import Graph, GraphSpec
 from lensc.export.models.config import ModelConfig
 from lensc.export.models.minicpmv import MASK, MiniCPMV
@@ -397,6 +404,12 @@ def test_other_requirements_are_refused_with_the_command(load: Callable[..., Loa
         with pytest.raises(CompatibilityError, match=f"lensc compile .* --target {loaded.artifact.target}") as caught:
             loaded.backend.load(artifact, loaded.spec, loaded.bundle)
         assert "99.1" in str(caught.value) or "firmware" in str(caught.value)
+
+
+def test_another_graph_than_the_manifest_says_is_refused(load: Callable[..., Loaded]) -> None:
+    loaded, other = load("vision"), load("decoder")
+    with pytest.raises(GraphError, match=r"graph decoder holds another graph: no input inputs_embeds.*unexpected input"):
+        loaded.backend.load(loaded.artifact, other.spec, loaded.bundle)
 
 
 @pytest.mark.parametrize("damage", ("truncated", "garbage", "missing"))
