@@ -148,11 +148,13 @@ def _record(
 
 
 def _check_spans(spans: list[tuple[int, int, str]], size: int, problems: list[str]) -> None:
+    beyond = [(end, name) for _, end, name in sorted(spans) if end > size]
+    if beyond:  # one sentence: a truncated file has them by the hundred
+        more = f" (and {len(beyond) - 1} more)" if len(beyond) > 1 else ""
+        problems.append(f"tensor {beyond[0][1]} ends at byte {beyond[0][0]} of {size} bytes of data{more}; {_AGAIN}")
     position, before = 0, "the header"
     for begin, end, name in sorted(spans):
-        if end > size:
-            problems.append(f"tensor {name} ends at byte {end} of {size} bytes of data; {_AGAIN}")
-        elif begin < position:
+        if begin < position:
             problems.append(f"tensor {name} overlaps {before}")
         elif begin > position:
             problems.append(f"{begin - position} unused bytes lie between {before} and tensor {name}")

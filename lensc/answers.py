@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -126,7 +127,7 @@ class Conversation:
             raise UsageError("/image: expected the path of a picture")
         if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
             path = path[1:-1]
-        opened = open_picture(path)
+        opened = open_picture(os.path.expanduser(path))
         self.pictures.append(opened.image)
         if not self.options.quiet:
             _print_notes([f"{path}: {note}" for note in opened.notes] or [f"{path}: {opened.width}x{opened.height}"])

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lensc.backends.base import Probe
+from lensc.backends.base import Artifact, Probe
 from lensc.backends.bundle import Manifest, ParityRecord
 from lensc.backends.codec import encode
 from lensc.profiles.probe import Machine
@@ -92,8 +92,16 @@ def _artifacts(manifest: Manifest) -> str:
         nodes = ", ".join(f"{count} nodes on {where}" for where, count in artifact.placement.items())
         tools = ", ".join(f"{name} {version}" for name, version in artifact.toolchain.items())
         nbytes = size(sum(f.bytes for f in artifact.files))
-        rows.append([artifact.graph, str(artifact.target), artifact.scheme, nbytes, nodes, tools])
+        rows.append([artifact.graph, str(artifact.target), artifact.scheme, nbytes, nodes, tools, _checked(artifact)])
     return table([[printable(cell) for cell in row] for row in rows], "  ") if rows else ""
+
+
+def _checked(artifact: Artifact) -> str:
+    """What the golden probe said of an artifact when it was made."""
+    difference, reason = artifact.parity.get("probe_max_abs"), artifact.parity.get("not_run")
+    if difference is not None:
+        return f"golden probe within {float(difference):.1e}"
+    return f"not run when it was made: {reason}" if reason is not None else "not checked"
 
 
 def _parity(records: Iterable[ParityRecord]) -> str:
