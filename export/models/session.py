@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lensc.backends.base import Array, Session, check_feeds, check_out
 from lensc.backends.errors import ExecutionError
 from lensc.export.graph import DimRange, GraphSpec, StatePair, TensorSpec
+from lensc.runtime.picture import MAX_PATCHES
 
 from .config import ModelConfig
 from .minicpmv import Decoder, MiniCPMV
@@ -39,8 +40,10 @@ def vision_spec(config: ModelConfig) -> GraphSpec:
         outputs=(TensorSpec("image_embeds", "float32", ("slices", config.query_num, config.hidden_size)),),
         states=(),
         dims={
-            "slices": DimRange(1, 1, max(1, config.max_position_embeddings // config.query_num)),
-            "patches": DimRange(1, usual, 32 * usual),
+            "slices": DimRange(
+                1, 1, max(config.max_slice_nums + 1, config.max_position_embeddings // config.query_num)
+            ),
+            "patches": DimRange(1, max(1, usual), max(MAX_PATCHES, usual)),
         },
     )
 
