@@ -17,14 +17,15 @@ from tokenizers import Tokenizer
 from lensc.backends.bundle import PictureSpec
 from lensc.runtime.picture import position_ids, slice_picture
 
-from .content import CHARSET
-from .samples import Sample, line, page, question
+from .content import CHARSET, COLOURS, SHAPES
+from .draw import Drawing
+from .samples import PAGE_CELLS, Sample, line, page, question
 
 IGNORED = -100
 """torch's cross entropy skips this label."""
 
-CHAR_CLASSES = 1 + len(CHARSET)
-"""Class 0: no character in this patch."""
+PATCH_CLASSES = 1 + len(CHARSET) + len(SHAPES) * len(COLOURS)
+"""What a patch can show: nothing, a character, a shape of a colour."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Batch:
     """[S] largest patch count among the slices of the same prompt"""
     columns: npt.NDArray[np.int64]
     """[S] patches per row"""
-    chars: npt.NDArray[np.int64]
-    """[S, N] character class under each patch's centre"""
+    classes: npt.NDArray[np.int64]
+    """[S, N] what stands under each patch's centre, IGNORED on padding"""
     ids: npt.NDArray[np.int64]
     """[B, T]"""
     image_rows: npt.NDArray[np.int64]
@@ -54,9 +55,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Stage:
-    """What training draws at a time: lines of up to `longest` characters, and the share of each task."""
+    """What training draws at a time: lines of up to `longest` characters, pages of up to `cells` cells, and the share of
+    each task (the rest are lines)."""
 
     longest: int
+    cells: int
     scenes: float
     pages: float
     fields: float
@@ -87,19 +90,27 @@ class Encoder:
         return [i + 1 for i, token in enumerate(ids) if token == self._open]
 
 
-def _char_classes(
-    sample: Sample, left: float, top: float, scale_x: float, scale_y: float, rows: int, columns: int, patch: int
+def _patch_classes(
+    drawing: Drawing, left: float, top: float, scale_x: float, scale_y: float, rows: int, columns: int, patch: int
 ) -> npt.NDArray[np.int64]:
-    """The class of the character at each patch's centre, for a slice that shows the picture scaled and shifted."""
+    """The class of what stands at each patch's centre, for a slice that shows the picture scaled and shifted."""
     classes = np.zeros((rows, columns), np.int64)
     centres_x = (np.arange(columns) + 0.5) * patch
     centres_y = (np.arange(rows) + 0.5) * patch
-    for glyph in sample.glyphs:
-        x0, x1 = glyph.left * scale_x - left, glyph.right * scale_x - left
-        y0, y1 = glyph.top * scale_y - top, glyph.bottom * scale_y - top
-        c0, c1 = np.searchsorted(centres_x, (x0, x1))
-        r0, r1 = np.searchsorted(centres_y, (y0, y1))
-        classes[r0:r1, c0:c1] = 1 + CHARSET.index(glyph.char)
+
+    def paint(x0: float, y0: float, x1: float, y1: float, value: int) -> None:
+        c0, c1 = np.searchsorted(centres_x, (x0 * scale_x - left, x1 * scale_x - left))
+        r0, r1 = np.searchsorted(centres_y, (y0 * scale_y - top, y1 * scale_y - top))
+        classes[r0:r1, c0:c1] = value
+
+    for glyph in drawing.glyphs:
+        paint(glyph.left, glyph.top, glyph.right, glyph.bottom, 1 + CHARSET.index(glyph.char))
+    colours = list(COLOURS)
+    for shape in drawing.shapes:
+        value = 1 + len(CHARSET) + SHAPES.index(shape.kind) * len(colours) + colours.index(shape.colour)
+        # At least a patch wide, so that the smallest shape has one; the corners of its square may be empty.
+        half_x, half_y = (max(0.8 * shape.radius, patch / 2 / scale) for scale in (scale_x, scale_y))
+        paint(shape.x - half_x, shape.y - half_y, shape.x + half_x, shape.y + half_y, value)
     return classes.reshape(-1)
 
 
@@ -109,7 +120,7 @@ def make_batch(samples: list[Sample], spec: PictureSpec, encoder: Encoder) -> Ba
     pixels: list[npt.NDArray[np.uint8]] = []
     columns: list[int] = []
     contexts: list[int] = []
-    chars: list[npt.NDArray[np.int64]] = []
+    classes: list[npt.NDArray[np.int64]] = []
     sequences: list[tuple[list[int], list[int]]] = []
     for sample in samples:
         cut = slice_picture(sample.image, spec)
@@ -129,7 +140,9 @@ def make_batch(samples: list[Sample], spec: PictureSpec, encoder: Encoder) -> Ba
                 row, col = divmod(index - 1, grid[0])
                 left, top = float(col * array.shape[1]), float(row * array.shape[0])
                 full_width, full_height = array.shape[1] * grid[0], array.shape[0] * grid[1]
-            chars.append(_char_classes(sample, left, top, full_width / width, full_height / height, rows, cols, patch))
+            classes.append(
+                _patch_classes(sample.drawing, left, top, full_width / width, full_height / height, rows, cols, patch)
+            )
         sequences.append((encoder.prompt(sample.question, grid), encoder.answer(sample.answer)))
 
     longest = max(len(p) for p in pixels)
@@ -139,7 +152,7 @@ def make_batch(samples: list[Sample], spec: PictureSpec, encoder: Encoder) -> Ba
     labels = np.full((count, longest), IGNORED, np.int64)
     for i, array in enumerate(pixels):
         patches[i, : len(array)] = array
-        labels[i, : len(array)] = chars[i]
+        labels[i, : len(array)] = classes[i]
         ids_by_slice[i, : contexts[i]] = position_ids(contexts[i], spec.pos_grid)
 
     width = max(len(p) + len(a) for p, a in sequences)
@@ -157,7 +170,7 @@ def make_batch(samples: list[Sample], spec: PictureSpec, encoder: Encoder) -> Ba
         lengths=np.array([len(p) for p in pixels]),
         context_lengths=np.array(contexts),
         columns=np.array(columns),
-        chars=labels,
+        classes=labels,
         ids=ids,
         image_rows=np.concatenate(image_rows),
         targets=targets,
@@ -170,7 +183,8 @@ def draw_samples(rng: Random, stage: Stage, slices: int) -> list[Sample]:
     if choice < stage.scenes:
         return [question(rng, False, rng.choice(("colour", "count", "bigger"))) for _ in range(slices)]
     if choice < stage.scenes + stage.pages:
-        cells = rng.choices((2, 3, 4, 6, 9), (30, 20, 30, 14, 6))[0]
+        sizes = {cells: weight for cells, weight in PAGE_CELLS.items() if cells <= stage.cells}
+        cells = rng.choices(list(sizes), list(sizes.values()))[0]
         return [page(rng, False, cells) for _ in range(max(2, slices // (cells + 1)))]
     if choice < stage.scenes + stage.pages + stage.fields:
         return [question(rng, False, "field") for _ in range(slices // 4)]

@@ -33,9 +33,23 @@ class Glyph:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """A shape of a scene, in pixels: `radius` is half the side of the square it fills."""
+
+    kind: str
+    colour: str
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass(frozen=True)
 class Drawing:
+    """A picture and where its content stands."""
+
     image: Image.Image
     glyphs: tuple[Glyph, ...] = ()
+    shapes: tuple[Shape, ...] = ()
 
 
 def _contrast(a: RGB, b: RGB) -> float:
@@ -113,18 +127,8 @@ def draw_page(rng: Random, page: Page, area: float) -> Drawing:
     return Drawing(_weathered(rng, image), tuple(glyphs))
 
 
-@dataclass(frozen=True)
-class Shape:
-    kind: str
-    colour: str
-    x: float
-    y: float
-    radius: float
-    """Half the side of the square the shape fills, in units of the picture's shorter side."""
-
-
-def _outline(shape: Shape, unit: float) -> list[tuple[float, float]]:
-    x, y, r = shape.x, shape.y, shape.radius * unit
+def _outline(shape: Shape) -> list[tuple[float, float]]:
+    x, y, r = shape.x, shape.y, shape.radius
     if shape.kind == "square":
         corners = [(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)]
     elif shape.kind == "triangle":
@@ -149,8 +153,8 @@ def draw_scene(rng: Random, wanted: list[tuple[str, str, float]], area: float) -
             if 2 * r + 2 > unit:
                 return None
             x, y = rng.uniform(r + 1, width - r - 1), rng.uniform(r + 1, height - r - 1)
-            if all(max(abs(x - p.x), abs(y - p.y)) > r + p.radius * unit + 3 for p in placed):
-                placed.append(Shape(kind, colour, x, y, radius))
+            if all(max(abs(x - p.x), abs(y - p.y)) > r + p.radius + 3 for p in placed):
+                placed.append(Shape(kind, colour, x, y, r))
                 break
         else:
             return None
@@ -165,12 +169,12 @@ def draw_scene(rng: Random, wanted: list[tuple[str, str, float]], area: float) -
     image = Image.new("RGB", (width * factor, height * factor), paper)
     canvas = ImageDraw.Draw(image)
     for shape in placed:
-        r = shape.radius * unit
+        r = shape.radius
         fill = tuple(min(255, max(0, c + rng.randrange(-12, 13))) for c in COLOURS[shape.colour])
         if shape.kind == "circle":
             box = (shape.x - r, shape.y - r, shape.x + r, shape.y + r)
             canvas.ellipse([c * factor for c in box], fill=fill)
         else:
-            canvas.polygon([(x * factor, y * factor) for x, y in _outline(shape, unit)], fill=fill)
+            canvas.polygon([(x * factor, y * factor) for x, y in _outline(shape)], fill=fill)
     assert {s.kind for s in placed} <= set(SHAPES)
-    return Drawing(_weathered(rng, image.resize((width, height), Image.Resampling.BOX)))
+    return Drawing(_weathered(rng, image.resize((width, height), Image.Resampling.BOX)), shapes=tuple(placed))

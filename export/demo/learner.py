@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..models.config import ModelConfig
 from ..models.minicpmv import MASK, MiniCPMV
-from .batches import CHAR_CLASSES, IGNORED, Batch
+from .batches import IGNORED, PATCH_CLASSES, Batch
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Learner(nn.Module):
         super().__init__()
         self.model = MiniCPMV(config)
         initialize(self.model)
-        self.head = nn.Linear(config.vision.hidden_size, CHAR_CLASSES)
+        self.head = nn.Linear(config.vision.hidden_size, PATCH_CLASSES)
         side = 128
         axis = torch.arange(side, dtype=torch.float32)[:, None] * 10000.0 ** (
             -torch.arange(config.hidden_size // 4) / (config.hidden_size // 4)
@@ -68,8 +68,8 @@ class Learner(nn.Module):
         contexts = torch.from_numpy(batch.context_lengths)[:, None]
         attention_bias = torch.where(index < contexts, 0.0, MASK)
         features = self.model.vpm(patches, torch.from_numpy(batch.position_ids), attention_bias)
-        chars = torch.from_numpy(batch.chars)
-        aux = F.cross_entropy(self.head(features).float().flatten(0, 1), chars.flatten(), ignore_index=IGNORED)
+        classes = torch.from_numpy(batch.classes)
+        aux = F.cross_entropy(self.head(features).float().flatten(0, 1), classes.flatten(), ignore_index=IGNORED)
         if vision_only:
             return aux, aux.new_zeros(())
         columns = torch.from_numpy(batch.columns)[:, None]

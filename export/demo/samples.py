@@ -16,23 +16,28 @@ from random import Random
 from PIL import Image
 
 from .content import COLOURS, SHAPES, Page, form, line_text, note, receipt
-from .draw import Drawing, Glyph, draw_page, draw_scene
+from .draw import Drawing, draw_page, draw_scene
 
 SCALE_RESOLUTION = 112
 SLICE_AREA = SCALE_RESOLUTION**2
 TASKS = ("line", "page", "question")
+PAGE_CELLS = {2: 30, 3: 20, 4: 30, 6: 14, 9: 6}
+"""How many cells a page is drawn for, and how often."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """`glyphs` are in the picture's pixels; `kind` names the sort of content within the task."""
+    """`kind` names the sort of content within the task."""
 
     task: str
     kind: str
-    image: Image.Image
+    drawing: Drawing
     question: str
     answer: str
-    glyphs: tuple[Glyph, ...] = ()
+
+    @property
+    def image(self) -> Image.Image:
+        return self.drawing.image
 
 
 READ = "Read the text."
@@ -43,7 +48,7 @@ def line(rng: Random, evaluation: bool, low: int = 4, high: int = 16, slices: in
     text = line_text(rng, evaluation, low, high)
     area = SLICE_AREA * (rng.uniform(0.5, 0.94) if slices == 1 else rng.uniform(slices - 1 + 0.05, slices))
     drawing = draw_page(rng, Page(((text,),)), area)
-    return Sample("line", "line", drawing.image, READ, text, drawing.glyphs)
+    return Sample("line", "line", drawing, READ, text)
 
 
 def _page(rng: Random, evaluation: bool, cells: int, kinds: tuple[str, ...]) -> tuple[str, Page]:
@@ -62,10 +67,10 @@ def _page(rng: Random, evaluation: bool, cells: int, kinds: tuple[str, ...]) -> 
 
 def page(rng: Random, evaluation: bool, cells: int | None = None) -> Sample:
     """Several lines in a picture that the slicing cuts into about `cells` cells."""
-    cells = cells or rng.choices((2, 3, 4, 6, 9), (30, 20, 30, 14, 6))[0]
+    cells = cells or rng.choices(list(PAGE_CELLS), list(PAGE_CELLS.values()))[0]
     kind, content = _page(rng, evaluation, cells, ("note", "note", "receipt", "form"))
     drawing = draw_page(rng, content, SLICE_AREA * (cells - rng.uniform(0.05, 0.6)))
-    return Sample("page", kind, drawing.image, READ, content.text, drawing.glyphs)
+    return Sample("page", kind, drawing, READ, content.text)
 
 
 def _colour(rng: Random) -> tuple[str, str, Drawing | None]:
@@ -121,11 +126,11 @@ def question(rng: Random, evaluation: bool, kind: str | None = None) -> Sample:
         _, content = _page(rng, evaluation, cells, ("receipt", "form"))
         drawing = draw_page(rng, content, SLICE_AREA * (cells - rng.uniform(0.05, 0.6)))
         label = rng.choice(list(content.facts))
-        return Sample("question", "field", drawing.image, f"What is the {label}?", content.facts[label], drawing.glyphs)
+        return Sample("question", "field", drawing, f"What is the {label}?", content.facts[label])
     while True:
         text, answer, scene = makers[kind](rng)
         if scene is not None:
-            return Sample("question", kind, scene.image, text, answer)
+            return Sample("question", kind, scene, text, answer)
 
 
 def held_out_samples(task: str, count: int, seed: int = 2026) -> list[Sample]:

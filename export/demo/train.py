@@ -2,9 +2,9 @@
 
 One process draws, one learns. Three stages, by share of the budget:
 
-1. the vision tower alone, from a linear head that names the character under each patch (the drawing knows it);
+1. the vision tower alone, from a linear head that names the character or shape under each patch (the drawing knows it);
 2. the whole model on short lines and scenes, lines growing longer as the loss falls; the head stays as an auxiliary loss;
-3. pages, receipts and forms join in.
+3. pages, receipts and forms join in, small ones first.
 
 Hidden matrices are trained with Muon, everything else with AdamW, in bfloat16 autocast; the learning rate falls to
 zero over the last third; the weights that are saved are an exponential moving average. Interrupted, `--resume` goes
@@ -45,8 +45,9 @@ STATE = "train.state"
 """Beside the checkpoint, whose folder may hold no .pt file."""
 SAVE_EVERY_S = 300.0
 REPORT_EVERY_S = 20.0
-START = Stage(longest=5, scenes=0.08, pages=0.0, fields=0.0)
-WHOLE = Stage(longest=16, scenes=0.12, pages=0.38, fields=0.12)
+START = Stage(longest=5, cells=0, scenes=0.12, pages=0.0, fields=0.0)
+PAGES = Stage(longest=16, cells=3, scenes=0.12, pages=0.45, fields=0.1)
+WHOLE = Stage(longest=16, cells=9, scenes=0.1, pages=0.45, fields=0.12)
 
 
 @dataclass(frozen=True)
@@ -70,17 +71,21 @@ class Position:
     spent_s: float = 0.0
     stage: Stage = START
     line_loss: float = 4.0
+    page_loss: float = 4.0
 
 
-def next_stage(stage: Stage, used: float, line_loss: float) -> Stage:
-    """The curriculum: longer lines when the loss on the current ones is low, pages once whole lines are readable.
+def next_stage(stage: Stage, used: float, line_loss: float, page_loss: float) -> Stage:
+    """The curriculum: longer lines when the loss on the current ones is low, then small pages, then all pages.
 
-    Whatever the loss, pages start when 45 % of the budget is used.
+    Whatever the losses, small pages start when 45 % of the budget is used, large ones at 72 %.
     """
-    readable = line_loss < 0.35
-    if used > 0.45 or (readable and stage.longest == 16):
+    if used > 0.72 or (stage == PAGES and page_loss < 0.3):
         return WHOLE
-    if readable and stage.longest < 16:
+    if stage in (PAGES, WHOLE):
+        return stage
+    if used > 0.45 or (stage.longest == 16 and line_loss < 0.35):
+        return PAGES
+    if line_loss < 0.35:
         return replace(stage, longest={5: 8, 8: 12, 12: 16}[stage.longest])
     return stage
 
@@ -131,17 +136,19 @@ def train(out: Path, budget: Budget, recipe: Recipe, resume: bool = False, threa
             vision_only = used < recipe.vision_share
             aux, answer = _step(learner, opts, batch, recipe, used, at.step, vision_only)
             recent.setdefault("aux", deque(maxlen=50)).append(aux)
-            line_loss = at.line_loss
+            line_loss, page_loss = at.line_loss, at.page_loss
             if not vision_only:
                 recent.setdefault(batch.task, deque(maxlen=50)).append(answer)
                 line_loss += 0.03 * (answer - line_loss) if batch.task == "line" else 0.0
-            stage = next_stage(at.stage, used, line_loss)
+                page_loss += 0.03 * (answer - page_loss) if batch.task == "page" else 0.0
+            stage = next_stage(at.stage, used, line_loss, page_loss)
             if stage != at.stage:
                 stages.put(stage)
                 line_loss = max(line_loss, 0.6)  # of what comes, not of what was learned
                 report(event="stage", step=at.step, minute=round(at.spent_s / 60, 1), **asdict(stage))
             now = time.monotonic()
-            at = Position(at.step + 1, at.pictures + len(batch.ids), at.spent_s + now - last, stage, line_loss)
+            spent_s = at.spent_s + now - last
+            at = Position(at.step + 1, at.pictures + len(batch.ids), spent_s, stage, line_loss, page_loss)
             last = now
             if at.step % 4 == 0:
                 _blend(average, learner, recipe.ema**4, at.step // 4)

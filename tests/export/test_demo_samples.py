@@ -13,7 +13,7 @@ pytest.importorskip("font_roboto", reason="the demo fonts are not installed: pip
 pytest.importorskip("torch", reason="torch is not installed: pip install 'lensc[export]'")
 
 from lensc.export.demo import samples
-from lensc.export.demo.batches import CHAR_CLASSES, IGNORED, Encoder, Stage, draw_samples, make_batch
+from lensc.export.demo.batches import IGNORED, PATCH_CLASSES, Encoder, Stage, draw_samples, make_batch
 from lensc.export.demo.content import CHARSET, SHAPES, Page, form, held_out, line_text, receipt
 from lensc.export.demo.draw import draw_page, draw_scene
 from lensc.export.demo.evaluate import Outcome, edit_distance, score
@@ -114,7 +114,12 @@ def test_the_tokenizer_reads_like_the_official_one(tmp_path: Path) -> None:
     base = first_added_id()
     assert tokenizer.vocab_size == base + 256
     assert tokenizer.encode("!") == [0]
-    assert tokenizer.encode_special("<|begin_of_text|><|eot_id|><image></slice>") == [base, base + 9, base + 10, base + 21]
+    assert tokenizer.encode_special("<|begin_of_text|><|eot_id|><image></slice>") == [
+        base,
+        base + 9,
+        base + 10,
+        base + 21,
+    ]
     ids = tokenizer.encode("Read the text.")
     assert len(ids) == 4
     for text in ("Zoë €5.50", "a\n\nb", "<image>", "7Kx9"):
@@ -159,18 +164,32 @@ def test_batches_hold_the_runtimes_patches(tmp_path: Path) -> None:
     own = batch.lengths[:, None] > np.arange(batch.patches.shape[1])
     np.testing.assert_allclose(batch.patches[own] / 127.5 - 1, feeds["patches"][own], atol=1e-6)
     np.testing.assert_array_equal(batch.position_ids, feeds["position_ids"])
-    np.testing.assert_array_equal(batch.chars == IGNORED, ~own)
-    assert batch.chars.max() < CHAR_CLASSES
-    seen = {CHARSET[c - 1] for c in batch.chars[batch.chars > 0]}
+    np.testing.assert_array_equal(batch.classes == IGNORED, ~own)
+    assert batch.classes.max() < PATCH_CLASSES
+    seen = {CHARSET[c - 1] for c in batch.classes[batch.classes > 0]}
     narrow = set("Iijl1.,:;'()/ \n")  # may lie between two patches' centres
     assert seen >= set(sample.answer) - narrow
 
 
+def test_every_shape_has_a_patch(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Raw
+
+    write_tokenizer(tmp_path)
+    encoder = Encoder(Raw.from_file(str(tmp_path / "tokenizer.json")), QUERIES)
+    rng = Random(11)
+    for _ in range(20):
+        sample = samples.question(rng, False, "count")
+        batch = make_batch([sample], picture_spec(), encoder)
+        seen = set(batch.classes[batch.classes > len(CHARSET)].tolist())
+        kinds = {(s.kind, s.colour) for s in sample.drawing.shapes}
+        assert len(seen) == len(kinds)
+
+
 def test_a_stage_draws_what_it_says() -> None:
     rng = Random(9)
-    lines = [s for _ in range(6) for s in draw_samples(rng, Stage(5, 0.0, 0.0, 0.0), 8)]
+    lines = [s for _ in range(6) for s in draw_samples(rng, Stage(5, 0, 0.0, 0.0, 0.0), 8)]
     assert all(s.task == "line" and len(s.answer) <= 5 for s in lines)
-    pages = [s for _ in range(4) for s in draw_samples(rng, Stage(16, 0.0, 1.0, 0.0), 16)]
+    pages = [s for _ in range(4) for s in draw_samples(rng, Stage(16, 2, 0.0, 1.0, 0.0), 16)]
     assert {s.task for s in pages} == {"page"}
 
 

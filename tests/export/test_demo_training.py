@@ -17,7 +17,7 @@ from lensc.backends.errors import CheckpointError, StorageError
 from lensc.export.checkpoint import Checkpoint
 from lensc.export.demo.learner import Recipe
 from lensc.export.demo.samples import held_out_samples
-from lensc.export.demo.train import START, STATE, WHOLE, Budget, next_stage, train
+from lensc.export.demo.train import PAGES, START, STATE, WHOLE, Budget, next_stage, train
 from lensc.export.models.session import torch_sessions
 from lensc.runtime.pipeline import VLM
 from lensc.runtime.prompt import Tokenizer
@@ -91,8 +91,11 @@ def test_absurd_flags_are_usage_errors() -> None:
 
 
 def test_the_curriculum() -> None:
-    assert next_stage(START, 0.1, 0.5) == START
-    assert next_stage(START, 0.1, 0.3) == replace(START, longest=8)
-    assert next_stage(replace(START, longest=16), 0.2, 0.3) == WHOLE
-    assert next_stage(START, 0.46, 3.0) == WHOLE
-    assert next_stage(WHOLE, 0.3, 0.9) == WHOLE
+    assert next_stage(START, 0.1, 0.5, 4.0) == START
+    assert next_stage(START, 0.1, 0.3, 4.0) == replace(START, longest=8)
+    assert next_stage(replace(START, longest=16), 0.2, 0.3, 4.0) == PAGES
+    assert next_stage(START, 0.46, 3.0, 4.0) == PAGES
+    assert next_stage(PAGES, 0.3, 0.9, 0.5) == PAGES
+    assert next_stage(PAGES, 0.3, 0.9, 0.2) == WHOLE
+    assert next_stage(WHOLE, 0.3, 0.9, 0.9) == WHOLE
+    assert next_stage(START, 0.73, 3.0, 4.0) == WHOLE

@@ -1,0 +1,143 @@
+"""The generated parts of README and docs: tables from bench/results, the command line from the parser itself.
+
+    python -m lensc.bench.docs [--check]
+
+A part stands between `<!-- generated: NAME -->` and `<!-- end -->`. `--check` writes nothing and ends with 1 if a part
+is stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lensc.backends.bundle import write_text
+from lensc.backends.errors import InputError, LensError
+
+from . import record
+
+FILES = ("README.md", "docs/cli.md")
+_PART = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def demo_accuracy(root: Path) -> str:
+    """The demo model's accuracy on held-out pictures."""
+    found, rows = _rows(root, "demo_accuracy", "python -m lensc.bench.demo_accuracy")
+    lines = ["| held-out pictures | measured | 95 % interval | goal |", "|---|---|---|---|"]
+    for row in rows:
+        low, high = row.get("spread", (None, None))
+        interval = f"{low:.1f}–{high:.1f} %" if low is not None else ""
+        sign = "≤" if row["unit"] == "% errors" else "≥"
+        goal = f"{sign} {row['limit']:g} %" if "limit" in row else ""
+        lines.append(f"| {row['what']} | {row['lensc']:.1f} % | {interval} | {goal} |")
+    return "\n".join(lines) + f"\n\n{_reproduce(found)}"
+
+
+def demo_speed(root: Path) -> str:
+    """The demo bundle's speed beside torch."""
+    found, rows = _rows(root, "runtime", "python -m lensc.bench.demo")
+    lines = ["| picture | lensc | spread | torch eager float32 | faster by |", "|---|---|---|---|---|"]
+    for row in rows:
+        if row.get("parity") != "pass":
+            lines.append(f"| {row['what']} | no speed: the answer differs from the reference | | | |")
+            continue
+        low, high = row["spread"]
+        unit = row["unit"]
+        lines.append(
+            f"| {row['what']} | {row['lensc']:.4g} {unit} | {low:.4g}–{high:.4g} | {row['rival_value']:.4g} {unit} "
+            f"| {row['ratio']:.2f} × |"
+        )
+    return "\n".join(lines) + f"\n\n{_reproduce(found)}"
+
+
+def startup(root: Path) -> str:
+    """What starting costs."""
+    found, rows = _rows(root, "runtime", "python -m lensc.bench.startup")
+    lines = ["| in a fresh process | median | spread | limit |", "|---|---|---|---|"]
+    for row in rows:
+        low, high = (1000 * value for value in row["spread"])
+        limit = f"{1000 * row['limit']:.0f} ms" if "limit" in row else ""
+        lines.append(f"| {row['what']} | {1000 * row['lensc']:.0f} ms | {low:.0f}–{high:.0f} ms | {limit} |")
+    return "\n".join(lines) + f"\n\n{_reproduce(found)}"
+
+
+def command_line(_: Path) -> str:
+    """`--help` of every command."""
+    from lensc.cli import parser as make_parser
+
+    os.environ["COLUMNS"] = "100"
+    parser = make_parser()
+    texts = [parser.format_help()]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            texts += [sub.format_help() for sub in action.choices.values()]
+    return "\n".join(f"```text\n{text.rstrip()}\n```\n" for text in texts).rstrip()
+
+
+PARTS: dict[str, Callable[[Path], str]] = {
+    "demo_accuracy": demo_accuracy,
+    "demo_speed": demo_speed,
+    "startup": startup,
+    "command_line": command_line,
+}
+
+
+def fresh(text: str, root: Path) -> str:
+    """`text` with every generated part made anew. Raises InputError for a part that nobody makes."""
+
+    def replace(match: re.Match[str]) -> str:
+        if match[2] not in PARTS:
+            raise InputError(f"generated part {match[2]!r} is not one of {', '.join(PARTS)}")
+        return f"{match[1]}{PARTS[match[2]](root)}\n{match[3]}"
+
+    return _PART.sub(replace, text)
+
+
+def _rows(root: Path, topic: str, command: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    for found in record.read(root / record.RESULTS / f"{topic}.json"):
+        if found["command"].startswith(command):
+            return found, found["rows"]
+    raise InputError(f"bench/results/{topic}.json holds no record of {command}; run it first")
+
+
+def _reproduce(found: dict[str, Any]) -> str:
+    machine, versions = found["machine"], found["versions"]
+    return (
+        f"`{found['command']}` on {machine['cpu']}, {machine['cores']} cores, onnxruntime {versions['onnxruntime']}, "
+        f"{found['date']}."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write what is stale, or with --check say so and return 1."""
+    parser = argparse.ArgumentParser(prog="python -m lensc.bench.docs", description="Write the generated parts of docs.")
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if something is stale")
+    options = parser.parse_args(arguments)
+    root = Path.cwd()
+    stale = []
+    try:
+        for name in FILES:
+            path = root / name
+            text = path.read_text(encoding="utf-8")
+            made = fresh(text, root)
+            if made != text:
+                stale.append(name)
+                if not options.check:
+                    write_text(path, made)
+    except FileNotFoundError as error:
+        print(f"error: {error.filename} is not there; run from the root of the source tree", file=sys.stderr)
+        return 1
+    except LensError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print("\n".join(f"{name}: {'stale' if options.check else 'written'}" for name in stale) or "nothing is stale")
+    return int(options.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
