@@ -16,7 +16,7 @@ import torch
 from lensc.backends import registry
 from lensc.backends.base import Array, Artifact, Session, Target, file_record
 from lensc.backends.bundle import GraphRecord, ModelSpec, ParityRecord, ProbeRecord
-from lensc.backends.errors import UnavailableError
+from lensc.backends.errors import TokenizerError, UnavailableError
 from lensc.runtime.prompt import Tokenizer
 
 from .checkpoint import TOKENIZER, Checkpoint
@@ -54,6 +54,12 @@ class Source:
         self.checkpoint = checkpoint
         self.spec: ModelSpec = checkpoint.model_spec()
         self.tokenizer = Tokenizer.from_file(checkpoint.tokenizer)
+        rows = self.spec.decoder.vocab_size
+        if self.tokenizer.vocab_size > rows:
+            raise TokenizerError(
+                f"{checkpoint.tokenizer}: has {self.tokenizer.vocab_size} tokens, the embedding table has {rows} rows; "
+                "take both from the same checkpoint"
+            )
 
     @property
     def graph_bytes(self) -> int:

@@ -69,6 +69,8 @@ def check_replaceable(out: Path) -> None:
         raise UsageError(f"{out}: cannot be the output folder, give a path to a new folder")
     if not os.path.lexists(out):
         return
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise UsageError(f"{out}: is the current folder or one around it; choose another output folder")
     if not out.is_dir():
         raise UsageError(f"{out}: exists and is not a folder; choose another output folder or remove it")
     if not any(out.iterdir()):

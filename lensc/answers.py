@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -147,7 +147,7 @@ class Conversation:
         self.last = result
         if self.options.json:
             console.print_json(_as_json(result, self.vlm))
-        if result.text:
+        if result.text or result.finish_reason != "cancelled":
             self.messages, self.pictures = [*messages, {"role": "assistant", "content": result.text}], []
 
     def _generate(self, messages: list[dict[str, Any]]) -> Result:
@@ -231,7 +231,8 @@ def _lines(interactive: bool) -> Iterator[str]:
     if not interactive:
         yield from (line.rstrip("\n") for line in sys.stdin)
         return
-    import readline  # noqa: F401  (gives input() history and editing)
+    with suppress(ImportError):  # not part of every Python; it gives input() history and editing
+        import readline  # noqa: F401
 
     while True:
         try:

@@ -10,6 +10,7 @@ from typing import Any
 from lensc.backends.base import Artifact, Probe
 from lensc.backends.bundle import Manifest, ParityRecord
 from lensc.backends.codec import encode
+from lensc.export.graph import GraphSpec
 from lensc.profiles.probe import Machine
 
 from .console import printable, size, table
@@ -73,16 +74,17 @@ def devices(machine: Machine, probes: Iterable[Probe]) -> str:
 def _graphs(manifest: Manifest) -> str:
     rows = []
     for name, graph in manifest.graphs.items():
-        spec = graph.spec
-        shown = [str(t) for t in (*spec.inputs, *spec.outputs) if t.name not in _states(graph.spec)]
-        rows.append((name, graph.scheme, graph.file or "compiled only", "; ".join(shown)))
+        spec, states = graph.spec, _states(graph.spec)
+        rows.append((name, graph.scheme, graph.file or "compiled only"))
+        for kind, tensors in (("in", spec.inputs), ("out", spec.outputs)):
+            rows += [("", kind, str(t)) for t in tensors if t.name not in states]
         if spec.states:
             first = spec.input(spec.states[0].input)
-            rows.append(("", "", "", f"{len(spec.states)} pairs of state like {first}"))
-    return table(rows, "  ") if rows else "  none"
+            rows.append(("", "state", f"{len(spec.states)} pairs like {first}"))
+    return table([[printable(cell) for cell in row] for row in rows], "  ") if rows else "  none"
 
 
-def _states(spec: Any) -> set[str]:
+def _states(spec: GraphSpec) -> set[str]:
     return {name for pair in spec.states for name in (pair.input, pair.output)}
 
 
@@ -109,6 +111,8 @@ def _parity(records: Iterable[ParityRecord]) -> str:
     for r in records:
         top1 = "-" if r.top1_agreement is None else f"{100 * r.top1_agreement:.2f} %"
         diverges = "never" if r.first_divergent_token is None else f"at token {r.first_divergent_token}"
+        if r.top1_agreement is None:
+            diverges = "-"  # a graph without tokens
         sqnr = "inf" if math.isinf(r.sqnr_db) else f"{r.sqnr_db:.1f}"
         values = (f"{r.max_abs:.2e}", sqnr, f"{r.cosine:.6f}", top1, diverges, str(r.pictures))
         rows.append((r.graph, r.target, r.against, *values, "passed" if r.passed else "FAILED"))

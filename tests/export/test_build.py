@@ -24,6 +24,7 @@ from lensc.backends.errors import (
     ManifestError,
     ParityError,
     StorageError,
+    TokenizerError,
     UnsupportedError,
     UsageError,
 )
@@ -150,6 +151,15 @@ def test_weights_that_are_nan_are_found_before_the_long_part(checkpoint: Path, t
     assert not (tmp_path / "out").exists()
 
 
+def test_tokenizer_with_more_tokens_than_rows(checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "other"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"].update({f"more{i}": 2000 + i for i in range(50)})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(TokenizerError, match="has 1330 tokens, the embedding table has 1280 rows"):
+        export_checkpoint(folder, tmp_path / "out")
+
+
 def test_space_is_checked_before_the_work(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(stages.shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
@@ -274,9 +284,12 @@ import json, os, signal, sys
 from pathlib import Path
 import lensc.export.build as module
 from lensc.backends.base import Target
+from lensc.export.checkpoint import Checkpoint
+from lensc.export.engines import usable
 from lensc.export.provenance import code_key
 
-code_key()
+# What is imported or computed on first use is done here, once for all children.
+code_key(), usable(Target("onnxruntime", "cpu")), Checkpoint(sys.argv[1])
 
 for line in sys.stdin:
     checkpoint, out, fatal = json.loads(line)
@@ -303,7 +316,7 @@ class Builder:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-P", "-c", DRIVER, str(GOLDEN)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def build(self, checkpoint: Path, out: Path, fatal: str = "") -> int:

@@ -300,6 +300,15 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink() and contents(tmp_path / "real") == expected("xyz")
 
 
+def test_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = tmp_path / "here"
+    inside.mkdir()
+    monkeypatch.chdir(inside)
+    with pytest.raises(UsageError, match="is the current folder"):
+        Builder(Path("."), "abc")()
+    assert list(tmp_path.iterdir()) == [inside]
+
+
 def test_root_is_no_output_folder() -> None:
     with pytest.raises(UsageError, match="cannot be the output folder"):
         check_replaceable(Path("/"))

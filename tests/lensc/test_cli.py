@@ -76,7 +76,7 @@ def test_inspect(made: Any, cli: Cli) -> None:
         "448 pixels, at most 9 cells, 96 embeddings a slice, vision_padding official",
         "2 layers, width 256, 1280 tokens",
         "patches: float32[slices, patches, 588]",
-        "4 pairs of state like past_key.0: float32[past, batch, 2, 64]",
+        "4 pairs like past_key.0: float32[past, batch, 2, 64]",
         "onnxruntime:cpu",
         "nodes on CPUExecutionProvider",
         "torch float32",
