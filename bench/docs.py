@@ -70,7 +70,7 @@ def command_line(_: Path) -> str:
     """`--help` of every command."""
     from lensc.cli import parser as make_parser
 
-    os.environ["COLUMNS"] = "100"
+    os.environ["COLUMNS"] = "100"  # argparse wraps to the terminal
     parser = make_parser()
     texts = [parser.format_help()]
     for action in parser._actions:
@@ -115,7 +115,9 @@ def _reproduce(found: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write what is stale, or with --check say so and return 1."""
-    parser = argparse.ArgumentParser(prog="python -m lensc.bench.docs", description="Write the generated parts of docs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m lensc.bench.docs", description="Write the generated parts of docs."
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if something is stale")
     options = parser.parse_args(arguments)
     root = Path.cwd()

@@ -408,7 +408,9 @@ def test_other_requirements_are_refused_with_the_command(load: Callable[..., Loa
 
 def test_another_graph_than_the_manifest_says_is_refused(load: Callable[..., Loaded]) -> None:
     loaded, other = load("vision"), load("decoder")
-    with pytest.raises(GraphError, match=r"graph decoder holds another graph: no input inputs_embeds.*unexpected input"):
+    with pytest.raises(
+        GraphError, match=r"graph decoder holds another graph: no input inputs_embeds.*unexpected input"
+    ):
         loaded.backend.load(loaded.artifact, other.spec, loaded.bundle)
 
 

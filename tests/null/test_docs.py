@@ -1,0 +1,56 @@
+"""The generated parts of README and docs are what the results and the parser give."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lensc.backends.errors import InputError
+from lensc.bench import docs
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", docs.FILES)
+def test_the_docs_are_fresh(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert docs.fresh(text, ROOT) == text, "run python -m lensc.bench.docs"
+
+
+def test_stale_parts_are_made_anew(tmp_path: Path) -> None:
+    results = tmp_path / "bench/results"
+    results.mkdir(parents=True)
+    record = {
+        "topic": "demo_accuracy",
+        "command": "python -m lensc.bench.demo_accuracy bundle",
+        "date": "2026-01-02",
+        "machine": {"cpu": "a processor", "cores": 2},
+        "versions": {"onnxruntime": "1.0"},
+        "rows": [
+            {"what": "line: exact match", "unit": "%", "lensc": 96.25, "spread": [94.1, 97.8], "limit": 95.0},
+            {"what": "page: character error rate", "unit": "% errors", "lensc": 4.5, "limit": 5.0},
+        ],
+    }
+    (results / "demo_accuracy.json").write_text(json.dumps([record]))
+    text = "before\n<!-- generated: demo_accuracy -->\nold\n<!-- end -->\nafter\n"
+    made = docs.fresh(text, tmp_path)
+    assert "old" not in made
+    assert "| line: exact match | 96.2 % | 94.1–97.8 % | ≥ 95 % |" in made
+    assert "| page: character error rate | 4.5 % |  | ≤ 5 % |" in made
+    assert made.startswith("before\n") and made.endswith("<!-- end -->\nafter\n")
+    assert docs.fresh(made, tmp_path) == made
+
+
+def test_an_unknown_part_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'nonsense' is not one of"):
+        docs.fresh("<!-- generated: nonsense -->\n<!-- end -->\n", tmp_path)
+
+
+def test_a_missing_record_names_the_command(tmp_path: Path) -> None:
+    (tmp_path / "bench/results").mkdir(parents=True)
+    (tmp_path / "bench/results/runtime.json").write_text("[]")
+    with pytest.raises(InputError, match=r"no record of python -m lensc\.bench\.demo"):
+        docs.fresh("<!-- generated: demo_speed -->\n<!-- end -->\n", tmp_path)
