@@ -149,7 +149,7 @@ class Staging:
             free = shutil.disk_usage(self.folder).free
         if nbytes - staged > free:
             raise StorageError(
-                f"{self.out}: about {_gigabytes(nbytes - staged)} are needed, {_gigabytes(free)} are free; "
+                f"{self.out}: about {_shown(nbytes - staged)} are needed, {_gigabytes(free)} are free; "
                 "free some space or choose another output folder"
             )
 
@@ -310,5 +310,5 @@ def _prune(folder: Path, keep: set[Path]) -> None:
                 path.rmdir()
 
 
-def _gigabytes(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e7 else f"{nbytes / 1e6:.2f} MB"
+def _shown(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
