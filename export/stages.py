@@ -149,7 +149,7 @@ class Staging:
             free = shutil.disk_usage(self.folder).free
         if nbytes - staged > free:
             raise StorageError(
-                f"{self.out}: about {_shown(nbytes - staged)} are needed, {_gigabytes(free)} are free; "
+                f"{self.out}: about {_shown(nbytes - staged)} are needed, {_shown(free)} are free; "
                 "free some space or choose another output folder"
             )
 
