@@ -84,7 +84,8 @@ class OnnxRuntime:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             try:
-                _optimize(ort, graph.path, folder / names[0])
+                with _disk_for(graph.path, out):
+                    _optimize(ort, graph.path, folder / names[0])
                 placement = _placement(ort, folder / names[0])
                 # the data first: without its model it is never opened
                 for name in reversed(names):
@@ -223,6 +224,24 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def _disk_for(source: Path, folder: Path) -> Iterator[None]:
+    """A failure to save what is as large as `source` becomes StorageError if there was no room for it.
+
+    The engine names the failed write, not the reason.
+    """
+    needed = sum(file.stat().st_size for file in source.parent.glob(f"{source.name}*"))
+    try:
+        yield
+    except ExecutionError as error:
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise StorageError(
+                f"{folder}: no room for the compiled graph: {free / 1e6:.0f} MB free, about {needed / 1e6:.0f} MB needed"
+            ) from error
+        raise
 
 
 @contextmanager

@@ -151,7 +151,7 @@ class Version(argparse.Action):
 
 
 def _output(verb: Parser, example: str) -> None:
-    verb.add_argument("-o", "--out", metavar="OUT", required=True, help=f"folder to make, e.g. {example}")
+    verb.add_argument("-o", "--output", metavar="OUT", required=True, help=f"folder to make, e.g. {example}")
 
 
 def _targets(verb: Parser) -> None:
@@ -186,7 +186,7 @@ def _export(options: argparse.Namespace) -> int:
     with console.Progress() as progress:
         manifest = build.export_checkpoint(
             options.checkpoint,
-            options.out,
+            options.output,
             report=_reporter(progress),
             command=options.command,
         )
@@ -198,7 +198,7 @@ def _compile(options: argparse.Namespace) -> int:
         from lensc.export import build
     with console.Progress() as progress:
         manifest = build.compile_graphs(
-            options.graphs, _parsed(options.target), options.out, report=_reporter(progress), command=options.command
+            options.graphs, _parsed(options.target), options.output, report=_reporter(progress), command=options.command
         )
     return _made(options, manifest)
 
@@ -211,7 +211,7 @@ def _build(options: argparse.Namespace) -> int:
         manifest = build.build(
             options.checkpoint,
             targets,
-            options.out,
+            options.output,
             report=_reporter(progress),
             command=options.command,
         )
@@ -302,7 +302,7 @@ def _made(options: argparse.Namespace, manifest: Manifest) -> int:
 
     from . import describe
 
-    folder = Path(options.out)
+    folder = Path(options.output)
     if options.json:
         console.print_json({"bundle": str(folder), "manifest": describe.as_json(manifest)})
     else:

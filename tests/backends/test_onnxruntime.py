@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ onnx = pytest.importorskip("onnx", reason="the graphs are made with onnx: pip in
 from onnx import TensorProto, helper, numpy_helper
 
 from lensc.backends.base import Array, Artifact, Session, Target
-from lensc.backends.errors import CompatibilityError, ExecutionError, UnavailableError
+from lensc.backends.errors import CompatibilityError, ExecutionError, StorageError, UnavailableError
 from lensc.backends.onnxruntime import backend
 from lensc.export.graph import DimRange, Graph, GraphSpec, StatePair, TensorSpec
 
@@ -236,3 +237,22 @@ def test_missing_engine_says_how_to_install_it(
 def test_probe_names_the_version() -> None:
     (probe,) = backend.probe()
     assert (probe.usable, probe.processor, probe.reason) == (True, "cpu", f"onnxruntime {ort.__version__}")
+
+
+@pytest.mark.parametrize(("free", "expected"), [(10, StorageError), (1 << 40, ExecutionError)])
+def test_a_failed_write_on_a_full_disk_is_a_storage_error(
+    graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, expected: type[Exception]
+) -> None:
+    out = tmp_path / "bundle" / TARGET.slug
+    out.mkdir(parents=True)
+
+    def fail(*_: object) -> None:
+        raise ExecutionError(
+            "onnxruntime failed: [ONNXRuntimeError] : 1 : FAIL : Failed to write external initializers"
+        )
+
+    monkeypatch.setattr("lensc.backends.onnxruntime._optimize", fail)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1 << 41, 1 << 40, free))
+    with pytest.raises(expected):
+        backend.compile(graph, TARGET, out)
+    assert list(out.iterdir()) == []

@@ -310,7 +310,7 @@ def test_absurd_flags(flags: str, bundle: Path, cli: Cli) -> None:
 def test_unknown_and_incomplete_commands(cli: Cli) -> None:
     assert_refused(cli("fly"), 2, "invalid choice: 'fly'", "see lensc --help")
     assert_refused(cli("run"), 2, "the following arguments are required: BUNDLE, PROMPT", "see lensc run --help")
-    assert_refused(cli("build", "demo"), 2, "-o/--out", "see lensc build --help")
+    assert_refused(cli("build", "demo"), 2, "-o/--output", "see lensc build --help")
 
 
 def test_errors_as_json(tmp_path: Path, cli: Cli) -> None:
