@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -58,32 +60,38 @@ class Learner(nn.Module):
         axis = torch.arange(side, dtype=torch.float32)[:, None] * 10000.0 ** (
             -torch.arange(config.hidden_size // 4) / (config.hidden_size // 4)
         )
-        self.waves = torch.cat((axis.sin(), axis.cos()), dim=1)
+        self.waves: Tensor
+        self.register_buffer("waves", torch.cat((axis.sin(), axis.cos()), dim=1), persistent=False)
 
     def losses(self, batch: Batch, vision_only: bool) -> tuple[Tensor, Tensor]:
         """Mean cross entropy of the auxiliary head and of the answers' tokens (zero if `vision_only`)."""
-        patches = torch.from_numpy(batch.patches).float() / 127.5 - 1.0
-        index = torch.arange(patches.shape[1])[None, :]
-        lengths = torch.from_numpy(batch.lengths)[:, None]
-        contexts = torch.from_numpy(batch.context_lengths)[:, None]
+        device = self.waves.device
+
+        def tensor(array: npt.NDArray[Any]) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        patches = tensor(batch.patches).float() / 127.5 - 1.0
+        index = torch.arange(patches.shape[1], device=device)[None, :]
+        lengths = tensor(batch.lengths)[:, None]
+        contexts = tensor(batch.context_lengths)[:, None]
         attention_bias = torch.where(index < contexts, 0.0, MASK)
-        features = self.model.vpm(patches, torch.from_numpy(batch.position_ids), attention_bias)
-        classes = torch.from_numpy(batch.classes)
+        features = self.model.vpm(patches, tensor(batch.position_ids), attention_bias)
+        classes = tensor(batch.classes)
         aux = F.cross_entropy(self.head(features).float().flatten(0, 1), classes.flatten(), ignore_index=IGNORED)
         if vision_only:
             return aux, aux.new_zeros(())
-        columns = torch.from_numpy(batch.columns)[:, None]
+        columns = tensor(batch.columns)[:, None]
         waves = self.waves
         position = torch.cat((waves[index % columns], waves[(index // columns).clamp(max=len(waves) - 1)]), dim=-1)
         key_bias = torch.where(index < lengths, 0.0, MASK)
         images = self.model.resampler(features, key_bias, position)
-        ids = torch.from_numpy(batch.ids)
+        ids = tensor(batch.ids)
         embeds = self.model.llm.model.embed_tokens(ids)
-        rows = torch.from_numpy(batch.image_rows)
+        rows = tensor(batch.image_rows)
         embeds = embeds.flatten(0, 1).index_copy(0, rows, images.flatten(0, 1).to(embeds.dtype)).view_as(embeds)
-        steps = torch.arange(ids.shape[1])
+        steps = torch.arange(ids.shape[1], device=device)
         logits, _, _ = self.model.llm(embeds, steps, steps)
-        targets = torch.from_numpy(batch.targets).flatten()
+        targets = tensor(batch.targets).flatten()
         return aux, F.cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=IGNORED)
 
 

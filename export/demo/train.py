@@ -22,6 +22,7 @@ import queue
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.queues import Queue
@@ -33,11 +34,13 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from lensc.backends.errors import CheckpointError, LensError, StorageError
+from lensc.backends.errors import CheckpointError, ExecutionError, LensError, StorageError, UnavailableError
 
+from ..checkpoint import Checkpoint
 from ..models.config import ModelConfig
 from .batches import Batch, Encoder, Stage, draw_samples, make_batch
 from .files import QUERIES, config_json, picture_spec, write_checkpoint
+from .fonts import font
 from .learner import Learner, Recipe, optimizers
 from .tokenizer import write_tokenizer
 
@@ -46,8 +49,8 @@ STATE = "train.state"
 SAVE_EVERY_S = 300.0
 REPORT_EVERY_S = 20.0
 START = Stage(longest=5, cells=0, scenes=0.12, pages=0.0, fields=0.0)
-PAGES = Stage(longest=16, cells=3, scenes=0.12, pages=0.45, fields=0.1)
-WHOLE = Stage(longest=16, cells=9, scenes=0.1, pages=0.45, fields=0.12)
+PAGES = Stage(longest=16, cells=3, scenes=0.2, pages=0.45, fields=0.1)
+WHOLE = Stage(longest=16, cells=9, scenes=0.22, pages=0.45, fields=0.08)
 
 
 @dataclass(frozen=True)
@@ -90,17 +93,44 @@ def next_stage(stage: Stage, used: float, line_loss: float, page_loss: float) ->
     return stage
 
 
-def train(out: Path, budget: Budget, recipe: Recipe, resume: bool = False, threads: int = 2) -> Position:
+@dataclass(frozen=True)
+class Machine:
+    """What to train on. On a GPU one drawing process is too slow. `cuda` is untested."""
+
+    device: str = "cpu"
+    threads: int = 2
+    drawers: int = 1
+
+
+def train(
+    out: Path,
+    budget: Budget,
+    recipe: Recipe,
+    resume: bool = False,
+    init: Path | None = None,
+    machine: Machine | None = None,
+) -> Position:
     """Train until the budget is used (time before an interruption counts), writing checkpoint, log and state to `out`.
 
-    Raises CheckpointError if `out` holds no state to resume, StorageError if it cannot be written.
+    `init` is a checkpoint of this model to go on from, without its optimizers' state: training begins with pages.
+    Raises CheckpointError if there is nothing to resume or `init` is another model, StorageError if `out` cannot be
+    written, UnavailableError if the device is not there.
     """
+    machine = machine or Machine()
+    if machine.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UnavailableError(f"device {machine.device}: torch {torch.__version__} sees no GPU here; use --device cpu")
+    font(0, 12)  # raises here if the font packages are missing, rather than in the drawing process
     torch.manual_seed(recipe.seed)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(machine.threads)
     learner = Learner(ModelConfig.from_json(config_json()))
+    start = Position()
+    if init is not None:
+        learner.model.load_state_dict(Checkpoint(init).load_model().state_dict())
+        start, recipe = Position(stage=PAGES), replace(recipe, vision_share=0.0)
+    learner.to(machine.device)
     opts = optimizers(learner, recipe)
     average = {name: tensor.clone() for name, tensor in learner.state_dict().items()}
-    at = _restore(out / STATE, learner, average, opts) if resume else Position()
+    at = _restore(out / STATE, learner, average, opts) if resume else start
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_tokenizer(out)
@@ -118,21 +148,20 @@ def train(out: Path, budget: Budget, recipe: Recipe, resume: bool = False, threa
         write_checkpoint({n.removeprefix("model."): t for n, t in average.items() if n.startswith("model.")}, out)
 
     parameters = sum(p.numel() for p in learner.model.parameters())
-    report(event="start", step=at.step, parameters=parameters, threads=threads, **asdict(budget), **asdict(recipe))
-    context = get_context("fork")
-    stages: Queue[Stage] = context.Queue()
-    batches: Queue[Batch] = context.Queue(maxsize=6)
-    stages.put(at.stage)
-    seed = recipe.seed + at.step
-    drawer = context.Process(
-        target=_draw_forever, args=(out, seed, recipe.slices_per_batch, stages, batches), daemon=True
+    init_name = None if init is None else str(init)
+    report(
+        event="start",
+        step=at.step,
+        parameters=parameters,
+        init=init_name,
+        **{**asdict(machine), **asdict(budget), **asdict(recipe)},
     )
-    drawer.start()
+    drawing = Drawing(out, recipe, at, machine.drawers)
     recent: dict[str, deque[float]] = {}
     last_report = last_save = last = time.monotonic()
     try:
         while (used := budget.used(at.spent_s, at.step)) < 1:
-            batch = batches.get()
+            batch = drawing.next()
             vision_only = used < recipe.vision_share
             aux, answer = _step(learner, opts, batch, recipe, used, at.step, vision_only)
             recent.setdefault("aux", deque(maxlen=50)).append(aux)
@@ -143,7 +172,7 @@ def train(out: Path, budget: Budget, recipe: Recipe, resume: bool = False, threa
                 page_loss += 0.03 * (answer - page_loss) if batch.task == "page" else 0.0
             stage = next_stage(at.stage, used, line_loss, page_loss)
             if stage != at.stage:
-                stages.put(stage)
+                drawing.show(stage)
                 line_loss = max(line_loss, 0.6)  # of what comes, not of what was learned
                 report(event="stage", step=at.step, minute=round(at.spent_s / 60, 1), **asdict(stage))
             now = time.monotonic()
@@ -159,7 +188,7 @@ def train(out: Path, budget: Budget, recipe: Recipe, resume: bool = False, threa
                 last_save = now
                 save()
     finally:
-        drawer.terminate()
+        drawing.end()
     save()
     report(event="end", step=at.step, minute=round(at.spent_s / 60, 2), pictures=at.pictures, **_means(recent))
     return at
@@ -179,7 +208,7 @@ def _step(
     for opt, rate in zip(opts, (recipe.muon_lr, recipe.adam_lr), strict=True):
         for group in opt.param_groups:
             group["lr"] = rate * factor
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(learner.waves.device.type, torch.bfloat16):
         aux, answer = learner.losses(batch, vision_only)
     (answer + recipe.aux_weight * aux).backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
@@ -201,19 +230,59 @@ def _means(recent: dict[str, deque[float]]) -> dict[str, float]:
     return {name: round(math.fsum(values) / len(values), 4) for name, values in recent.items()}
 
 
+class Drawing:
+    """The drawing processes: each has its own seed and its own queue of stages, all fill one queue of batches."""
+
+    def __init__(self, folder: Path, recipe: Recipe, at: Position, drawers: int) -> None:
+        # Forking would copy torch's threads' locks into the child; a forked server starts clean.
+        context = get_context("forkserver")
+        self._batches: Queue[Batch] = context.Queue(maxsize=6 * drawers)
+        self._stages: list[Queue[Stage]] = [context.Queue() for _ in range(drawers)]
+        self.show(at.stage)
+        self._processes = [
+            context.Process(
+                target=_draw_forever,
+                args=(folder, recipe.seed + at.step + 1_000_003 * i, recipe.slices_per_batch, stages, self._batches),
+                daemon=True,
+            )
+            for i, stages in enumerate(self._stages)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def next(self) -> Batch:
+        """The next batch. Raises ExecutionError if a drawing process died, which has printed why."""
+        while True:
+            with suppress(queue.Empty):
+                return self._batches.get(timeout=2)
+            dead = [process.exitcode for process in self._processes if not process.is_alive()]
+            if dead:
+                raise ExecutionError(f"a drawing process ended with {dead[0]}; what it printed says why")
+
+    def show(self, stage: Stage) -> None:
+        """Let all batches from now on (a few are waiting already) be of `stage`."""
+        for stages in self._stages:
+            stages.put(stage)
+
+    def end(self) -> None:
+        """End the processes and drop what they drew."""
+        for process in self._processes:
+            process.terminate()
+            process.join()
+        for waiting in (self._batches, *self._stages):
+            waiting.close()
+            waiting.cancel_join_thread()
+
+
 def _draw_forever(folder: Path, seed: int, slices: int, stages: Queue[Stage], batches: Queue[Batch]) -> None:
-    """The drawing process: batches of the newest stage, until it is ended."""
-    torch.set_num_threads(1)
     rng = Random(seed)
     encoder = Encoder(Tokenizer.from_file(str(folder / "tokenizer.json")), QUERIES)
     spec = picture_spec()
     stage = stages.get()
     while True:
-        try:
+        with suppress(queue.Empty):
             while True:
                 stage = stages.get_nowait()
-        except queue.Empty:
-            pass
         batches.put(make_batch(draw_samples(rng, stage, slices), spec, encoder))
 
 
@@ -234,7 +303,7 @@ def _save_state(
 def _restore(file: Path, learner: Learner, average: dict[str, Tensor], opts: list[torch.optim.Optimizer]) -> Position:
     """Load what `_save_state` wrote into the given objects. Raises CheckpointError."""
     try:
-        state = torch.load(file, weights_only=True)
+        state = torch.load(file, weights_only=True, map_location=learner.waves.device)
         learner.load_state_dict(state["learner"])
         for name, tensor in state["average"].items():
             average[name].copy_(tensor)
@@ -256,18 +325,25 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=108.0, help="wall time to train for (default 108)")
     parser.add_argument("--steps", type=int, default=0, help="end after this many steps instead (default: no bound)")
     parser.add_argument("--resume", action="store_true", help="go on from the state in the output folder")
+    parser.add_argument(
+        "--init", type=Path, metavar="CHECKPOINT", help="go on from these weights, e.g. the shipped ones"
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu; cuda is untested")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
+    parser.add_argument("--drawers", type=int, default=1, help="drawing processes (default 1; a GPU wants more)")
     parser.add_argument("--seed", type=int, default=1, help="default 1")
     args = parser.parse_args()
     for flag, value, least in (
         ("--minutes", args.minutes, 0.01),
         ("--steps", args.steps, 0),
         ("--threads", args.threads, 1),
+        ("--drawers", args.drawers, 1),
     ):
         if not value >= least:
             parser.error(f"{flag} {value}: expected at least {least}")
     try:
-        train(args.output, Budget(args.minutes, args.steps), Recipe(seed=args.seed), args.resume, args.threads)
+        machine = Machine(args.device, args.threads, args.drawers)
+        train(args.output, Budget(args.minutes, args.steps), Recipe(seed=args.seed), args.resume, args.init, machine)
     except LensError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -13,15 +13,16 @@ import pytest
 pytest.importorskip("font_roboto", reason="the demo fonts are not installed: pip install 'lensc[demo]'")
 pytest.importorskip("torch", reason="torch is not installed: pip install 'lensc[export]'")
 
-from lensc.backends.errors import CheckpointError, StorageError
+from lensc.backends.errors import CheckpointError, ExecutionError, StorageError, UnavailableError
 from lensc.export.checkpoint import Checkpoint
 from lensc.export.demo.learner import Recipe
 from lensc.export.demo.samples import held_out_samples
-from lensc.export.demo.train import PAGES, START, STATE, WHOLE, Budget, next_stage, train
+from lensc.export.demo.train import PAGES, START, STATE, WHOLE, Budget, Drawing, Machine, Position, next_stage, train
 from lensc.export.models.session import torch_sessions
 from lensc.runtime.pipeline import VLM
 from lensc.runtime.prompt import Tokenizer
 
+ONE = Machine(threads=1)
 SMALL = Recipe(seed=3, slices_per_batch=24, vision_share=0.5)
 
 
@@ -29,7 +30,7 @@ SMALL = Recipe(seed=3, slices_per_batch=24, vision_share=0.5)
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 steps: the first 20 on the vision tower, pages from step 18 on."""
     folder = tmp_path_factory.mktemp("demo")
-    train(folder, Budget(minutes=5, steps=40), SMALL, threads=1)
+    train(folder, Budget(minutes=5, steps=40), SMALL, machine=ONE)
     return folder
 
 
@@ -62,24 +63,48 @@ def test_the_checkpoint_loads_and_answers(trained: Path) -> None:
 
 def test_it_resumes_where_it_stopped(trained: Path) -> None:
     before = len(rows(trained))
-    end = train(trained, Budget(minutes=5, steps=43), SMALL, resume=True, threads=1)
+    end = train(trained, Budget(minutes=5, steps=43), SMALL, resume=True, machine=ONE)
     assert end.step == 43
     assert rows(trained)[before]["step"] == 40
     assert rows(trained)[before]["event"] == "start"
 
 
+def test_it_goes_on_from_given_weights(trained: Path, tmp_path: Path) -> None:
+    end = train(tmp_path, Budget(minutes=5, steps=2), SMALL, init=trained, machine=Machine(threads=1, drawers=2))
+    assert end.stage in (PAGES, WHOLE)
+    first = rows(tmp_path)[0]
+    assert first["init"] == str(trained)
+    assert first["vision_share"] == 0.0
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UnavailableError, match="sees no GPU here; use --device cpu"):
+        train(tmp_path, Budget(1), SMALL, machine=Machine("cuda"))
+
+
+def test_a_dead_drawing_process_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("not a tokenizer")
+    drawing = Drawing(tmp_path, SMALL, Position(), 1)
+    try:
+        with pytest.raises(ExecutionError, match="drawing process ended with 1"):
+            drawing.next()
+    finally:
+        drawing.end()
+
+
 def test_nothing_to_resume_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nothing to resume"):
-        train(tmp_path, Budget(1), SMALL, resume=True, threads=1)
+        train(tmp_path, Budget(1), SMALL, resume=True, machine=ONE)
     (tmp_path / STATE).write_bytes(b"not a state")
     with pytest.raises(CheckpointError, match="not a state of this training"):
-        train(tmp_path, Budget(1), SMALL, resume=True, threads=1)
+        train(tmp_path, Budget(1), SMALL, resume=True, machine=ONE)
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be written"):
-        train(tmp_path / "file", Budget(1), SMALL, threads=1)
+        train(tmp_path / "file", Budget(1), SMALL, machine=ONE)
 
 
 def test_absurd_flags_are_usage_errors() -> None:
