@@ -269,7 +269,8 @@ class Drawing:
         for process in self._processes:
             process.terminate()
             process.join()
-        for waiting in (self._batches, *self._stages):
+        queues: list[Queue[Any]] = [self._batches, *self._stages]
+        for waiting in queues:
             waiting.close()
             waiting.cancel_join_thread()
 
