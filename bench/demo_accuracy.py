@@ -49,7 +49,9 @@ def rows_of(outcomes: list[Outcome]) -> list[record.Row]:
         rows = [record.Row(exact.what, exact.unit, exact.lensc, exact.spread, limit=goal)]
     else:
         rows = [record.Row(f"{task}: {measure}", "% errors", 100 * result.cer, limit=goal), exact]
-    return rows + [record.Row(f"{task}: {kind}: exact match", "%", 100 * v) for kind, v in result.by_kind.items()]
+    if len(result.by_kind) > 1:
+        rows += [record.Row(f"{task}, {kind}: exact match", "%", 100 * v) for kind, v in result.by_kind.items()]
+    return rows
 
 
 def disagreements(bundle: Path, reference: Callable[[Sample], tuple[int, ...]], samples: list[Sample]) -> list[str]:
