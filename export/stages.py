@@ -202,7 +202,12 @@ class Staging:
             self._report(StageEvent("rename the new folder", "done", self._index, self._total))
             # The lock goes last: who finds it gone finds nothing left to take over.
             _prune(self.folder, {self.folder / LOCK})
-            shutil.rmtree(self.folder)
+            (self.folder / LOCK).unlink()
+            try:
+                os.rmdir(self.folder)
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:  # another build has begun in it
+                    raise
         self._report(StageEvent(name, "done", self._index, self._total, time.perf_counter() - started))
         return result
 
@@ -239,9 +244,12 @@ def _acquire(folder: Path, out: Path) -> IO[str]:
     path = folder / LOCK
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists() and any(folder.iterdir()):
-            raise UsageError(f"{folder}: exists and was not made by lensc; remove it or choose another output folder")
         try:
+            # Twice, because a build that ends while the folder is listed may show its files but no lock.
+            if _is_foreign(folder) and _is_foreign(folder):
+                raise UsageError(
+                    f"{folder}: exists and was not made by lensc; remove it or choose another output folder"
+                )
             file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  (held until the build ends)
         except FileNotFoundError:
             continue  # the build that had it finished just now and removed the folder
@@ -260,6 +268,12 @@ def _acquire(folder: Path, out: Path) -> IO[str]:
             file.flush()
             return file
         file.close()
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether `folder` holds something, but no lock: the lock is the first file of ours and the last."""
+    names = os.listdir(folder)
+    return bool(names) and LOCK not in names
 
 
 def _try_lock(file: IO[str]) -> bool:
