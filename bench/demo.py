@@ -26,6 +26,7 @@ from lensc.backends.errors import InputError, LensError
 from lensc.runtime.pipeline import VLM, Result
 
 from . import record
+from .reference import reference_vlm
 
 QUESTIONS = {
     "line.png": "Read the text.",
@@ -60,18 +61,8 @@ def _ask(vlm: VLM, picture: Image.Image, question: str, run: int) -> Result:
 
 def measure(bundle: Path, checkpoint: Path, pictures: Path, runs: int) -> list[Case]:
     """Ask every question `runs` times of both, interleaved, after one warm-up."""
-    from lensc.export.checkpoint import Checkpoint
-    from lensc.export.models.session import torch_sessions
-    from lensc.runtime.prompt import Tokenizer
-
-    opened = Checkpoint(checkpoint)
-    model = opened.load_model()
-    table = model.llm.model.embed_tokens.weight.detach().numpy()
     cases = []
-    with (
-        lensc.load(bundle) as ours,
-        VLM(opened.model_spec(), Tokenizer.from_file(opened.tokenizer), torch_sessions(model), table) as theirs,
-    ):
+    with lensc.load(bundle) as ours, reference_vlm(checkpoint) as theirs:
         for name, question in QUESTIONS.items():
             if not (pictures / name).is_file():
                 raise InputError(f"{pictures / name} is missing; it is part of the source tree")

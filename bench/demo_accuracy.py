@@ -10,6 +10,7 @@ code 1 if a token differs. The record goes to bench/results/demo_accuracy.json.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -21,8 +22,10 @@ import lensc
 from lensc.backends.errors import LensError
 from lensc.export.demo.evaluate import Outcome, evaluate, score
 from lensc.export.demo.samples import TASKS, Sample, held_out_samples
+from lensc.runtime.pipeline import VLM
 
 from . import record
+from .reference import reference_vlm
 
 GOALS = {"line": ("exact match", 95.0), "page": ("character error rate", 5.0), "question": ("exact match", 95.0)}
 """Exact match should be at least, the character error rate at most this many percent."""
@@ -46,7 +49,7 @@ def rows_of(outcomes: list[Outcome]) -> list[record.Row]:
     hits = sum(o.exact for o in outcomes)
     exact = record.Row(f"{task}: exact match", "%", 100 * result.exact, wilson(hits, len(outcomes)))
     if measure == "exact match":
-        rows = [record.Row(exact.what, exact.unit, exact.lensc, exact.spread, limit=goal)]
+        rows = [dataclasses.replace(exact, limit=goal)]
     else:
         rows = [record.Row(f"{task}: {measure}", "% errors", 100 * result.cer, limit=goal), exact]
     if len(result.by_kind) > 1:
@@ -54,30 +57,21 @@ def rows_of(outcomes: list[Outcome]) -> list[record.Row]:
     return rows
 
 
-def disagreements(bundle: Path, reference: Callable[[Sample], tuple[int, ...]], samples: list[Sample]) -> list[str]:
-    """Descriptions of the pictures on which the bundle's token ids are not those of `reference`."""
+def disagreements(vlm: VLM, reference: Callable[[Sample], tuple[int, ...]], samples: list[Sample]) -> list[str]:
+    """Descriptions of the pictures on which the token ids of `vlm` are not those of `reference`."""
     found = []
-    with lensc.load(bundle) as vlm:
-        for i, sample in enumerate(samples):
-            ids = vlm.generate(sample.question, [sample.image], max_new_tokens=MAX_NEW_TOKENS).token_ids
-            wanted = reference(sample)
-            if ids != wanted:
-                step = next((n for n, (a, b) in enumerate(zip(ids, wanted, strict=False)) if a != b), len(ids))
-                found.append(f"picture {i} ({sample.task}, {sample.kind}): token {step} differs")
+    for i, sample in enumerate(samples):
+        ids = vlm.generate(sample.question, [sample.image], max_new_tokens=MAX_NEW_TOKENS).token_ids
+        wanted = reference(sample)
+        if ids != wanted:
+            step = next((n for n, (a, b) in enumerate(zip(ids, wanted, strict=False)) if a != b), len(ids))
+            found.append(f"picture {i} ({sample.task}, {sample.kind}): token {step} differs")
     return found
 
 
 def reference_answers(checkpoint: Path) -> Callable[[Sample], tuple[int, ...]]:
     """Greedy token ids by the torch reference model of `checkpoint`, in float32."""
-    from lensc.export.checkpoint import Checkpoint
-    from lensc.export.models.session import torch_sessions
-    from lensc.runtime.pipeline import VLM
-    from lensc.runtime.prompt import Tokenizer
-
-    opened = Checkpoint(checkpoint)
-    model = opened.load_model()
-    table = model.llm.model.embed_tokens.weight.detach().numpy()
-    vlm = VLM(opened.model_spec(), Tokenizer.from_file(opened.tokenizer), torch_sessions(model), table)
+    vlm = reference_vlm(checkpoint)
 
     def answer(sample: Sample) -> tuple[int, ...]:
         return vlm.generate(sample.question, [sample.image], max_new_tokens=MAX_NEW_TOKENS).token_ids
@@ -117,8 +111,8 @@ def _measure(options: argparse.Namespace) -> int:
             rows += rows_of(outcomes)
             for outcome in [o for o in outcomes if not o.exact][: options.show]:
                 print(f"{task}: {outcome.sample.question} {outcome.sample.answer!r}, answered {outcome.answer!r}")
-    compared = [s for trio in zip(*samples.values(), strict=True) for s in trio][: options.agreement]
-    found = disagreements(options.bundle, reference_answers(options.checkpoint), compared)
+        compared = [s for trio in zip(*samples.values(), strict=True) for s in trio][: options.agreement]
+        found = disagreements(vlm, reference_answers(options.checkpoint), compared)
     rows.append(
         record.Row(
             f"same tokens as the reference, {len(compared)} pictures", "%", 100 * (1 - len(found) / len(compared))

@@ -55,8 +55,8 @@ class VisionEncoder:
         embeds = np.empty((len(slices), self._spec.query_num, self._hidden_size), np.float32)
         ms = [0.0] * len(slices)
         from_cache = [True] * len(slices)
+        longest = max(slices, key=self._patches, default=np.empty((0, 0, 3), np.uint8))
         for i, pixels in enumerate(slices):
-            longest = max(slices, key=self._patches)
             key = self._key(pixels, longest)
             features = self._recall(key)
             if features is None:

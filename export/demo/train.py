@@ -154,7 +154,9 @@ def train(
         step=at.step,
         parameters=parameters,
         init=init_name,
-        **{**asdict(machine), **asdict(budget), **asdict(recipe)},
+        **asdict(machine),
+        **asdict(budget),
+        **asdict(recipe),
     )
     drawing = Drawing(out, recipe, at, machine.drawers)
     recent: dict[str, deque[float]] = {}
