@@ -21,6 +21,9 @@ from .content import CHARSET, COLOURS, SHAPES
 from .draw import Drawing
 from .samples import PAGE_CELLS, Sample, line, page, question
 
+SCENE_KINDS = {"colour": 20, "count": 60, "bigger": 20}
+"""How often training asks what of a scene: counting is learned last."""
+
 IGNORED = -100
 """torch's cross entropy skips this label."""
 
@@ -181,7 +184,8 @@ def draw_samples(rng: Random, stage: Stage, slices: int) -> list[Sample]:
     """Training samples of one task, about `slices` slices of them, of like length so that little is padding."""
     choice = rng.random()
     if choice < stage.scenes:
-        return [question(rng, False, rng.choice(("colour", "count", "bigger"))) for _ in range(slices)]
+        kinds = rng.choices(list(SCENE_KINDS), list(SCENE_KINDS.values()), k=slices)
+        return [question(rng, False, kind) for kind in kinds]
     if choice < stage.scenes + stage.pages:
         sizes = {cells: weight for cells, weight in PAGE_CELLS.items() if cells <= stage.cells}
         cells = rng.choices(list(sizes), list(sizes.values()))[0]

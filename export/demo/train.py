@@ -50,7 +50,7 @@ SAVE_EVERY_S = 300.0
 REPORT_EVERY_S = 20.0
 START = Stage(longest=5, cells=0, scenes=0.12, pages=0.0, fields=0.0)
 PAGES = Stage(longest=16, cells=3, scenes=0.2, pages=0.45, fields=0.1)
-WHOLE = Stage(longest=16, cells=9, scenes=0.22, pages=0.45, fields=0.08)
+WHOLE = Stage(longest=16, cells=9, scenes=0.24, pages=0.48, fields=0.08)
 
 
 @dataclass(frozen=True)
