@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -117,6 +117,64 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Free what the engine holds. Running afterwards is an error."""
+        ...
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens that a set of sequences of equal length has seen, wherever the engine keeps them."""
+
+    @property
+    def batch(self) -> int:
+        """How many sequences."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """How many tokens of each are held."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved."""
+        ...
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes that hold tokens."""
+        ...
+
+    def trim(self, length: int) -> None:
+        """Forget all tokens from `length` on. Raises UsageError if there are not so many."""
+        ...
+
+    def fork(self, batch: int) -> Cache:
+        """A cache of `batch` sequences that all begin with the tokens of this one. UsageError unless its batch is 1."""
+        ...
+
+    def reorder(self, beams: npt.NDArray[np.int64], start: int) -> None:
+        """Let sequence i continue sequence `beams[i]`: tokens before `start` are the same in all and stay as they are."""
+        ...
+
+
+@runtime_checkable
+class CachedSession(Session, Protocol):
+    """A decoder whose engine keeps the KV cache in a layout of its own, and appends to it in place.
+
+    `run`, which is fed the past and returns the new rows, must compute the same: parity and golden probes use it.
+    """
+
+    def new_cache(self, capacity: int, batch: int = 1) -> Cache:
+        """An empty cache with room for `capacity` tokens; it may grow up to the model's context."""
+        ...
+
+    def step(
+        self, feeds: Mapping[str, Array], cache: Cache, out: Mapping[str, Array] | None = None
+    ) -> dict[str, Array]:
+        """Run the new tokens of `feeds` after those in `cache`, which then holds them, too.
+
+        `feeds` and the outputs are those of `run` without the states. Raises what `run` does, and PromptError if the
+        model's context is full.
+        """
         ...
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-from lensc.backends.base import Array, Session
+from lensc.backends.base import Array, Cache, CachedSession, Session
 from lensc.backends.bundle import DecoderSpec
 from lensc.backends.errors import GraphError, PromptError, TokenizerError
 from lensc.export.graph import GraphSpec
@@ -30,9 +30,11 @@ class Decoder:
     """State of one generation. `prompt_length` is where generated tokens begin, which is where beams differ."""
 
     def __init__(self, session: Session, spec: DecoderSpec, table: Array, capacity: int) -> None:
-        self.cache = KVCache(spec, capacity)
+        self._session: CachedSession = (
+            session if isinstance(session, CachedSession) else HostCachedSession(session, spec)
+        )
+        self.cache: Cache = self._session.new_cache(capacity)
         self.prompt_length = 0
-        self._session = session
         self._table = table
         self._vocab_size = spec.vocab_size
         self._last = np.zeros(1, np.int64)
@@ -80,18 +82,45 @@ class Decoder:
         self.cache.reorder(parents, self.prompt_length)
 
     def _run(self, embeds: F32, logit_positions: I64, logits: F32) -> F32:
-        cache = self.cache
-        tokens, length = embeds.shape[1], cache.length
-        out: dict[str, Array] = {"logits": logits, **cache.slots(tokens)}
+        length = self.cache.length
         feeds: dict[str, Array] = {
             "inputs_embeds": embeds,
-            "position_ids": np.arange(length, length + tokens),
+            "position_ids": np.arange(length, length + embeds.shape[1]),
             "logit_positions": logit_positions,
-            **cache.past(),
         }
-        self._session.run(feeds, out)
-        cache.advance(tokens)
+        self._session.step(feeds, self.cache, {"logits": logits})
         return logits
+
+
+class HostCachedSession:
+    """A decoder Session that is fed the past and returns new rows, with its cache in arrays of the host."""
+
+    def __init__(self, session: Session, decoder: DecoderSpec) -> None:
+        self.spec = session.spec
+        self._session = session
+        self._decoder = decoder
+
+    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        """See `CachedSession.new_cache`."""
+        return KVCache(self._decoder, capacity, batch)
+
+    def step(
+        self, feeds: Mapping[str, Array], cache: Cache, out: Mapping[str, Array] | None = None
+    ) -> dict[str, Array]:
+        """See `CachedSession.step`: the engine reads the filled rows and writes behind them."""
+        assert isinstance(cache, KVCache)
+        tokens = feeds["inputs_embeds"].shape[1]
+        outputs = self._session.run({**feeds, **cache.past()}, {**(out or {}), **cache.slots(tokens)})
+        cache.advance(tokens)
+        return outputs
+
+    def run(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """See `Session.run`."""
+        return self._session.run(feeds, out)
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        self._session.close()
 
 
 def embed(table: Array, ids: I64) -> F32:
