@@ -11,21 +11,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lensc.backends.bundle import DecoderSpec, GenerationSpec, ModelSpec, PictureSpec, sha256_file
+from lensc.backends.bundle import DecoderSpec, GenerationSpec, ModelSpec, PictureSpec
 from lensc.backends.errors import CheckpointError
 
+from .fingerprint import file_state, sha256_of
 from .models.config import ModelConfig
 from .models.minicpmv import MiniCPMV
-from .shards import TensorRecord, listed, read_header
+from .shards import DTYPES, TensorRecord, listed, read_header, read_rows, read_tensor
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -39,9 +41,6 @@ OPTIONAL_FILES = (
 
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-"""The dtypes a weight may have; others are the mark of a quantized or foreign checkpoint."""
-
 JSON_BYTES = 256 << 20
 """The real tokenizer.json has 9 MB; no JSON file of a checkpoint comes near this."""
 
@@ -53,8 +52,29 @@ SPECIAL_TOKENS = (
 """What the prompt template and the picture placeholders are made of; tokenizer.json must know each by this spelling."""
 
 
+class WeightSource(Protocol):
+    """Where weights come from, one at a time: a `Checkpoint`, or one with an adapter merged into it."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorRecord]:
+        """Every tensor's name, with the dtype and shape in which `tensor` returns it."""
+
+    @property
+    def sha256(self) -> str:
+        """The identity of all weights, configuration and tokenizer."""
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor `name`, read now; its memory is its own. Raises CheckpointError; KeyError if unknown."""
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` (exclusive) of the tensor `name`; no other row is read. Raises as `tensor` does.
+
+        IndexError if it has no such rows.
+        """
+
+
 class Checkpoint:
-    """A checked checkpoint folder. Weights are read by `tensor` and `load_model` only.
+    """A checked checkpoint folder, which must not change from now on.
 
     `tensors` maps every tensor's name to its file, dtype and shape, `config` is the parsed config.json.
     """
@@ -68,8 +88,10 @@ class Checkpoint:
                 f"checkpoint {self.folder}: {found}, expected a folder with config.json and {WEIGHTS}"
             )
         self._refuse_pickles()
+        # Taken before anything is read: what changes from here on is noticed.
+        self._states = {path: file_state(path) for path in self._small_files()}
         self.config = ModelConfig.from_json(self._json("config.json"), str(self.folder / "config.json"))
-        self._weight_files, self.tensors = self._read_headers()
+        self.tensors: Mapping[str, TensorRecord] = self._read_headers()
         self._check_tensors()
 
     @property
@@ -79,25 +101,29 @@ class Checkpoint:
     @cached_property
     def sha256(self) -> str:
         """The identity of the checkpoint: SHA-256 over name and SHA-256 of every file that is read. Reads them all."""
-        names = {"config.json", TOKENIZER, *(path.name for path in self._weight_files)}
-        names |= {name for name in (INDEX, *OPTIONAL_FILES) if (self.folder / name).is_file()}
         digest = hashlib.sha256()
-        for name in sorted(names):
-            try:
-                digest.update(f"{sha256_file(self.folder / name)}  {name}\n".encode())
-            except OSError as error:
-                raise CheckpointError(f"{self.folder / name}: cannot be read: {error.strerror}") from error
+        for path in sorted(self._states.keys() | {self.tokenizer}):
+            state = self._states.get(path) or file_state(path)
+            digest.update(f"{sha256_of(path, state)}  {path.name}\n".encode())
         return digest.hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError if a file of the checkpoint is not what it was when it was opened."""
+        for path, state in self._states.items():
+            state.check(path, file_state(path))
 
     def tensor(self, name: str) -> Tensor:
         """The tensor `name` as stored, read now; its memory is its own. Raises CheckpointError; KeyError if unknown."""
         record = self.tensors[name]
-        try:
-            with safe_open(record.file, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{record.file}: tensor {name} cannot be read: {error}") from error
-        return tensor.clone()
+        return read_tensor(record, self._states[record.file])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` (exclusive) of the tensor `name`; no other row is read. Raises as `tensor` does.
+
+        IndexError if it has no such rows.
+        """
+        record = self.tensors[name]
+        return read_rows(record, self._states[record.file], start, stop)
 
     def load_model(self, dtype: torch.dtype = torch.float32) -> MiniCPMV:
         """The reference model with all weights in `dtype`, in eval mode, without gradients.
@@ -195,19 +221,29 @@ class Checkpoint:
             return {}
         return data
 
-    def _read_headers(self) -> tuple[list[Path], dict[str, TensorRecord]]:
+    def _small_files(self) -> list[Path]:
+        """Every file that is read besides the weights, as far as it is there."""
+        names = ("config.json", TOKENIZER, INDEX, *OPTIONAL_FILES)
+        return [self.folder / name for name in names if os.path.isfile(self.folder / name)]
+
+    def _header(self, path: Path) -> dict[str, TensorRecord]:
+        if os.path.isfile(path):
+            self._states[path] = file_state(path)
+        return read_header(path)
+
+    def _read_headers(self) -> dict[str, TensorRecord]:
         single, index = self.folder / WEIGHTS, self.folder / INDEX
         if single.exists() and index.exists():
             raise CheckpointError(
                 f"{self.folder}: holds both {WEIGHTS} and {INDEX}; remove the one that does not belong"
             )
         if single.exists():
-            return [single], read_header(single)
+            return self._header(single)
         if index.exists():
             return self._read_shards()
         raise CheckpointError(f"{self.folder}: neither {WEIGHTS} nor {INDEX} found")
 
-    def _read_shards(self) -> tuple[list[Path], dict[str, TensorRecord]]:
+    def _read_shards(self) -> dict[str, TensorRecord]:
         data = self._json(INDEX)
         weight_map = data.get("weight_map") if isinstance(data, dict) else None
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -223,7 +259,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder / INDEX}: " + listed(problems, "; "))
         tensors: dict[str, TensorRecord] = {}
         for shard in names:
-            for name, record in read_header(self.folder / shard).items():
+            for name, record in self._header(self.folder / shard).items():
                 if name in tensors:
                     problems.append(f"{name} is in both {tensors[name].file.name} and {shard}")
                 elif name not in weight_map:
@@ -234,7 +270,7 @@ class Checkpoint:
         problems += [f"{name} is not in {shard}" for name, shard in weight_map.items() if name not in tensors]
         if problems:
             raise CheckpointError(f"{self.folder / INDEX}: {len(problems)} wrong entries: " + listed(problems, "; "))
-        return [self.folder / name for name in names], tensors
+        return tensors
 
     # --- checks ---------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Safetensors headers, checked before a single weight is read or handed to a library.
+"""Safetensors: headers, checked before a single weight is read, and the weights, read from where the header says.
 
 A file is an 8-byte little-endian length, a JSON header of that length, and the data. The rules below are those of the
 format; a file that breaks one is refused with the name of the file and the rule:
@@ -9,6 +9,9 @@ format; a file that breaks one is refused with the name of the file and the rule
 4. a tensor has `dtype`, `shape` and `data_offsets` and nothing else, and a dtype of the format;
 5. a tensor's offsets span exactly the bytes its shape needs;
 6. the tensors fill the data without overlap, hole or rest.
+
+Weights are read, not mapped: the pages of a mapping count as the process's memory for as long as it lives, and a file
+that shrinks under a mapping kills the process.
 """
 
 from __future__ import annotations
@@ -20,7 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lensc.backends.errors import CheckpointError
+
+from .fingerprint import FileState
 
 HEADER_BYTES = 100_000_000
 """The format's own limit. The real header of 741 tensors is about 90 KB."""
@@ -32,16 +40,26 @@ DTYPE_BITS = {
 }  # fmt: skip
 """Every dtype the format knows, with the bits of one element."""
 
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+"""The dtypes a weight may have; others are the mark of a quantized or foreign checkpoint."""
+
+READ_BYTES = 64 << 20
+"""Bytes per system call: Linux gives at most 2 GiB at once, and an interruption should not wait long."""
+
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One tensor as its header describes it. `dtype` is the format's spelling, e.g. `F16`."""
+    """One tensor as its header describes it.
+
+    `dtype` is the format's spelling, e.g. `F16`; `offset` the byte of `file` where the tensor's `nbytes` begin.
+    """
 
     name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    offset: int = 0
 
 
 def read_header(path: Path) -> dict[str, TensorRecord]:
@@ -68,7 +86,7 @@ def read_header(path: Path) -> dict[str, TensorRecord]:
     spans: list[tuple[int, int, str]] = []
     records = {}
     for name, entry in entries.items():
-        record = _record(path, name, entry, problems, spans)
+        record = _record(path, name, entry, 8 + length, problems, spans)
         if record is not None:
             records[name] = record
     if not problems:
@@ -76,6 +94,50 @@ def read_header(path: Path) -> dict[str, TensorRecord]:
     if problems:
         raise _broken(path, listed(problems, "; "))
     return records
+
+
+def read_tensor(record: TensorRecord, state: FileState) -> Tensor:
+    """The tensor of `record` as stored, in memory of its own; its file must have been in `state` all the time.
+
+    Raises CheckpointError if the file cannot be read, has changed, or the dtype is none of `DTYPES`.
+    """
+    return _read(record, state, record.offset, record.shape)
+
+
+def read_rows(record: TensorRecord, state: FileState, start: int, stop: int) -> Tensor:
+    """Rows `start` to `stop` (exclusive) of a tensor of one dimension or more; only their bytes are read.
+
+    Raises IndexError if there are no such rows, and what `read_tensor` does.
+    """
+    if not record.shape or not 0 <= start <= stop <= record.shape[0]:
+        raise IndexError(f"tensor {record.name} {list(record.shape)} has no rows {start} to {stop}")
+    row_bytes = record.nbytes // max(record.shape[0], 1)
+    return _read(record, state, record.offset + start * row_bytes, (stop - start, *record.shape[1:]))
+
+
+def _read(record: TensorRecord, state: FileState, offset: int, shape: tuple[int, ...]) -> Tensor:
+    if record.dtype not in DTYPES:
+        raise CheckpointError(
+            f"{record.file}: tensor {record.name} is {record.dtype}, expected one of {', '.join(DTYPES)}"
+        )
+    tensor = torch.empty(shape, dtype=DTYPES[record.dtype])
+    target = tensor.reshape(-1).view(torch.uint8).numpy().data
+    try:
+        with open(record.file, "rb", buffering=0) as file:
+            state.check(record.file, FileState.of(file.fileno()))
+            file.seek(offset)
+            while len(target):
+                count = file.readinto(target[:READ_BYTES])
+                if not count:
+                    break
+                target = target[count:]
+            state.check(record.file, FileState.of(file.fileno()))
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"{record.file}: tensor {record.name} cannot be read: {reason}") from error
+    if len(target):
+        raise CheckpointError(f"{record.file}: ends within tensor {record.name}; {_AGAIN}")
+    return tensor
 
 
 def listed(items: list[str], separator: str = ", ", limit: int = 20) -> str:
@@ -122,8 +184,9 @@ def _is_count(value: Any) -> bool:
 
 
 def _record(
-    path: Path, name: str, entry: Any, problems: list[str], spans: list[tuple[int, int, str]]
+    path: Path, name: str, entry: Any, data: int, problems: list[str], spans: list[tuple[int, int, str]]
 ) -> TensorRecord | None:
+    """The checked record of one entry of the header; `data` is the byte of the file where the tensors begin."""
     shown = ascii(name) if len(name) <= 100 else ascii(name[:97] + "...")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         problems.append(f"tensor {shown} must have exactly dtype, shape and data_offsets")
@@ -144,7 +207,7 @@ def _record(
         problems.append(f"tensor {shown} {dtype}{shape} needs {-(-bits // 8)} bytes, data_offsets give {end - begin}")
         return None
     spans.append((begin, end, shown))
-    return TensorRecord(name, path, dtype, tuple(shape), end - begin)
+    return TensorRecord(name, path, dtype, tuple(shape), end - begin, data + begin)
 
 
 def _check_spans(spans: list[tuple[int, int, str]], size: int, problems: list[str]) -> None:
