@@ -126,26 +126,8 @@ class Checkpoint:
         return read_rows(record, self._states[record.file], start, stop)
 
     def load_model(self, dtype: torch.dtype = torch.float32) -> MiniCPMV:
-        """The reference model with all weights in `dtype`, in eval mode, without gradients.
-
-        Holds each weight once. Raises CheckpointError that names every tensor with NaN or Inf.
-        """
-        with torch.device("meta"):
-            model = MiniCPMV(self.config)
-        state: dict[str, Tensor] = {}
-        damaged: list[str] = []
-        too_large: list[str] = []
-        for name in self.tensors:
-            stored = self.tensor(name)
-            state[name] = stored.to(dtype)
-            if not bool(torch.isfinite(state[name]).all()):
-                (too_large if bool(torch.isfinite(stored).all()) else damaged).append(name)
-        if damaged:
-            raise CheckpointError(f"{self.folder}: {len(damaged)} tensors hold NaN or Inf: {listed(damaged)}")
-        if too_large:
-            raise CheckpointError(f"{self.folder}: {len(too_large)} tensors do not fit {dtype}: {listed(too_large)}")
-        model.load_state_dict(state, assign=True)
-        return model.requires_grad_(False).eval()
+        """The reference model with all weights in `dtype`; see the function `load_model`."""
+        return load_model(self, self.config, str(self.folder), dtype)
 
     def model_spec(self) -> ModelSpec:
         """What the runtime needs to know, from config.json, the preprocessor's and the tokenizer's files.
@@ -195,21 +177,7 @@ class Checkpoint:
             )
 
     def _json(self, name: str) -> Any:
-        path = self.folder / name
-        try:
-            if not path.is_file():
-                raise CheckpointError(
-                    f"{path}: not found, a checkpoint folder has config.json, {TOKENIZER} and {WEIGHTS}"
-                )
-            if path.stat().st_size > JSON_BYTES:
-                raise CheckpointError(f"{path}: {path.stat().st_size} bytes, expected at most {JSON_BYTES}")
-            return json.loads(path.read_bytes().decode("utf-8"))
-        except RecursionError:
-            raise CheckpointError(f"{path}: not JSON: nested too deeply") from None
-        except ValueError as error:
-            raise CheckpointError(f"{path}: not JSON: {str(error)[:120]}; copy the file again") from None
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        return read_json(self.folder / name, f"a checkpoint folder has config.json, {TOKENIZER} and {WEIGHTS}")
 
     def _object(self, name: str, problems: list[str]) -> dict[str, Any]:
         """The JSON object in an optional file, {} where there is none."""
@@ -370,6 +338,45 @@ class Checkpoint:
         stated = data.get("_name_or_path") if isinstance(data, dict) else None
         name = stated.rstrip("/").rpartition("/")[2] if isinstance(stated, str) else ""
         return name if re.fullmatch(r"[\w.+ -]{1,100}", name) else self.folder.resolve().name
+
+
+def load_model(weights: WeightSource, config: ModelConfig, source: str, dtype: torch.dtype = torch.float32) -> MiniCPMV:
+    """The reference model with all `weights` in `dtype`, in eval mode, without gradients; `source` names it in errors.
+
+    Holds each weight once. Raises CheckpointError that names every tensor with NaN or Inf.
+    """
+    with torch.device("meta"):
+        model = MiniCPMV(config)
+    state: dict[str, Tensor] = {}
+    damaged: list[str] = []
+    too_large: list[str] = []
+    for name in weights.tensors:
+        stored = weights.tensor(name)
+        state[name] = stored.to(dtype)
+        if not bool(torch.isfinite(state[name]).all()):
+            (too_large if bool(torch.isfinite(stored).all()) else damaged).append(name)
+    if damaged:
+        raise CheckpointError(f"{source}: {len(damaged)} tensors hold NaN or Inf: {listed(damaged)}")
+    if too_large:
+        raise CheckpointError(f"{source}: {len(too_large)} tensors do not fit {dtype}: {listed(too_large)}")
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def read_json(path: Path, expected: str) -> Any:
+    """What the JSON file `path` holds. Raises CheckpointError; `expected` says in it why the file should be there."""
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: not found, {expected}")
+        if path.stat().st_size > JSON_BYTES:
+            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, expected at most {JSON_BYTES}")
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except RecursionError:
+        raise CheckpointError(f"{path}: not JSON: nested too deeply") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON: {str(error)[:120]}; copy the file again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _outside(name: str) -> bool:
