@@ -1,6 +1,7 @@
 """Opening a checkpoint folder: what is read, what is refused, and that every problem is listed in one error."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from lensc.backends.bundle import GenerationSpec, PictureSpec
 from lensc.backends.errors import CheckpointError
 from lensc.export import shards
-from lensc.export.checkpoint import Checkpoint
+from lensc.export.checkpoint import Checkpoint, WeightSource
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoint"
 IDS = ["empty", "cut", "list", "bytes", "deep", "huge-integer"]
@@ -79,6 +80,16 @@ def test_tensor_is_the_stored_one() -> None:
         assert tensor.dtype == torch.float16 and torch.equal(tensor, stored[name])
     with pytest.raises(KeyError):
         checkpoint.tensor("llm.nothing")
+
+
+def test_rows_are_those_of_the_tensor() -> None:
+    source: WeightSource = Checkpoint(GOLDEN)
+    tensor = source.tensor("llm.lm_head.weight")
+    assert torch.equal(source.rows("llm.lm_head.weight", 1000, 1280), tensor[1000:])
+    with pytest.raises(IndexError, match=r"llm.lm_head.weight \[1280, 256\] has no rows 1280 to 1281"):
+        source.rows("llm.lm_head.weight", 1280, 1281)
+    with pytest.raises(KeyError):
+        source.rows("llm.nothing", 0, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -196,6 +207,47 @@ def test_file_that_shrinks_after_opening(folder: Path) -> None:
         match=r"model.safetensors: changed while it was being read: 5352488 bytes became 5351488; .* run again",
     ):
         checkpoint.tensor("llm.lm_head.weight")
+
+
+def test_shard_that_is_written_again_after_opening(folder: Path) -> None:
+    """Same size, other contents: what was read before must not be mixed with what would be read."""
+    names = shard(folder)
+    file = folder / names["resampler.query"]
+    os.utime(file, ns=(1, 1))
+    checkpoint = Checkpoint(folder)
+    checkpoint.check_unchanged()
+    assert checkpoint.tensor("resampler.query").shape == (96, 256)
+    weights = load_file(file)
+    save_file({name: tensor * 2 for name, tensor in weights.items()}, folder / "new")
+    (folder / "new").replace(file)
+    for use in (
+        lambda: checkpoint.tensor("resampler.query"),
+        lambda: checkpoint.rows("resampler.query", 0, 1),
+        lambda: checkpoint.sha256,
+        checkpoint.load_model,
+        checkpoint.check_unchanged,
+    ):
+        with pytest.raises(CheckpointError, match=rf"{file.name}: changed while it was being read: it was written to"):
+            use()
+    assert checkpoint.tensor(next(n for n, f in names.items() if f != file.name)).numel()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "preprocessor_config.json"])
+def test_small_file_that_changes_after_opening(name: str, folder: Path) -> None:
+    checkpoint = Checkpoint(folder)
+    (folder / name).write_text((folder / name).read_text() + "\n")
+    for use in (lambda: checkpoint.sha256, checkpoint.check_unchanged):
+        with pytest.raises(CheckpointError, match=rf"{name}: changed while it was being read"):
+            use()
+
+
+def test_shard_that_goes_away_after_opening(folder: Path) -> None:
+    checkpoint = Checkpoint(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"model.safetensors: tensor resampler.query cannot be read: No such file"
+    ):
+        checkpoint.tensor("resampler.query")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000, b"9" * 5000], ids=IDS)

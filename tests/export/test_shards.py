@@ -4,12 +4,18 @@ import json
 import os
 import random
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lensc.backends.errors import CheckpointError
-from lensc.export.shards import listed, read_header
+from lensc.export import shards
+from lensc.export.fingerprint import file_state
+from lensc.export.shards import DTYPES, listed, read_header, read_rows, read_tensor
 
 
 def safetensors(header: object, data: bytes = b"", length: int | None = None) -> bytes:
@@ -135,3 +141,106 @@ def test_damaged_headers_never_raise_anything_else(tmp_path: Path) -> None:
 def test_listed_shows_a_count_beyond_the_limit() -> None:
     assert listed(["a", "b"]) == "a, b"
     assert listed([str(i) for i in range(23)], limit=2) == "0, 1, and 21 more"
+
+
+# --- weights ------------------------------------------------------------------------------------------------------
+
+SHAPES = [(), (0,), (1,), (7,), (5, 3), (0, 3), (4, 0), (2, 3, 2, 2)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("piece", [1, 3, 1 << 20])
+def test_reads_what_the_library_wrote(dtype: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "READ_BYTES", piece)
+    generator = torch.Generator().manual_seed(0)
+    written = {f"{shape}": torch.randn(shape, generator=generator).to(DTYPES[dtype]) for shape in SHAPES}
+    path = tmp_path / "model.safetensors"
+    save_file(written, path)
+    state, records = file_state(path), read_header(path)
+    for name, tensor in written.items():
+        read = read_tensor(records[name], state)
+        assert read.dtype == tensor.dtype and torch.equal(read, tensor) and read.shape == tensor.shape
+        for start in range(tensor.shape[0] + 1 if tensor.shape else 0):
+            for stop in range(start, tensor.shape[0] + 1):
+                rows = read_rows(records[name], state, start, stop)
+                assert rows.dtype == tensor.dtype and torch.equal(rows, tensor[start:stop])
+
+
+def test_only_the_rows_asked_for_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with open(path, "wb") as file:  # 40 GB with a hole for most of it
+        file.write(
+            safetensors({"a": {"dtype": "F16", "shape": [20_000_000, 1000], "data_offsets": [0, 40_000_000_000]}})
+        )
+        begin = file.tell()
+        file.seek(begin + 2000 * 10_000_000)
+        file.write(torch.arange(2000, dtype=torch.float16).numpy().tobytes())
+        file.truncate(begin + 40_000_000_000)
+    record = read_header(path)["a"]
+    rows = read_rows(record, file_state(path), 10_000_000, 10_000_002)
+    assert torch.equal(rows, torch.arange(2000, dtype=torch.float16).reshape(2, 1000))
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (2, 1), (0, 6), (6, 6)])
+def test_rows_that_are_not_there(start: int, stop: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(5, 2), "scalar": torch.tensor(1.0)}, path)
+    records = read_header(path)
+    with pytest.raises(IndexError, match=rf"tensor a \[5, 2\] has no rows {start} to {stop}"):
+        read_rows(records["a"], file_state(path), start, stop)
+    with pytest.raises(IndexError, match=r"tensor scalar \[\] has no rows 0 to 1"):
+        read_rows(records["scalar"], file_state(path), 0, 1)
+
+
+def test_a_dtype_that_is_no_weight(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(5, dtype=torch.int8)}, path)
+    with pytest.raises(CheckpointError, match=r"tensor a is I8, expected one of F16, BF16, F32, F64"):
+        read_tensor(read_header(path)["a"], file_state(path))
+
+
+def test_a_file_that_ends_within_a_tensor(tmp_path: Path) -> None:
+    """It did not change, so its header was made for another file."""
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(500)}, path)
+    record = read_header(path)["a"]
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"ends within tensor a; the file is truncated or damaged"):
+        read_tensor(record, file_state(path))
+
+
+def test_a_write_while_a_tensor_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(500)}, path)
+    os.utime(path, ns=(1, 1))
+    state, record, empty = file_state(path), read_header(path)["a"], torch.empty
+
+    def write_meanwhile(*arguments: object, **options: object) -> torch.Tensor:
+        os.utime(path, ns=(2, 2))
+        return empty(*arguments, **options)
+
+    monkeypatch.setattr(shards.torch, "empty", write_meanwhile)
+    with pytest.raises(CheckpointError, match=r"changed while it was being read: it was written to"):
+        read_tensor(record, state)
+
+
+def test_reading_maps_nothing_and_copies_once(tmp_path: Path) -> None:
+    """Peak memory of reading 256 MB: the tensor itself, and less than a tenth more."""
+    path = tmp_path / "model.safetensors"
+    with open(path, "wb") as file:
+        file.write(safetensors({"a": {"dtype": "F16", "shape": [1 << 27], "data_offsets": [0, 1 << 28]}}))
+        file.truncate(file.tell() + (1 << 28))
+    script = f"""if True:
+        import resource
+        from pathlib import Path
+        from lensc.export.fingerprint import file_state
+        from lensc.export.shards import read_header, read_tensor
+        path = Path({str(path)!r})
+        read = lambda: read_tensor(read_header(path)["a"], file_state(path))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for _ in range(3):
+            read()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 1.1 * (1 << 18)
