@@ -6,6 +6,8 @@ initializer under its key in `module.state_dict()`, in its own shape and untrans
 (`models.session.graph_modules`) is the checkpoint's key, e.g. `llm.model.layers.0.mlp.down_proj.weight`. Whatever else
 is an initializer is a small constant `const_<i>`.
 
+Norms and attention are calls of the functions in `lensc.export.functions`, whose definitions the file carries.
+
 The file holds no path, no stack trace and no version, and two exports of the same weights have the same bytes.
 """
 
@@ -25,16 +27,17 @@ from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
-import onnxscript.optimizer
 import torch
 from onnx_ir.passes import common
 from torch import Tensor, nn
 
 from lensc.backends.errors import GraphError, StorageError
 
+from .functions import DOMAIN, VERSION, functions
 from .graph import Graph, GraphSpec, TensorSpec
 from .models.minicpmv import MiniCPMV
 from .models.session import graph_modules
+from .passes import all_values, simplify
 
 OPSET = 21
 """Opset 20 brought Gelu, 21 block-wise DequantizeLinear (int4 weights), which ONNX Runtime, its QNN provider and
@@ -77,7 +80,8 @@ def export_graph(
     if weights is None and any(p.device.type == "meta" for p in parameters.values()):
         raise GraphError(f"graph {spec.name}: the module lies on the meta device and has no values; pass `weights`")
     model = _trace(module, example, spec)
-    _simplify(model, frozenset(parameters))
+    simplify(model, frozenset(parameters))
+    _forget_builder(model)
     _name_dimensions(model, spec)
     _check_signature(model, spec)
     _attach_weights(model, parameters, weights)
@@ -116,7 +120,11 @@ def _trace(module: nn.Module, example: Sequence[Tensor], spec: GraphSpec) -> ir.
         )
     if exported is None:
         raise GraphError(f"graph {spec.name}: torch.onnx.export returned nothing")
-    return exported.model
+    model = exported.model
+    model.opset_imports[DOMAIN] = VERSION
+    for function in functions(node.op_type for node in model.graph if node.domain == DOMAIN):
+        model.functions[function.identifier()] = function
+    return model
 
 
 def _without_values(module: nn.Module) -> nn.Module:
@@ -151,52 +159,13 @@ def _quiet_exporter() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _simplify(model: ir.Model, parameters: frozenset[str]) -> None:
-    """Fold what is constant without the weights, merge what is computed twice, drop names of builder and source."""
-
-    def should_fold(node: ir.Node) -> bool | None:
-        return False if any(v is not None and v.name in parameters for v in node.inputs) else None
-
-    onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=should_fold)
-    ir.passes.Sequential(
-        common.IdentityEliminationPass(),
-        common.RemoveUnusedNodesPass(),
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-    )(model)
-    _merge_constants(model, parameters)
-    ir.passes.Sequential(
-        common.CommonSubexpressionEliminationPass(),
-        common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedOpsetsPass(),
-        common.ClearMetadataAndDocStringPass(),
-    )(model)
+def _forget_builder(model: ir.Model) -> None:
+    """Drop what names the builder, the source or the time."""
+    common.ClearMetadataAndDocStringPass()(model)
     model.producer_name, model.producer_version = "lensc", None
     model.metadata_props.clear()
-    for value in _values(model):
+    for value in all_values(model):
         value.metadata_props.clear()
-
-
-def _values(model: ir.Model) -> Iterator[ir.Value]:
-    yield from model.graph.inputs
-    yield from model.graph.initializers.values()
-    for node in model.graph:
-        yield from node.outputs
-
-
-def _merge_constants(model: ir.Model, parameters: frozenset[str]) -> None:
-    """Keep one of each constant and number them in the order of use."""
-    first: dict[tuple[object, ...], ir.Value] = {}
-    initializers = model.graph.initializers
-    for name in [name for name in initializers if name not in parameters]:
-        value = initializers[name]
-        tensor = value.const_value
-        assert tensor is not None
-        kept = first.setdefault((tensor.dtype, tuple(tensor.shape), tensor.tobytes()), value)
-        if kept is not value:
-            value.replace_all_uses_with(kept)
-            del initializers[name]
-    for i, value in enumerate(first.values()):
-        value.name = f"const_{i}"
 
 
 def _name_dimensions(model: ir.Model, spec: GraphSpec) -> None:
@@ -206,7 +175,7 @@ def _name_dimensions(model: ir.Model, spec: GraphSpec) -> None:
         for symbol, dim in zip(value.shape or (), tensor.shape, strict=True):
             if isinstance(symbol, ir.SymbolicDim) and isinstance(dim, str):
                 names.setdefault(str(symbol.value), dim)
-    for value in _values(model):
+    for value in all_values(model):
         if value.shape is not None:
             dims = [d if isinstance(d, int) else _renamed(str(d.value), names) for d in value.shape]
             value.shape = ir.Shape(dims)

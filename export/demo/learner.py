@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..models.config import ModelConfig
-from ..models.minicpmv import MASK, MiniCPMV
+from ..models.functions import MASK
+from ..models.minicpmv import MiniCPMV
 from .batches import IGNORED, PATCH_CLASSES, Batch
 
 

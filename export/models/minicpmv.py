@@ -8,8 +8,7 @@ Three parts under the checkpoint's own names, so that `state_dict()` has the off
 
 Whatever depends on a picture's size (position ids, masks, the resampler's position embedding) is an input computed
 on the host (`lensc.runtime.picture`), so that nothing here is data-dependent and every part exports as it stands.
-Attention takes additive masks with `MASK` in the place of -inf: exp(MASK) is 0 in every float format, and no format
-overflows, not even float16.
+What engines have fused operators for (norm, attention) stands in `functions`.
 """
 
 from __future__ import annotations
@@ -21,20 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import ModelConfig, VisionConfig
-
-MASK = -1e4
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Softmax attention, softmax in float32.
-
-    q: [..., queries, d], k and v: [..., keys, d], bias: broadcastable to [..., queries, keys]; returns q's shape.
-    """
-    scores = (q * scale) @ k.transpose(-1, -2)
-    if bias is not None:
-        scores = scores + bias
-    return torch.softmax(scores.float(), dim=-1).to(v.dtype) @ v
-
+from .functions import attention, causal_attention, inverse_frequencies, rms_norm
 
 # --- vision tower -------------------------------------------------------------------------------------------------
 
@@ -66,12 +52,8 @@ class VisionAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        def heads(t: Tensor) -> Tensor:
-            return torch.unflatten(t, -1, (self.heads, -1)).transpose(1, 2)
-
-        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
-        mixed = attend(q, k, v, bias[:, None, None, :], q.shape[-1] ** -0.5)
-        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        mixed = attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), bias, self.heads)
+        out: Tensor = self.out_proj(mixed)
         return out
 
 
@@ -145,14 +127,10 @@ class ResamplerAttention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         """query: [1, queries, D] shared by all slices; key, value: [slices, patches, D]; bias: [slices, patches]."""
 
-        def heads(t: Tensor) -> Tensor:
-            return torch.unflatten(t, -1, (self.heads, -1)).transpose(1, 2)
-
         wq, wk, wv = self.in_proj_weight.chunk(3)
         bq, bk, bv = self.in_proj_bias.chunk(3)
-        q, k, v = heads(F.linear(query, wq, bq)), heads(F.linear(key, wk, bk)), heads(F.linear(value, wv, bv))
-        mixed = attend(q, k, v, bias[:, None, None, :], q.shape[-1] ** -0.5)
-        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        q, k, v = F.linear(query, wq, bq), F.linear(key, wk, bk), F.linear(value, wv, bv)
+        out: Tensor = self.out_proj(attention(q, k, v, bias, self.heads))
         return out
 
 
@@ -182,6 +160,10 @@ class Resampler(nn.Module):
 # --- decoder ------------------------------------------------------------------------------------------------------
 
 
+Past = tuple[Tensor, Tensor] | None
+"""Keys and values of the tokens before, each [past, batch, kv_heads, head_dim]."""
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, in float32."""
 
@@ -191,77 +173,38 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        # a division, not rsqrt: the form that graph optimizers recognize as RMSNorm
-        y = y / torch.sqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
-
-
-def rotary(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, each float32[tokens, head_dim]: both halves carry the same angles (half-split convention)."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
-    # the power in float64: float32 powers differ by an ulp between torch and numpy, which folds this into a constant
-    # of the graph, and an ulp is 4e-4 radians at position 8000
-    powers = (theta ** exponents.double()).float()
-    angles = position_ids.float()[:, None] * (1.0 / powers)[None, :]
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + d/2) of x: [batch, tokens, heads, d]."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x * cos[:, None, :] + turned * sin[:, None, :]).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class DecoderAttention(nn.Module):
-    """Grouped-query attention over past rows and new rows, which are never concatenated: the cache is not copied.
-
-    Both parts' scores share one softmax. Heads of a group share a key/value head by folding the group into the query
-    rows, so keys and values are not repeated either.
-    """
+    """Projections around grouped-query attention."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        width = config.hidden_size
-        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        width, head_dim = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(width, self.heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(width, self.kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(width, self.kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * head_dim, width, bias=False)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, causal: Tensor, past: tuple[Tensor, Tensor] | None
+        self, x: Tensor, position_ids: Tensor, frequencies: Tensor, past: Past
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [batch, tokens, D], causal: [tokens, tokens] additive; past keys and values: [past, batch, kv_heads, d].
-
-        Returns the mixed [batch, tokens, D] and the new keys (rotated) and values [tokens, batch, kv_heads, d].
-        """
-        batch, tokens = x.shape[0], x.shape[1]
-        groups = self.heads // self.kv_heads
-        q = rotate(self.q_proj(x).unflatten(-1, (self.heads, self.head_dim)), cos, sin) * self.head_dim**-0.5
-        k = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)), cos, sin)
-        v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
-
-        # [batch, kv_heads, groups * tokens, d]: row g * tokens + t is head g of the group at token t
-        rows = q.unflatten(2, (self.kv_heads, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        scores = rows @ k.permute(0, 2, 3, 1) + causal.repeat(groups, 1)
-        if past is None:
-            weights = torch.softmax(scores.float(), dim=-1).to(v.dtype)
-            mixed = weights @ v.transpose(1, 2)
-        else:
-            past_k, past_v = past
-            scores = torch.cat((rows @ past_k.permute(1, 2, 3, 0), scores), dim=-1)
-            weights = torch.softmax(scores.float(), dim=-1).to(v.dtype)
-            length = past_k.shape[0]
-            mixed = weights[..., :length] @ past_v.permute(1, 2, 0, 3) + weights[..., length:] @ v.transpose(1, 2)
-        mixed = mixed.unflatten(2, (groups, tokens)).permute(0, 3, 1, 2, 4).reshape(batch, tokens, -1)
-        return self.o_proj(mixed), k.transpose(0, 1), v.transpose(0, 1)
+        """x: [batch, tokens, D]; see `causal_attention` for the rest and for the new keys and values."""
+        past_key, past_value = past or (None, None)
+        mixed, key, value = causal_attention(
+            self.q_proj(x),
+            self.k_proj(x),
+            self.v_proj(x),
+            position_ids,
+            frequencies,
+            past_key,
+            past_value,
+            self.heads,
+            self.kv_heads,
+        )
+        return self.o_proj(mixed), key, value
 
 
 class DecoderMLP(nn.Module):
@@ -287,9 +230,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, causal: Tensor, past: tuple[Tensor, Tensor] | None
+        self, x: Tensor, position_ids: Tensor, frequencies: Tensor, past: Past
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mixed, key, value = self.self_attn(self.input_layernorm(x), cos, sin, causal, past)
+        mixed, key, value = self.self_attn(self.input_layernorm(x), position_ids, frequencies, past)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), key, value
 
@@ -328,14 +271,11 @@ class Decoder(nn.Module):
         [past, batch, kv_heads, head_dim]. Returns logits [batch, rows, vocab] and the new rows of keys and values,
         each [tokens, batch, kv_heads, head_dim].
         """
-        cos, sin = rotary(position_ids, self.config.head_dim, self.config.rope_theta)
-        cos, sin = cos.to(inputs_embeds.dtype), sin.to(inputs_embeds.dtype)
-        visible = position_ids[:, None] >= position_ids[None, :]
-        causal = torch.where(visible, 0.0, MASK).to(inputs_embeds.dtype)
+        frequencies = inverse_frequencies(self.config.head_dim, self.config.rope_theta, position_ids.device)
         x, keys, values = inputs_embeds, [], []
         for i, layer in enumerate(self.model.layers):
             past = None if past_keys is None or past_values is None else (past_keys[i], past_values[i])
-            x, key, value = layer(x, cos, sin, causal, past)
+            x, key, value = layer(x, position_ids, frequencies, past)
             keys.append(key)
             values.append(value)
         x = self.model.norm(x.index_select(1, logit_positions))

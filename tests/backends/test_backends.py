@@ -29,7 +29,8 @@ from lensc.backends.errors import (
 )
 from lensc.export.graph import Graph, GraphSpec
 from lensc.export.models.config import ModelConfig
-from lensc.export.models.minicpmv import MASK, MiniCPMV
+from lensc.export.models.functions import MASK
+from lensc.export.models.minicpmv import MiniCPMV
 from lensc.export.models.session import graph_modules, torch_sessions
 from lensc.export.onnx import example_inputs, export_graph
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lensc.export.models.config import ModelConfig, VisionConfig
-from lensc.export.models.minicpmv import MASK, MiniCPMV
+from lensc.export.models.functions import MASK
+from lensc.export.models.minicpmv import MiniCPMV
 from lensc.runtime.picture import position_ids, resampler_pos_embed
 
 WHY = "the comparison needs transformers, which is part of the extra lensc[test]"
