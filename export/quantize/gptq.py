@@ -1,0 +1,174 @@
+"""Calibrated rounding: GPTQ. Each weight is rounded so that it makes up for the errors of those rounded before it.
+
+The inputs X seen by a linear layer say what an error costs: |X (w - q)|^2 = (w - q)^T H (w - q) with H = X^T X. With the
+Cholesky factor H = L L^T this is |L^T (w - q)|^2, and L^T is upper triangular: going from the last input to the first,
+term i is L[i,i] (w_i - q_i) + sum of L[j,i] (w_j - q_j) over the j already rounded, so the best q_i is the nearest to
+
+    w_i + sum_j L[j,i] (w_j - q_j) / L[i,i].
+
+That is the method of Frantar et al. (arXiv 2210.17323), whose updates with the inverse of H it equals in exact
+arithmetic (Chen et al., arXiv 2507.18553, who recognize Babai's nearest plane), at the cost of one Cholesky
+factorization instead of two and an inversion, and with one matrix of H's size instead of two.
+
+Inputs with the largest mean square are rounded first, when all others can still make up for them. Scales are fixed
+beforehand from the weights (static groups), so the order needs no index at run time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lensc.backends.errors import InputError
+
+from .grid import round_to_grid
+from .weights import QuantizedWeight, WeightFormat, fit_scales
+
+Order = Literal["activation", "natural"]
+
+DAMPINGS = 6
+"""How often the damping is raised tenfold before a matrix is given up."""
+
+PIECE = 1 << 24
+"""Numbers of a temporary while the matrix is permuted (64 MiB)."""
+
+
+class Hessian:
+    """X^T X over all activations X: float[tokens, in] that were added. Holds in * in * 4 bytes."""
+
+    def __init__(self, inputs: int) -> None:
+        self.matrix = torch.zeros(inputs, inputs)
+        self.tokens = 0
+
+    def add(self, activations: Tensor) -> None:
+        """Add activations: float[..., in]. Raises InputError for another width, NaN or Inf."""
+        x = activations.reshape(-1, activations.shape[-1]).float()
+        if x.shape[1] != self.matrix.shape[0]:
+            raise InputError(f"activations {list(activations.shape)}: expected {self.matrix.shape[0]} channels")
+        if not bool(torch.isfinite(x).all()):
+            raise InputError(f"activations {list(activations.shape)} hold NaN or Inf")
+        self.matrix.addmm_(x.mT, x)
+        self.tokens += x.shape[0]
+
+    @property
+    def diagonal(self) -> Tensor:
+        """The mean square of each input: float32[in]."""
+        return self.matrix.diagonal() / max(1, self.tokens)
+
+    def factor(self, damp: float = 0.01, order: Order = "activation") -> Factor:
+        """The Cholesky factor, in a matrix of its own; the Hessian is left as it is.
+
+        `damp` times the mean of the diagonal is added to the diagonal, ten times more each time that the matrix is
+        not positive definite. Inputs that were always 0 thus stand alone: their weights are rounded to the nearest.
+        Raises InputError if nothing was added, or damping by 1000 % of the mean did not help.
+        """
+        mean = float(self.matrix.diagonal().double().mean())
+        if not mean > 0:
+            raise InputError(f"{self.tokens} tokens of activations that are all 0: nothing to calibrate with")
+        inputs = self.matrix.shape[0]
+        columns = torch.arange(inputs - 1, -1, -1)
+        if order == "activation":
+            columns = self.matrix.diagonal().argsort(stable=True)
+        # LAPACK works in columns: the transpose of a contiguous matrix is factored in place
+        work = torch.empty(inputs, inputs).mT
+        info = torch.empty((), dtype=torch.int32)
+        for _ in range(DAMPINGS):
+            _permute(self.matrix, columns, work)
+            work.diagonal().add_(damp * mean)
+            torch.linalg.cholesky_ex(work, out=(work, info))
+            if int(info) == 0:
+                return Factor(work, columns)
+            damp = max(10 * damp, 1e-6)
+        raise InputError(
+            f"the Hessian of {inputs} inputs from {self.tokens} tokens is not positive definite even with {damp / 10:g} "
+            "of its mean diagonal added; calibrate with other data"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """lower: float32[in, in] with lower lower^T = the damped Hessian, its rows and columns in the order `columns`.
+
+    Above the diagonal `lower` is undefined. `columns: int64[in]`; the last is rounded first. It serves every weight
+    that reads the same inputs.
+    """
+
+    lower: Tensor
+    columns: Tensor
+
+
+def quantize_gptq(
+    weight: Tensor,
+    hessian: Hessian,
+    format: WeightFormat,
+    damp: float = 0.01,
+    block: int = 128,
+    order: Order = "activation",
+    search: bool = True,
+    factor: Factor | None = None,
+) -> QuantizedWeight:
+    """Round `weight: float[out, in]` to `format` so that its outputs on the calibration data change least.
+
+    `search` as in `quantize_rtn`, errors weighed by the Hessian's diagonal. `factor` saves the factorization for the
+    next weight that reads the same inputs, `damp` and `order` then have no effect. `block` inputs are rounded between
+    updates of the rest, which changes speed, not results beyond rounding. Beside weight, Hessian and result it holds
+    in * in * 4 + out * in * 4 bytes. Raises InputError for NaN or Inf, and where the Hessian cannot be factored.
+    """
+    outputs, inputs = weight.shape
+    if hessian.matrix.shape[0] != inputs:
+        raise InputError(f"weight {list(weight.shape)}: the Hessian has {hessian.matrix.shape[0]} inputs")
+    scales, zeros = fit_scales(weight, format, search, hessian.diagonal if search else None)
+    factor = factor or hessian.factor(damp, order)
+    lower, columns = factor.lower, factor.columns
+    group = columns // format.group_of(inputs)
+    values = torch.empty(outputs, inputs, dtype=torch.int8 if format.is_signed else torch.uint8)
+    # errors[i] of input columns[i], a row each so that all that is read and written is contiguous
+    errors = torch.empty(inputs, outputs)
+    for end in range(inputs, 0, -block):
+        start = max(0, end - block)
+        here = columns[start:end]
+        truth = weight[:, here].float().mT.contiguous()
+        scale = scales.mT[group[start:end]]
+        zero = None if zeros is None else zeros.mT[group[start:end]].float()
+        pull = lower[end:, start:end].mT @ errors[end:]
+        rounded = _round_block(truth, pull, lower[start:end, start:end], scale, zero, format, errors[start:end])
+        values[:, here] = rounded.mT.to(values.dtype)
+    return QuantizedWeight(values, scales, zeros, format)
+
+
+def _round_block(
+    truth: Tensor,
+    pull: Tensor,
+    lower: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    format: WeightFormat,
+    errors: Tensor,
+) -> Tensor:
+    """Round the inputs of one block, the last first; return float32[block, out] values and write `errors`.
+
+    truth: float32[block, out], the weights; pull: float32[block, out], what the errors of earlier blocks add to L[i,i]
+    times each weight; lower: float32[block, block], the block's part of the factor; scale, zero: float32[block, out].
+    """
+    values = torch.empty_like(truth)
+    diagonal = lower.diagonal().tolist()
+    for i in range(truth.shape[0] - 1, -1, -1):
+        if i + 1 < truth.shape[0]:
+            pull[i] += lower[i + 1 :, i] @ errors[i + 1 :]
+        origin: Tensor | float = float(format.zero_point) if zero is None else zero[i]
+        wanted = truth[i] + pull[i] / diagonal[i]
+        values[i] = round_to_grid(wanted, scale[i], origin, format.lowest, format.highest)
+        errors[i] = truth[i] - (values[i] - origin) * scale[i]
+    return values
+
+
+def _permute(matrix: Tensor, columns: Tensor, out: Tensor) -> None:
+    """out = matrix[columns][:, columns] for a symmetric matrix, piece by piece."""
+    count = max(1, PIECE // matrix.shape[0])
+    for start in range(0, matrix.shape[0], count):
+        rows = columns[start : start + count]
+        # the matrix is symmetric, and out's columns are contiguous
+        out[:, start : start + count] = matrix[rows][:, columns].mT

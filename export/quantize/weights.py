@@ -1,0 +1,314 @@
+"""Weights as few-bit integers with one scale per group of inputs: the format, rounding to it, and its bytes.
+
+A weight `w: float32[out, in]` is stored as `values[out, in]`, `scales: float32[out, groups]` and zero points, and stands
+for `(values - zero_point) * scale`. A group is `group_size` neighbouring inputs of one output; the last group of a row
+may be shorter. Below 8 bits values are unsigned, and a symmetric format has the zero point 2^(bits-1); 8 symmetric bits
+are signed, -127 to 127, without a zero point.
+
+A scale may be negative. A symmetric format of 4 bits reaches from -8 to 7 scales, and the sign chooses which side has
+the extra level. For an engine that takes positive scales only, `15 - value` with zero point 7 and `-scale` are the same
+numbers.
+
+In a file, values below 8 bits take half a byte each, also 2 and 3 bits: two to a byte along the inputs, the first in the
+low half. For an even number of inputs that is ONNX's UINT4, OpenVINO's u4 and, where groups divide the inputs, what the
+operator MatMulNBits of ONNX Runtime takes. Of that operator ONNX Runtime 1.32 has on x86 CPUs:
+
+    bits              2, 4, 8; 3 is refused
+    block_size        a power of two, at least 16; for 2 bits at most 256
+    short last group  B is padded to a whole block, its values never read
+    zero points       packed like the values, each row padded to whole bytes; without them 2^(bits-1)
+    float zero points taken for 2 and 4 bits, refused for 8; accuracy_level is then ignored: computed in float32
+    accuracy_level 4  int8 products for 4 and 8 bits with every block size, for 2 bits with 32, 64 and 128 only
+                      (with 16 and 256 it is ignored)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lensc.backends.errors import InputError, UsageError
+
+from .grid import SHRINK, fit_asymmetric, fit_symmetric, round_to_grid
+
+BITS = (2, 3, 4, 8)
+SMALLEST_GROUP = 16
+"""No engine takes smaller groups, and their scales would cost more than the bits they save."""
+
+CHUNK = 1 << 18
+"""Weights worked on at once: temporaries of 1 MiB stay in the cache, which is several times faster than memory."""
+
+_SPELLING = re.compile(r"w(?P<bits>[1-9][0-9]?)(?:-g(?P<group>[1-9][0-9]{0,6}))?(?P<asym>-asym)?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How one weight is stored: `w8`, `w4-g128`, `w4-g32-asym`. Raises UsageError for what means nothing.
+
+    `group_size=None` is one group per output.
+    """
+
+    bits: int
+    group_size: int | None = None
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.bits not in BITS:
+            problems.append(f"{self.bits} bits is not one of {', '.join(map(str, BITS))}")
+        if self.group_size is not None and self.group_size < SMALLEST_GROUP:
+            problems.append(f"group size {self.group_size}, expected at least {SMALLEST_GROUP}")
+        if problems:
+            raise UsageError(f"weight format {str(self)!r}: " + "; ".join(problems))
+
+    @classmethod
+    def parse(cls, text: str) -> WeightFormat:
+        """The format spelled `text`. Raises UsageError that names what is wrong."""
+        match = _SPELLING.fullmatch(text)
+        if match is None:
+            raise UsageError(f"weight format {text!r}: expected like w4-g128, w4-g32-asym or w8")
+        group = int(match["group"]) if match["group"] else None
+        return cls(int(match["bits"]), group, match["asym"] is None)
+
+    def __str__(self) -> str:
+        group = "" if self.group_size is None else f"-g{self.group_size}"
+        return f"w{self.bits}{group}{'' if self.symmetric else '-asym'}"
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether values are int8; all others are uint8."""
+        return self.bits == 8 and self.symmetric
+
+    @property
+    def container_bits(self) -> int:
+        """Bits that one value takes in a file."""
+        return 8 if self.bits == 8 else 4
+
+    @property
+    def lowest(self) -> int:
+        return -127 if self.is_signed else 0
+
+    @property
+    def highest(self) -> int:
+        return 127 if self.is_signed else 2**self.bits - 1
+
+    @property
+    def zero_point(self) -> int:
+        """The zero point of a symmetric format."""
+        return 0 if self.is_signed else 2 ** (self.bits - 1)
+
+    def group_of(self, inputs: int) -> int:
+        """How many of `inputs` inputs share a scale: the DequantizeLinear's block_size."""
+        return min(self.group_size or inputs, inputs)
+
+    def groups(self, inputs: int) -> int:
+        return -(-inputs // self.group_of(inputs))
+
+    def bytes_for(self, shape: tuple[int, int]) -> int:
+        """Bytes of values, scales and zero points of a weight [out, in], each tensor packed as `pack` does."""
+        outputs, inputs = shape
+        groups = self.groups(inputs)
+        values = outputs * -(-inputs * self.container_bits // 8)
+        zero_points = 0 if self.is_signed else -(-outputs * groups * self.container_bits // 8)
+        return values + 4 * outputs * groups + zero_points
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A weight [out, in] in `format`.
+
+    values: uint8[out, in], or int8 where `format.is_signed`; scales: float32[out, groups], none of them 0, finite;
+    zero_points: uint8[out, groups], None for a symmetric format.
+    """
+
+    values: Tensor
+    scales: Tensor
+    zero_points: Tensor | None
+    format: WeightFormat
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1]
+
+
+def quantize_rtn(
+    weight: Tensor, format: WeightFormat, search: bool = True, importance: Tensor | None = None
+) -> QuantizedWeight:
+    """Round `weight: float[out, in]` to the nearest values of `format`.
+
+    With `search` each group's scale (and zero point) minimises the squared error over a small grid, never worse than
+    the plain range; without, it covers the range from the smallest to the largest weight. `importance: float[in]`, at
+    least 0, weighs the errors; with the mean square of each input (`Hessian.diagonal`) the error counted is that of the
+    output, as far as inputs are uncorrelated. Rows are independent: pieces give the same as the whole. Works in pieces
+    of `CHUNK` weights whatever the size. Raises InputError for NaN or Inf.
+    """
+    scales, zero_points = fit_scales(weight, format, search, importance)
+    values = torch.empty(weight.shape, dtype=_dtype(format))
+    for rows in _chunks(weight):
+        zeros = None if zero_points is None else zero_points[rows]
+        values[rows] = round_to_format(weight[rows], scales[rows], zeros, format)
+    return QuantizedWeight(values, scales, zero_points, format)
+
+
+def fit_scales(
+    weight: Tensor, format: WeightFormat, search: bool = True, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """scales: float32[out, groups] and zero points: uint8[out, groups] or None, as `quantize_rtn` uses them."""
+    check_weight(weight)
+    outputs, inputs = weight.shape
+    size, groups = format.group_of(inputs), format.groups(inputs)
+    share = _shares(importance, inputs)
+    shrink = SHRINK[format.bits] if search else ()
+    scales = torch.empty(outputs, groups)
+    zeros = None if format.symmetric else torch.empty(outputs, groups, dtype=torch.uint8)
+    for rows in _chunks(weight):
+        x = weight[rows].float()
+        # whole groups in one piece, then the short one
+        for first, last, width in ((0, inputs // size, size), (inputs // size, groups, inputs % size)):
+            if first == last:
+                continue
+            columns = slice(first * size, first * size + (last - first) * width)
+            grouped = x[:, columns].reshape(-1, last - first, width)
+            part = None if share is None else share[columns].reshape(-1, width)
+            if zeros is None:
+                low, high = format.lowest - format.zero_point, format.highest - format.zero_point
+                scales[rows, first:last] = fit_symmetric(grouped, low, high, shrink, part)
+            else:
+                scales[rows, first:last], zero = fit_asymmetric(grouped, format.highest, shrink, part)
+                zeros[rows, first:last] = zero.to(torch.uint8)
+    return scales, zeros
+
+
+def round_to_format(x: Tensor, scales: Tensor, zero_points: Tensor | None, format: WeightFormat) -> Tensor:
+    """The nearest values of `format` for x: float[out, in], with given scales and zero points: uint8 or int8[out, in]."""
+    spread = _spread(scales, x.shape[1], format)
+    zero = float(format.zero_point) if zero_points is None else _spread(zero_points, x.shape[1], format).float()
+    return round_to_grid(x.float(), spread, zero, format.lowest, format.highest).to(_dtype(format))
+
+
+def dequantize(quantized: QuantizedWeight) -> Tensor:
+    """The weight that `quantized` stands for: float32[out, in]."""
+    format, inputs = quantized.format, quantized.shape[1]
+    weight = torch.empty(quantized.shape)
+    for rows in _chunks(weight):
+        values = quantized.values[rows].float()
+        if quantized.zero_points is None:
+            values -= format.zero_point
+        else:
+            values -= _spread(quantized.zero_points[rows], inputs, format).float()
+        weight[rows] = values * _spread(quantized.scales[rows], inputs, format)
+    return weight
+
+
+def pack(quantized: QuantizedWeight) -> npt.NDArray[np.uint8]:
+    """The bytes of the values: uint8[out, in] for 8 bits (int8 as two's complement), else uint8[out, ceil(in / 2)].
+
+    An odd row ends with a half byte that holds the zero point.
+    """
+    values: npt.NDArray[np.uint8] = quantized.values.contiguous().numpy().view(np.uint8)
+    if quantized.format.container_bits == 8:
+        return values
+    if values.shape[1] % 2:
+        zeros = _explicit_zero_points(quantized)[:, -1:].numpy()
+        values = np.concatenate((values, zeros), axis=1)
+    packed: npt.NDArray[np.uint8] = values[:, ::2] | (values[:, 1::2] << np.uint8(4))
+    return packed
+
+
+def pack_zero_points(quantized: QuantizedWeight) -> npt.NDArray[np.uint8] | None:
+    """The bytes of the zero points [out, groups], symmetric ones written out; None for int8, which has none.
+
+    8 bits: uint8[out, groups]. Below: uint8[ceil(out * groups / 2)], two to a byte without a gap between rows, as ONNX
+    packs any UINT4 tensor; a last half byte is 0.
+    """
+    if quantized.format.is_signed:
+        return None
+    zeros = _explicit_zero_points(quantized).contiguous().numpy()
+    if quantized.format.container_bits == 8:
+        return zeros
+    flat = zeros.reshape(-1)
+    if flat.size % 2:
+        flat = np.append(flat, np.uint8(0))
+    packed: npt.NDArray[np.uint8] = flat[::2] | (flat[1::2] << np.uint8(4))
+    return packed
+
+
+def unpack(
+    packed: npt.NDArray[np.uint8], scales: Tensor, zero_points: Tensor | None, inputs: int, format: WeightFormat
+) -> QuantizedWeight:
+    """The inverse of `pack`: `packed` as it returned it, `inputs` the number of columns."""
+    if format.container_bits == 8:
+        values = torch.from_numpy(packed.copy())
+        return QuantizedWeight(values.view(_dtype(format)), scales, zero_points, format)
+    halves = np.empty((packed.shape[0], 2 * packed.shape[1]), np.uint8)
+    halves[:, ::2], halves[:, 1::2] = packed & 15, packed >> 4
+    return QuantizedWeight(torch.from_numpy(halves)[:, :inputs].contiguous(), scales, zero_points, format)
+
+
+def quantize_rows_int8(table: Tensor) -> tuple[Tensor, Tensor]:
+    """A table [rows, in] as int8[rows, in] and float32[rows]: a row is `values * scale`, the form rows are read in.
+
+    Raises InputError for NaN or Inf.
+    """
+    quantized = quantize_rtn(table, WeightFormat(8), search=False)
+    return quantized.values, quantized.scales[:, 0]
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise InputError unless `weight` is a matrix with finite numbers in it."""
+    if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise InputError(f"expected a matrix of floats to quantize, got {dtype}{list(weight.shape)}")
+    for rows in _chunks(weight):
+        finite = torch.isfinite(weight[rows])
+        if not bool(finite.all()):
+            row, column = (~finite).nonzero()[0].tolist()
+            value = float(weight[rows][row, column])
+            raise InputError(
+                f"weight {list(weight.shape)}: {value} at [{rows.start + row}, {column}], expected finite numbers"
+            )
+
+
+def _dtype(format: WeightFormat) -> torch.dtype:
+    return torch.int8 if format.is_signed else torch.uint8
+
+
+def _explicit_zero_points(quantized: QuantizedWeight) -> Tensor:
+    if quantized.zero_points is not None:
+        return quantized.zero_points
+    return torch.full(quantized.scales.shape, quantized.format.zero_point, dtype=torch.uint8)
+
+
+def _spread(per_group: Tensor, inputs: int, format: WeightFormat) -> Tensor:
+    """[out, groups] -> [out, in], or [out, 1] where all inputs share it."""
+    if per_group.shape[1] == 1:
+        return per_group
+    return per_group.repeat_interleave(format.group_of(inputs), dim=1)[:, :inputs]
+
+
+def _shares(importance: Tensor | None, inputs: int) -> Tensor | None:
+    """Importances with mean 1. Inputs that were never seen keep a little, so that their weights stay near the truth."""
+    if importance is None:
+        return None
+    if importance.shape != (inputs,) or not bool(torch.isfinite(importance).all()) or float(importance.min()) < 0:
+        raise InputError(
+            f"importance: expected {inputs} finite numbers of at least 0, got {list(importance.shape)} "
+            f"from {float(importance.min())} to {float(importance.max())}"
+        )
+    mean = importance.double().mean()
+    if float(mean) == 0:
+        return None
+    return (importance.double() / mean).clamp_min(1e-4).float()
+
+
+def _chunks(weight: Tensor) -> Iterator[slice]:
+    """Rows to work on at once."""
+    count = max(1, CHUNK // weight.shape[1])
+    for start in range(0, weight.shape[0], count):
+        yield slice(start, min(start + count, weight.shape[0]))
