@@ -11,29 +11,19 @@ import os
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from lensc.export.graph import Graph, GraphSpec
 from lensc.export.quantize.scheme import Scheme
 from lensc.profiles import probe
 
-from .base import (
-    Array,
-    Artifact,
-    Probe,
-    Session,
-    Target,
-    check_compatibility,
-    check_feeds,
-    check_interface,
-    check_out,
-    file_record,
-)
+from ._onnxruntime_cache import OrtDecoderSession
+from ._onnxruntime_lower import LENGTHS, TOTAL, lower, present_name
+from ._onnxruntime_session import OrtSession, engine_errors, one_line
+from .base import Artifact, Probe, Session, Target, check_compatibility, check_interface, file_record
 from .errors import ExecutionError, StorageError, UnavailableError, UnsupportedError
 
 NAME = "onnxruntime"
@@ -45,8 +35,6 @@ where the graphs are matrix products and not convolutions."""
 
 EXTERNAL_BYTES = 1024
 """Tensors from this size on go to the external data file."""
-
-MESSAGE_LENGTH = 400
 
 
 class OnnxRuntime:
@@ -84,8 +72,11 @@ class OnnxRuntime:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             try:
+                # apart, so that what the engine writes never has the name of a link to the graph's weights
+                lowered = folder / "lowered"
+                lowered.mkdir()
                 with _disk_for(graph.path, out):
-                    _optimize(ort, graph.path, folder / names[0])
+                    _optimize(ort, _lowered(graph, lowered), folder / names[0])
                 placement = _placement(ort, folder / names[0])
                 # the data first: without its model it is never opened
                 for name in reversed(names):
@@ -112,47 +103,13 @@ class OnnxRuntime:
         options = _options(ort)
         options.intra_op_num_threads = probe.machine().cores if threads is None else threads
         session = _open(ort, bundle / artifact.files[0].path, options)
-        check_interface(spec, (i.name for i in session.get_inputs()), (o.name for o in session.get_outputs()))
-        return OrtSession(spec, session)
-
-
-class OrtSession:
-    """A loaded graph. Arrays are handed to the engine by address, in and out: nothing is copied at the border."""
-
-    def __init__(self, spec: GraphSpec, session: Any) -> None:
-        self.spec = spec
-        self._session: Any = session
-        self._binding: Any = session.io_binding()
-        self._dtypes = {t.name: np.dtype(t.dtype).type for t in (*spec.inputs, *spec.outputs)}
-
-    def run(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
-        """Run once; see `Session.run`. Feeds that are not C-contiguous are copied, all others are read in place."""
-        if self._session is None:
-            raise ExecutionError(f"graph {self.spec.name}: the session is closed")
-        given = {} if out is None else out
-        sizes = check_feeds(self.spec, feeds)
-        shapes = check_out(self.spec, sizes, given)
-        inputs = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
-        outputs = {
-            name: given[name] if name in given else np.empty(shape, self._dtypes[name])
-            for name, shape in shapes.items()
-        }
-        try:
-            with _engine_errors(f"graph {self.spec.name}"):
-                for name, array in inputs.items():
-                    self._binding.bind_input(name, "cpu", 0, self._dtypes[name], array.shape, array.ctypes.data)
-                for name, array in outputs.items():
-                    self._binding.bind_output(name, "cpu", 0, self._dtypes[name], array.shape, array.ctypes.data)
-                self._session.run_with_iobinding(self._binding)
-        finally:
-            # a binding keeps addresses, not arrays: none may outlive this call
-            self._binding.clear_binding_inputs()
-            self._binding.clear_binding_outputs()
-        return outputs
-
-    def close(self) -> None:
-        """Free the engine's session."""
-        self._session = self._binding = None
+        inputs, outputs = ([v.name for v in values] for values in (session.get_inputs(), session.get_outputs()))
+        if TOTAL not in inputs:
+            check_interface(spec, inputs, outputs)
+            return OrtSession(spec, session)
+        presents = {present_name(pair.input): pair.output for pair in spec.states}
+        check_interface(spec, set(inputs) - {LENGTHS, TOTAL} | {"position_ids"}, (presents.get(o, o) for o in outputs))
+        return OrtDecoderSession(spec, session)
 
 
 def _engine() -> Any:
@@ -162,7 +119,7 @@ def _engine() -> Any:
 
         return onnxruntime
     except ImportError as error:
-        raise UnavailableError(f"backend {NAME} unavailable: {_one_line(error)}; {INSTALL}") from error
+        raise UnavailableError(f"backend {NAME} unavailable: {one_line(error)}; {INSTALL}") from error
 
 
 def _options(ort: Any) -> Any:
@@ -181,9 +138,37 @@ def _options(ort: Any) -> Any:
 
 
 def _open(ort: Any, path: Path, options: Any) -> Any:
-    with _engine_errors(str(path)):
+    with engine_errors(str(path)):
         # with its fallback the engine repeats what failed on other providers, and prints that it does
         return ort.InferenceSession(str(path), options, providers=[PROVIDER], enable_fallback=0)
+
+
+def _lowered(graph: Graph, folder: Path) -> Path:
+    """Write `graph` with the engine's own operators into `folder`; its weights are linked, not copied."""
+    import onnx_ir as ir
+
+    try:
+        model = ir.load(graph.path)
+    except Exception as error:  # protobuf's own, and whatever a damaged file makes of the reader
+        raise ExecutionError(f"{graph.path}: cannot be read as ONNX: {one_line(error)}; export it again") from error
+    used = {
+        v.const_value.location
+        for v in model.graph.initializers.values()
+        if isinstance(v.const_value, ir.ExternalTensor)
+    }
+    for name in used:
+        _link(graph.path.parent / name, folder / name)
+    path = folder / f"{graph.spec.name}.onnx"
+    ir.save(lower(model, graph.spec), path)
+    return path
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give the file a second name; a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _optimize(ort: Any, source: Path, saved: Path) -> None:
@@ -199,6 +184,18 @@ def _optimize(ort: Any, source: Path, saved: Path) -> None:
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
     _open(ort, source, options)
+    _sort_value_info(saved)
+
+
+def _sort_value_info(path: Path) -> None:
+    """The engine writes them in the order of a hash table of addresses, which differs from run to run."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    infos = sorted(model.graph.value_info, key=lambda info: info.name)
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(infos)
+    path.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def _placement(ort: Any, path: Path) -> dict[str, int]:
@@ -242,27 +239,6 @@ def _disk_for(source: Path, folder: Path) -> Iterator[None]:
                 f"{folder}: no room for the compiled graph: {free / 1e6:.0f} MB free, about {needed / 1e6:.0f} MB needed"
             ) from error
         raise
-
-
-@contextmanager
-def _engine_errors(what: str) -> Iterator[None]:
-    """Turn the engine's exceptions into ExecutionError of one line."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    names = (
-        "EPFail", "EngineError", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile",
-        "NotFound", "NotImplemented", "RuntimeException",
-    )  # fmt: skip
-    kinds = tuple(getattr(state, name) for name in names if hasattr(state, name))
-    try:
-        yield
-    except (*kinds, RuntimeError, ValueError) as error:
-        raise ExecutionError(f"{what}: onnxruntime failed: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= MESSAGE_LENGTH else text[: MESSAGE_LENGTH - 1] + "…"
 
 
 backend = OnnxRuntime()

@@ -1,0 +1,228 @@
+"""A lowered decoder on ONNX Runtime: GroupQueryAttention appends to its cache in place.
+
+Layout of the cache: per layer one key and one value array float32[batch, kv_heads, capacity, head_dim]. The same array
+is bound as past and as present, which tells the operator that both share a buffer; it then reads the rows below
+`seqlens_k` and writes behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lensc.export.graph import GraphSpec
+
+from ._onnxruntime_lower import LENGTHS, TOTAL, present_name
+from ._onnxruntime_session import engine_errors
+from .base import Array, Cache, check_feeds, check_out
+from .errors import ExecutionError, PromptError, UsageError
+
+F32 = npt.NDArray[np.float32]
+
+
+class OrtCache:
+    """See `Cache`. Capacity doubles when it is full, up to `limit`; rows cost memory once they are written."""
+
+    def __init__(self, spec: GraphSpec, capacity: int, batch: int) -> None:
+        limit = spec.dims["past"].max
+        if not 1 <= capacity <= limit:
+            raise UsageError(f"KV cache: capacity {capacity}, expected 1 to {limit}")
+        if not 1 <= batch <= spec.dims["batch"].max:
+            raise UsageError(f"KV cache: batch {batch}, expected 1 to {spec.dims['batch'].max}")
+        self.batch = batch
+        self.length = 0
+        self.limit = limit
+        self.names = tuple(pair.input for pair in spec.states)
+        self._spec = spec
+        self._rows = tuple(int(d) for d in spec.input(self.names[0]).shape[2:])
+        self.arrays: list[F32] = [self._empty(capacity) for _ in self.names]
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens there is room for."""
+        return self.arrays[0].shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """See `Cache.nbytes`."""
+        return sum(array.nbytes for array in self.arrays)
+
+    @property
+    def used_bytes(self) -> int:
+        """See `Cache.used_bytes`."""
+        return self.nbytes // self.capacity * self.length
+
+    def trim(self, length: int) -> None:
+        """See `Cache.trim`."""
+        if not 0 <= length <= self.length:
+            raise UsageError(f"KV cache: cannot trim to {length}, expected 0 to {self.length}")
+        self.length = length
+
+    def fork(self, batch: int) -> OrtCache:
+        """See `Cache.fork`."""
+        if self.batch != 1:
+            raise UsageError(f"KV cache: cannot fork a batch of {self.batch}, expected 1")
+        copy = OrtCache(self._spec, self.capacity, batch)
+        for mine, other in zip(self.arrays, copy.arrays, strict=True):
+            other[:, :, : self.length] = mine[:, :, : self.length]
+        copy.length = self.length
+        return copy
+
+    def reorder(self, beams: npt.NDArray[np.int64], start: int) -> None:
+        """See `Cache.reorder`."""
+        if len(beams) != self.batch or beams.min() < 0 or beams.max() >= self.batch:
+            raise UsageError(
+                f"KV cache: cannot reorder by {beams.tolist()}, expected {self.batch} indices below {self.batch}"
+            )
+        moved = np.flatnonzero(beams != np.arange(self.batch))
+        if start >= self.length or not len(moved):
+            return
+        for array in self.arrays:
+            array[moved, :, start : self.length] = array[beams[moved], :, start : self.length]
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` more. Raises PromptError if the model's context is full."""
+        needed = self.length + tokens
+        if needed <= self.capacity:
+            return
+        if needed > self.limit:
+            raise PromptError(
+                f"{needed} tokens do not fit: context_length is {self.limit}; shorten the prompt or use fewer pictures"
+            )
+        capacity = min(self.limit, max(needed, 2 * self.capacity))
+        for i, old in enumerate(self.arrays):
+            # one layer at a time: the old array is freed before the next is made
+            new = self._empty(capacity)
+            new[:, :, : self.length] = old[:, :, : self.length]
+            self.arrays[i] = new
+
+    def _empty(self, capacity: int) -> F32:
+        kv_heads, head_dim = self._rows
+        return np.empty((self.batch, kv_heads, capacity, head_dim), np.float32)
+
+
+class OrtDecoderSession:
+    """See `CachedSession`. `spec` is that of the portable graph; the engine's inputs differ by its cache."""
+
+    def __init__(self, spec: GraphSpec, session: Any) -> None:
+        self.spec = spec
+        self._session: Any = session
+        self._binding: Any = session.io_binding()
+        states = {pair.input for pair in spec.states}
+        self._fed = tuple(t for t in spec.inputs if t.name not in states and t.name in _names(session.get_inputs()))
+        self._names = tuple((pair.input, present_name(pair.input)) for pair in spec.states)
+        self._step_spec = GraphSpec(
+            spec.name,
+            tuple(t for t in spec.inputs if t.name not in states),
+            tuple(t for t in spec.outputs if t.name not in {pair.output for pair in spec.states}),
+            (),
+            spec.dims,
+        )
+
+    def new_cache(self, capacity: int, batch: int = 1) -> OrtCache:
+        """See `CachedSession.new_cache`."""
+        return OrtCache(self.spec, capacity, batch)
+
+    def step(
+        self, feeds: Mapping[str, Array], cache: Cache, out: Mapping[str, Array] | None = None
+    ) -> dict[str, Array]:
+        """See `CachedSession.step`. Positions must continue those in the cache."""
+        if self._session is None:
+            raise ExecutionError(f"graph {self.spec.name}: the session is closed")
+        if not isinstance(cache, OrtCache):
+            raise UsageError(f"graph {self.spec.name}: {type(cache).__name__} is not a cache of this session")
+        given = {} if out is None else out
+        sizes = check_feeds(self._step_spec, feeds)
+        shapes = check_out(self._step_spec, sizes, given)
+        tokens, past = sizes["tokens"], cache.length
+        self._check_positions(feeds["position_ids"], past, sizes["batch"], cache)
+        cache.reserve(tokens)
+        inputs = {t.name: np.ascontiguousarray(feeds[t.name]) for t in self._fed}
+        outputs = {
+            t.name: given[t.name] if t.name in given else np.empty(shapes[t.name], t.dtype)
+            for t in self._step_spec.outputs
+        }
+        if cache.batch > 1 and tokens > 1 and past:
+            # the operator takes several new tokens of several sequences only while the cache is empty
+            for i in range(cache.batch):
+                self._run_one(i, inputs, outputs, cache, past + tokens)
+        else:
+            self._run(inputs, outputs, cache.arrays, cache.batch, past + tokens)
+        cache.length = past + tokens
+        return outputs
+
+    def _run_one(
+        self, i: int, inputs: Mapping[str, Array], outputs: Mapping[str, Array], cache: OrtCache, total: int
+    ) -> None:
+        """Run sequence i of the batch alone."""
+        of_batch = {t.name for t in self._step_spec.inputs + self._step_spec.outputs if t.shape[:1] == ("batch",)}
+        mine = {n: a[i : i + 1] if n in of_batch else a for n, a in inputs.items()}
+        made = {n: a[i : i + 1] for n, a in outputs.items()}
+        self._run(mine, made, [array[i : i + 1] for array in cache.arrays], 1, total)
+
+    def _run(
+        self,
+        inputs: dict[str, Array],
+        outputs: Mapping[str, Array],
+        caches: Sequence[F32],
+        batch: int,
+        total: int,
+    ) -> None:
+        """Run once; `total` tokens are in `caches` afterwards."""
+        lengths = {LENGTHS: np.full(batch, total - 1, np.int32), TOTAL: np.array(total, np.int32)}
+        bind = self._binding
+        try:
+            with engine_errors(f"graph {self.spec.name}"):
+                for name, array in (inputs | lengths).items():
+                    bind.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+                for (past, present), array in zip(self._names, caches, strict=True):
+                    bind.bind_input(past, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+                    bind.bind_output(present, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+                for name, array in outputs.items():
+                    bind.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+                self._session.run_with_iobinding(bind)
+        finally:
+            # a binding keeps addresses, not arrays: none may outlive this call
+            bind.clear_binding_inputs()
+            bind.clear_binding_outputs()
+
+    def run(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """See `Session.run`: the past is put into a new cache, the new rows are taken out of it."""
+        if self._session is None:
+            raise ExecutionError(f"graph {self.spec.name}: the session is closed")
+        given = {} if out is None else out
+        sizes = check_feeds(self.spec, feeds)
+        shapes = check_out(self.spec, sizes, given)
+        past, tokens = sizes["past"], sizes["tokens"]
+        cache = self.new_cache(past + tokens, sizes["batch"])
+        for name, array in zip(cache.names, cache.arrays, strict=True):
+            array[:, :, :past] = feeds[name].transpose(1, 2, 0, 3)
+        cache.length = past
+        stateless = {t.name: feeds[t.name] for t in self._step_spec.inputs}
+        wanted = {t.name: given[t.name] for t in self._step_spec.outputs if t.name in given}
+        outputs = self.step(stateless, cache, wanted)
+        for pair, array in zip(self.spec.states, cache.arrays, strict=True):
+            rows = given[pair.output] if pair.output in given else np.empty(shapes[pair.output], np.float32)
+            rows[:] = array[:, :, past:].transpose(2, 0, 1, 3)
+            outputs[pair.output] = rows
+        return {t.name: outputs[t.name] for t in self.spec.outputs}
+
+    def close(self) -> None:
+        """Free the engine's session."""
+        self._session = self._binding = None
+
+    def _check_positions(self, positions: Array, past: int, batch: int, cache: OrtCache) -> None:
+        if batch != cache.batch:
+            raise UsageError(f"graph {self.spec.name}: {batch} sequences fed, the cache has {cache.batch}")
+        if not np.array_equal(positions, np.arange(past, past + len(positions))):
+            raise UsageError(
+                f"graph {self.spec.name}: position_ids {positions[:8].tolist()}, expected "
+                f"{past} to {past + len(positions) - 1}: this engine appends to its cache"
+            )
+
+
+def _names(values: Any) -> set[str]:
+    return {value.name for value in values}

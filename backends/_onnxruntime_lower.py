@@ -1,0 +1,229 @@
+"""Portable graph -> ONNX Runtime's own operators, before anything of the engine runs.
+
+    lensc.RMSNorm                    SimplifiedLayerNormalization, with a sum before it SkipSimplifiedLayerNormalization
+    lensc.CausalAttention            GroupQueryAttention: rotary inside, KV cache appended in place
+    lensc.Attention                  MultiHeadAttention
+    x * Sigmoid(x)                   QuickGelu, alpha 1
+
+GroupQueryAttention wants its cache as [batch, kv_heads, capacity, head_dim] and returns it whole, so a lowered decoder
+has other inputs and outputs than its `GraphSpec`: `_onnxruntime_cache` is the session that knows them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lensc.export.graph import GraphSpec
+
+from .errors import GraphError
+
+DOMAIN = "lensc"
+CONTRIB = "com.microsoft"
+
+LENGTHS = "seqlens_k"
+"""Input int32[batch]: tokens in the cache after the run, less one."""
+
+TOTAL = "total_sequence_length"
+"""Input int32[]: tokens in the cache after the run."""
+
+
+def present_name(past: str) -> str:
+    """The output that shares its buffer with the cache input `past`."""
+    return past.replace("past_", "present_")
+
+
+def lower(model: Any, spec: GraphSpec) -> Any:
+    """Rewrite an `onnx_ir.Model` in place and return it. Raises GraphError for a call that has no lowering."""
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+
+    graph = model.graph
+    rewriting = _Lowering(ir, graph, spec)
+    for node in list(graph):
+        if node.domain == DOMAIN:
+            rewriting.lower(node)
+    rewriting.fuse_silu()
+    rewriting.fuse_skip_norms()
+    model.functions.clear()
+    model.opset_imports.pop(DOMAIN, None)
+    model.opset_imports[CONTRIB] = 1
+    common.RemoveUnusedNodesPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    return model
+
+
+class _Lowering:
+    """The rewrites of one graph."""
+
+    def __init__(self, ir: Any, graph: Any, spec: GraphSpec) -> None:
+        self._ir = ir
+        self._graph = graph
+        self._spec = spec
+        self._lengths: tuple[Any, Any] | None = None
+        self._tables: dict[bytes, tuple[Any, Any]] = {}
+
+    def lower(self, node: Any) -> None:
+        known = {
+            "RMSNorm": self._rms_norm,
+            "CausalAttention": self._causal_attention,
+            "Attention": self._attention,
+        }
+        if node.op_type not in known:
+            raise GraphError(f"graph {self._spec.name}: lensc.{node.op_type} is not known to backend onnxruntime")
+        known[node.op_type](node)
+
+    def _rms_norm(self, node: Any) -> None:
+        new = self._node("", "SimplifiedLayerNormalization", node.inputs, {
+            "axis": -1, "epsilon": node.attributes["epsilon"].as_float(), "stash_type": 1,
+        })  # fmt: skip
+        self._swap(node, new)
+
+    def _attention(self, node: Any) -> None:
+        """The key bias [slices, keys] becomes [slices, 1, queries, keys], which the operator wants in full."""
+        query, key, value, bias = node.inputs
+        ints = lambda values: self._constant(np.array(values, np.int64))
+        rows = self._insert(node, self._node("", "Shape", [query], {"start": 1, "end": 2}))
+        shape = self._insert(node, self._node("", "Concat", [ints([1, 1]), rows, ints([1])], {"axis": 0}))
+        bias_4 = self._insert(node, self._node("", "Unsqueeze", [bias, ints([1, 2])]))
+        full = self._insert(node, self._node("", "Expand", [bias_4, shape]))
+        if query.shape is not None and query.shape[0] == 1:  # the resampler's queries are shared by all slices
+            slices = self._insert(node, self._node("", "Shape", [key], {"start": 0, "end": 1}))
+            whole = self._insert(node, self._node("", "Concat", [slices, ints([1, 1])], {"axis": 0}))
+            query = self._insert(node, self._node("", "Expand", [query, whole]))
+        attributes = {
+            "num_heads": node.attributes["num_heads"].as_int(), "scale": node.attributes["scale"].as_float()
+        }  # fmt: skip
+        inputs = [query, key, value, None, None, full]
+        self._swap(node, self._node(CONTRIB, "MultiHeadAttention", inputs, attributes))
+
+    def _causal_attention(self, node: Any) -> None:
+        query, key, value, _, frequencies, past_key, past_value = node.inputs
+        lengths, total = self._length_inputs()
+        cos, sin = self._rotary_tables(frequencies)
+        heads, kv_heads = (node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
+        caches = [
+            self._cache_input(past, kv_heads, node.attributes["head_dim"].as_int()) for past in (past_key, past_value)
+        ]
+        attributes = {
+            "num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": 1, "rotary_interleaved": 0,
+            "scale": node.attributes["scale"].as_float(),
+        }  # fmt: skip
+        inputs = [query, key, value, *caches, lengths, total, cos, sin]
+        new = self._node(CONTRIB, "GroupQueryAttention", inputs, attributes, outputs=3)
+        for old, present, cache in zip(node.outputs[1:], new.outputs[1:], caches, strict=True):
+            index = next(i for i, output in enumerate(self._graph.outputs) if output is old)
+            present.name = present_name(cache.name)
+            present.type, present.shape = cache.type, cache.shape
+            self._graph.outputs[index] = present
+        self._swap(node, new, outputs=1)
+
+    def _length_inputs(self) -> tuple[Any, Any]:
+        """The two inputs that say how far the cache is filled, made once."""
+        if self._lengths is None:
+            int32 = self._ir.TensorType(self._ir.DataType.INT32)
+            self._lengths = (
+                self._ir.Value(name=LENGTHS, type=int32, shape=self._ir.Shape(["batch"])),
+                self._ir.Value(name=TOTAL, type=int32, shape=self._ir.Shape([])),
+            )
+            self._graph.inputs.extend(self._lengths)
+        return self._lengths
+
+    def _cache_input(self, past: Any, kv_heads: int, head_dim: int) -> Any:
+        """The cache in the place of the past rows, under the same name."""
+        cache = self._ir.Value(
+            name=past.name, type=past.type, shape=self._ir.Shape(["batch", kv_heads, "capacity", head_dim])
+        )
+        self._graph.inputs[next(i for i, value in enumerate(self._graph.inputs) if value is past)] = cache
+        return cache
+
+    def _rotary_tables(self, frequencies: Any) -> tuple[Any, Any]:
+        """cos and sin of every position of the context, float32[context, head_dim / 2]."""
+        tensor = frequencies.const_value
+        if tensor is None:
+            raise GraphError(f"graph {self._spec.name}: the rotary frequencies {frequencies.name} are not a constant")
+        values = tensor.numpy()
+        if values.tobytes() not in self._tables:
+            positions = np.arange(self._spec.dims["past"].max, dtype=np.float32)
+            angles = positions[:, None] * values[None, :]
+            tables = (self._constant(np.cos(angles), "rotary_cos"), self._constant(np.sin(angles), "rotary_sin"))
+            self._tables[values.tobytes()] = tables
+        return self._tables[values.tobytes()]
+
+    def fuse_silu(self) -> None:
+        """x * Sigmoid(x) in one pass."""
+        for node in list(self._graph):
+            if node.op_type != "Mul" or node.domain:
+                continue
+            for x, gate in (node.inputs, node.inputs[::-1]):
+                sigmoid = gate.producer()
+                if sigmoid is not None and sigmoid.op_type == "Sigmoid" and sigmoid.inputs[0] is x:
+                    self._swap(node, self._node(CONTRIB, "QuickGelu", [x], {"alpha": 1.0}))
+                    break
+
+    def fuse_skip_norms(self) -> None:
+        """A sum of two tensors of one shape and the norm after it in one operator, which returns the sum as well."""
+        kinds = {
+            "SimplifiedLayerNormalization": "SkipSimplifiedLayerNormalization",
+            "LayerNormalization": "SkipLayerNormalization",
+        }
+        for node in list(self._graph):
+            if node.op_type not in kinds or node.domain:
+                continue
+            total = node.inputs[0]
+            add = total.producer()
+            if add is None or add.op_type != "Add" or any(v.const_value is not None for v in add.inputs):
+                continue
+            if total.is_graph_output() or add.inputs[0].shape != add.inputs[1].shape or add.inputs[0].shape is None:
+                continue
+            attributes = {"epsilon": node.attributes["epsilon"].as_float()}
+            inputs = [*add.inputs, *node.inputs[1:]]
+            new = self._node(CONTRIB, kinds[node.op_type], inputs, attributes, outputs=4)
+            new.outputs[1].name = new.outputs[2].name = ""
+            # in the place of the sum, which others read before the norm
+            self._graph.insert_after(add, new)
+            new.outputs[0].type, new.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+            new.outputs[3].type, new.outputs[3].shape = total.type, total.shape
+            total.replace_all_uses_with(new.outputs[3])
+            node.outputs[0].replace_all_uses_with(new.outputs[0])
+            self._graph.remove([node, add], safe=True)
+
+    # --- building -------------------------------------------------------------------------------------------------
+
+    def _node(
+        self, domain: str, kind: str, inputs: Any, attributes: dict[str, int | float] | None = None, outputs: int = 1
+    ) -> Any:
+        ir = self._ir
+        made = [
+            ir.AttrFloat32(name, value) if isinstance(value, float) else ir.AttrInt64(name, value)
+            for name, value in (attributes or {}).items()
+        ]
+        return ir.Node(domain, kind, list(inputs), made, num_outputs=outputs)
+
+    def _insert(self, before: Any, node: Any) -> Any:
+        self._graph.insert_before(before, node)
+        return node.outputs[0]
+
+    def _constant(self, array: np.typing.NDArray[Any], name: str | None = None) -> Any:
+        """An initializer; equal small ones are made once."""
+        name = name or "const_" + "_".join([str(array.dtype), *map(str, array.ravel())])
+        if name not in self._graph.initializers:
+            tensor = self._ir.Tensor(array, name=name)
+            value = self._ir.Value(
+                name=name, type=self._ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
+            )
+            self._graph.register_initializer(value)
+        return self._graph.initializers[name]
+
+    def _swap(self, old: Any, new: Any, outputs: int | None = None) -> None:
+        """Put `new` in the place of `old`; the first `outputs` of its outputs take over names and readers."""
+        self._graph.insert_before(old, new)
+        for before, after in list(zip(old.outputs, new.outputs, strict=True))[:outputs]:
+            after.type, after.shape = before.type, before.shape
+            if before.is_graph_output():
+                index = next(i for i, value in enumerate(self._graph.outputs) if value is before)
+                after.name = before.name
+                self._graph.outputs[index] = after
+            before.replace_all_uses_with(after)
+        self._graph.remove(old, safe=True)
