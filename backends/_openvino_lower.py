@@ -1,0 +1,228 @@
+"""Portable graph -> OpenVINO: what the functions of domain `lensc` become, and a cache that the engine keeps.
+
+Two steps, because the first needs onnx and the second happens wherever the artifact is loaded:
+
+    lower   rewrites the ONNX file: functions stay as bare calls, their definitions go, and every CausalAttention names
+            two states instead of being fed a past; the weights' file is not touched
+    read    converts the rewritten file, replacing each call by the subgraph that OpenVINO's plugins fuse:
+            RMSNorm -> RMS; Attention -> ScaledDotProductAttention; CausalAttention -> RoPE, and a
+            ScaledDotProductAttention whose keys and values come from ReadValue, are reordered by `beam_idx` and go to
+            Assign, which the CPU's plugin turns into one operator that appends to its cache in place
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lensc.export.graph import GraphSpec
+
+from .errors import GraphError
+
+DOMAIN = "lensc"
+
+BEAMS = "beam_idx"
+"""Input int32[batch] of a lowered decoder: sequence i of this run continues sequence `beam_idx[i]` of the cache."""
+
+
+def lower(model: Any, spec: GraphSpec) -> None:
+    """Rewrite an `onnx.ModelProto` in place. Raises GraphError for a call that has no lowering."""
+    from onnx import TensorProto, helper
+
+    graph = model.graph
+    calls = [node for node in graph.node if node.domain == DOMAIN]
+    unknown = sorted({node.op_type for node in calls} - {"RMSNorm", "Attention", "CausalAttention"})
+    if unknown:
+        raise GraphError(f"graph {spec.name}: no lowering of {DOMAIN}.{unknown[0]} for OpenVINO")
+    del model.functions[:]
+    attentions = [node for node in calls if node.op_type == "CausalAttention"]
+    if not attentions:
+        return
+    _check_states(attentions, spec)
+    for node in attentions:
+        states = [
+            helper.make_attribute("key_state", node.input[5]),
+            helper.make_attribute("value_state", node.input[6]),
+        ]
+        node.attribute.extend(states)
+        node.input[5] = BEAMS
+        del node.input[6:]
+        del node.output[1:]
+    fed = {pair.input for pair in spec.states}
+    inputs = [value for value in graph.input if value.name not in fed]
+    beams = helper.make_tensor_value_info(BEAMS, TensorProto.INT32, ["batch"])
+    _replace(graph.input, [*inputs, beams])
+    made = {pair.output for pair in spec.states}
+    _replace(graph.output, [value for value in graph.output if value.name not in made])
+
+
+def read(path: Path) -> Any:
+    """The `openvino.Model` of a lowered file. Weights are mapped from the file beside it, not read."""
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.onnx import ConversionExtension
+
+    frontend = FrontEndManager().load_by_framework("onnx")
+    lowering = _Lowering()
+    for name, convert in lowering.conversions().items():
+        frontend.add_extension(ConversionExtension(name, DOMAIN, convert))
+    model = frontend.convert(frontend.load(str(path)))
+    if lowering.sinks:
+        model.add_sinks(lowering.sinks)
+        model.validate_nodes_and_infer_types()
+    return model
+
+
+class _Lowering:
+    """The conversions of one graph; `sinks` are the Assign nodes they made."""
+
+    def __init__(self) -> None:
+        self.sinks: list[Any] = []
+        self._rotation: tuple[Any, Any] | None = None
+        self._batch: Any = None
+
+    def conversions(self) -> dict[str, Callable[[Any], list[Any]]]:
+        """By the name of the function."""
+        return {"RMSNorm": self.rms_norm, "Attention": self.attention, "CausalAttention": self.causal_attention}
+
+    def rms_norm(self, node: Any) -> list[Any]:
+        """x * (1 / sqrt(mean(x^2) + epsilon)) * weight: the form that is fused."""
+        from openvino import opset13 as op
+
+        x, weight = node.get_input(0), node.get_input(1)
+        power = op.reduce_mean(op.power(x, _f32(2)), _i64(-1), keep_dims=True)
+        root = op.sqrt(op.add(power, _f32(node.get_attribute("epsilon"))))
+        return [op.multiply(op.multiply(x, op.divide(_f32(1), root)), weight).output(0)]
+
+    def attention(self, node: Any) -> list[Any]:
+        """Every query sees every key; the bias is one number per key."""
+        from openvino import opset13 as op
+
+        query, key, value, bias = (node.get_input(i) for i in range(4))
+        heads, scale = node.get_attribute("num_heads"), _f32(node.get_attribute("scale"))
+        width = int(query.get_partial_shape()[2].get_length())
+        q, k, v = (_split(x, heads, width // heads) for x in (query, key, value))
+        mask = op.unsqueeze(bias, _i64(1, 2))
+        return [_merge(op.scaled_dot_product_attention(q, k, v, mask, scale), width)]
+
+    def causal_attention(self, node: Any) -> list[Any]:
+        """Past and new rows of a layer, kept in two states [batch, kv_heads, tokens, head_dim]."""
+        from openvino import opset13 as op
+
+        query, key, value, positions, frequencies, beams = (node.get_input(i) for i in range(6))
+        heads, kv_heads, head_dim = (node.get_attribute(n) for n in ("num_heads", "kv_num_heads", "head_dim"))
+        if self._rotation is None:
+            self._rotation = _rotation(positions, frequencies)
+            self._batch = op.gather(op.shape_of(query), _i64(0), _i64(0))
+        q = _rotate(_split(query, heads, head_dim), *self._rotation, head_dim)
+        k = _rotate(_split(key, kv_heads, head_dim), *self._rotation, head_dim)
+        v = _split(value, kv_heads, head_dim)
+        k = self._append(node.get_attribute("key_state"), k, beams, kv_heads, head_dim)
+        v = self._append(node.get_attribute("value_state"), v, beams, kv_heads, head_dim)
+        if heads != kv_heads:
+            k, v = (_repeat(x, heads, kv_heads, head_dim) for x in (k, v))
+        # causal from the bottom right, as the fused operator has it: the last query sees all keys
+        mixed = op.scaled_dot_product_attention(q, k, v, causal=True)
+        return [_merge(mixed, heads * head_dim)]
+
+    def _append(self, name: str, rows: Any, beams: Any, kv_heads: int, head_dim: int) -> Any:
+        """All rows of the state `name` with `rows` behind them, which become its value."""
+        import openvino as ov
+        from openvino import opset6
+        from openvino import opset13 as op
+        from openvino.op.util import Variable, VariableInfo
+
+        info = VariableInfo()
+        info.variable_id = name
+        info.data_type = ov.Type.f32
+        info.data_shape = ov.PartialShape([-1, kv_heads, -1, head_dim])
+        variable = Variable(info)
+        # without an initial value the batch of an empty state would be 0 and no beam of it
+        empty = op.broadcast(_f32(0), op.concat([self._batch, _i64(kv_heads, 0, head_dim)], 0))
+        past = op.gather(opset6.read_value(empty, variable), beams, _i64(0))
+        present = op.concat([past, rows], 2)
+        self.sinks.append(opset6.assign(present, variable))
+        return present
+
+
+def _rotation(positions: Any, frequencies: Any) -> tuple[Any, Any]:
+    """cos and sin of every position, float32[1, 1, tokens, head_dim]: both halves have the same angles."""
+    from openvino import opset13 as op
+
+    angles = op.multiply(op.convert(op.unsqueeze(positions, _i64(1)), "f32"), op.unsqueeze(frequencies, _i64(0)))
+    both = op.unsqueeze(op.concat([angles, angles], 1), _i64(0, 1))
+    return op.cos(both), op.sin(both)
+
+
+def _rotate(x: Any, cos: Any, sin: Any, head_dim: int) -> Any:
+    """Rotate pairs (i, i + head_dim / 2) of x: [batch, heads, tokens, head_dim]."""
+    from openvino import opset13 as op
+
+    halves = op.variadic_split(x, _i64_scalar(3), _i64(head_dim // 2, head_dim // 2))
+    turned = op.concat([op.multiply(halves.output(1), _f32(-1)), halves.output(0)], -1)
+    return op.add(op.multiply(x, cos), op.multiply(turned, sin))
+
+
+def _split(x: Any, heads: int, head_dim: int) -> Any:
+    """[batch, tokens, heads * head_dim] -> [batch, heads, tokens, head_dim]."""
+    from openvino import opset13 as op
+
+    return op.transpose(op.reshape(x, _i64(0, 0, heads, head_dim), True), _i64(0, 2, 1, 3))
+
+
+def _merge(x: Any, width: int) -> Any:
+    """[batch, heads, tokens, head_dim] -> [batch, tokens, width], as an output of a conversion."""
+    from openvino import opset13 as op
+
+    return op.reshape(op.transpose(x, _i64(0, 2, 1, 3)), _i64(0, 0, width), True).output(0)
+
+
+def _repeat(x: Any, heads: int, kv_heads: int, head_dim: int) -> Any:
+    """Every key/value head once for each query head that shares it; the fused operator does not do it in memory."""
+    from openvino import opset13 as op
+
+    groups = op.broadcast(op.unsqueeze(x, _i64(2)), _i64(1, 1, heads // kv_heads, 1, 1), broadcast_spec="BIDIRECTIONAL")
+    return op.reshape(groups, _i64(0, heads, -1, head_dim), True)
+
+
+def _check_states(attentions: Sequence[Any], spec: GraphSpec) -> None:
+    """Every state must belong to one attention; all attentions must share their positions, their frequencies and the
+    usual scale. Raises GraphError.
+    """
+    named = [name for node in attentions for name in node.input[5:7]]
+    if sorted(named) != sorted(pair.input for pair in spec.states):
+        raise GraphError(f"graph {spec.name}: CausalAttention reads {named}, which are not the states of its spec")
+    if len({tuple(node.input[3:5]) for node in attentions}) != 1:
+        raise GraphError(f"graph {spec.name}: expected the same position_ids in every CausalAttention")
+    for node in attentions:
+        values = {attribute.name: attribute for attribute in node.attribute}
+        scale, head_dim = values["scale"].f, values["head_dim"].i
+        if not np.isclose(scale, head_dim**-0.5, rtol=1e-6):
+            raise GraphError(f"graph {spec.name}: CausalAttention with scale {scale}, expected {head_dim**-0.5}")
+
+
+def _replace(values: Any, kept: list[Any]) -> None:
+    """Set a repeated field, which cannot be assigned; `kept` may hold elements of it."""
+    copies = [type(value).FromString(value.SerializeToString()) for value in kept]
+    del values[:]
+    values.extend(copies)
+
+
+def _f32(value: float) -> Any:
+    from openvino import opset13 as op
+
+    return op.constant(np.float32(value))
+
+
+def _i64(*values: int) -> Any:
+    from openvino import opset13 as op
+
+    return op.constant(np.array(values, np.int64))
+
+
+def _i64_scalar(value: int) -> Any:
+    from openvino import opset13 as op
+
+    return op.constant(np.int64(value))

@@ -1,0 +1,100 @@
+"""A loaded graph on OpenVINO, and what all of the backend needs: the engine's module and its errors in one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from lensc.export.graph import GraphSpec
+
+from .base import Array, check_feeds, check_out
+from .errors import ExecutionError, UnavailableError
+
+NAME = "openvino"
+INSTALL = "pip install 'lensc[openvino]'"
+
+MESSAGE_LENGTH = 400
+
+_WHERE = re.compile(r"(?:Exception from|Check '[^']*' failed at) \S+:\d+:\s*|FrontEnd API failed with \w+:\s*")
+"""Where in OpenVINO's source a message was made, which stands before it at every level."""
+
+
+def engine() -> Any:
+    """The openvino module. Raises UnavailableError that says how to install it."""
+    try:
+        import openvino
+
+        return openvino
+    except ImportError as error:
+        raise UnavailableError(f"backend {NAME} unavailable: {' '.join(str(error).split())}; {INSTALL}") from error
+
+
+@contextmanager
+def engine_errors(what: str) -> Iterator[None]:
+    """Turn the engine's exceptions into ExecutionError of one line."""
+    from openvino import frontend
+
+    failures = ("GeneralFailure", "InitializationFailure", "NotImplementedFailure", "OpConversionFailure",
+                "OpValidationFailure")  # fmt: skip
+    kinds = tuple(getattr(frontend, name) for name in failures)
+    try:
+        yield
+    except (*kinds, RuntimeError, ValueError, TypeError) as error:
+        raise ExecutionError(f"{what}: openvino failed: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error of the engine, without its places in the source, cut to a length one can read."""
+    text = " ".join(_WHERE.sub("", str(error)).split()) or type(error).__name__
+    return text if len(text) <= MESSAGE_LENGTH else text[: MESSAGE_LENGTH - 1] + "…"
+
+
+def bind(request: Any, arrays: Mapping[str, Array]) -> None:
+    """Let `request` read and write `arrays`, C-contiguous and writeable, where they are. They must outlive the run."""
+    ov = engine()
+    for name, array in arrays.items():
+        request.set_tensor(name, ov.Tensor(array, shared_memory=True))
+
+
+def readable(array: Array) -> Array:
+    """`array` if the engine can read it in place, else a copy: it refuses memory that it could not write to."""
+    return array if array.flags.c_contiguous and array.flags.writeable else np.array(array, order="C")
+
+
+def writeable(spec: GraphSpec, shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Array]) -> dict[str, Array]:
+    """An array for every output of `spec`: those given, new ones for the others."""
+    return {
+        t.name: given[t.name] if t.name in given else np.empty(shapes[t.name], t.dtype)
+        for t in spec.outputs
+        if t.name in shapes
+    }
+
+
+class OpenVINOSession:
+    """A graph without states. Arrays are handed to the engine by address, in and out."""
+
+    def __init__(self, spec: GraphSpec, compiled: Any) -> None:
+        self.spec = spec
+        self._request: Any = compiled.create_infer_request()
+
+    def run(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """Run once; see `Session.run`. Feeds that are not C-contiguous or read-only are copied."""
+        if self._request is None:
+            raise ExecutionError(f"graph {self.spec.name}: the session is closed")
+        given = {} if out is None else out
+        sizes = check_feeds(self.spec, feeds)
+        outputs = writeable(self.spec, check_out(self.spec, sizes, given), given)
+        inputs = {name: readable(array) for name, array in feeds.items()}
+        with engine_errors(f"graph {self.spec.name}"):
+            bind(self._request, inputs)
+            bind(self._request, outputs)
+            self._request.infer()
+        return outputs
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+        self._request = None

@@ -1,0 +1,288 @@
+"""OpenVINO on the CPU, and untested on Intel's GPUs and NPUs.
+
+An artifact is the portable graph with the functions of domain `lensc` left as bare calls, and the weights' file as it
+is. It is converted where it is loaded: OpenVINO's own format would hold a second copy of the weights, and writing it
+reads all of them (4 GB of memory for a decoder of 8 billion int4 weights, and minutes), while the conversion maps them
+and takes a second. Weights are packed for the CPU by the first run of a graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lensc.export.graph import Graph, GraphSpec
+from lensc.export.quantize.scheme import Scheme
+from lensc.profiles import probe
+
+from ._openvino_cache import OpenVINODecoderSession
+from ._openvino_lower import BEAMS, lower, read
+from ._openvino_session import NAME, OpenVINOSession, engine, engine_errors
+from .base import Artifact, Probe, Session, Target, check_compatibility, check_interface, file_record
+from .errors import ExecutionError, StorageError, UnavailableError, UnsupportedError
+
+DEVICES = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
+"""OpenVINO's name of each kind of processor."""
+
+ABSENT = {
+    "CPU": "its CPU plugin cannot be loaded",
+    "GPU": "needs an Intel GPU and its compute runtime, which OpenVINO's wheel does not contain",
+    "NPU": "needs an Intel NPU and its driver, which brings the compiler: OpenVINO's wheel does not contain it",
+}
+
+PRECISION, QUANTIZATION, KV_CACHE = (
+    "INFERENCE_PRECISION_HINT",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE",
+    "KV_CACHE_PRECISION",
+)
+THREADS = "INFERENCE_NUM_THREADS"
+LATENCY = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
+
+QUANTIZATION_GROUP, SMALLEST_GROUP = 128, 16
+"""Inputs of a product are quantized in groups of that many values. A product whose weights have smaller groups would
+silently be computed in float; a group is a multiple of a vector of 16."""
+
+HELD = frozenset({"Const", "Input", "Output", "MemoryInput", "MemoryOutput"})
+"""Nodes of OpenVINO's runtime graph that compute nothing."""
+
+
+class OpenVINO:
+    """See `Backend`."""
+
+    name = NAME
+
+    def probe(self) -> tuple[Probe, ...]:
+        """One probe for each of cpu, gpu and npu."""
+        try:
+            ov = engine()
+            with engine_errors(NAME):
+                found = {kind: _full_name(ov, device) for kind, device in DEVICES.items()}
+        except (UnavailableError, ExecutionError) as error:
+            return tuple(Probe(NAME, kind, False, str(error), _state(kind)) for kind in DEVICES)
+        version = f"openvino {_version(ov)}"
+        return tuple(
+            Probe(NAME, kind, True, f"{version}, {name}" if kind != "cpu" else version, _state(kind))
+            if name is not None
+            else Probe(NAME, kind, False, f"{version} sees no {DEVICES[kind]}: {ABSENT[DEVICES[kind]]}", _state(kind))
+            for kind, name in found.items()
+        )
+
+    def supports(self, spec: GraphSpec, scheme: str, target: Target) -> str | None:
+        """Every portable graph on the CPU and the GPU; on the NPU those whose sizes are all fixed."""
+        if target.backend != NAME:
+            return f"target {target} is not one of backend {NAME}"
+        if target.arch:
+            return f"target {target}: backend {NAME} takes no architecture; expected {NAME}:{target.processor}"
+        if Scheme.parse(scheme).kv_bits == 4:
+            return f"scheme {scheme}: backend {NAME} stores the KV cache in 8 or 16 bits; expected kv8, kv16 or no kv"
+        sizes = sorted(name for name, dim in spec.dims.items() if dim.min != dim.max)
+        if target.processor == "npu" and sizes:
+            return f"target {target}: the NPU runs graphs of fixed sizes, and those of {', '.join(sizes)} are not"
+        return None
+
+    def compile(self, graph: Graph, target: Target, out: Path) -> Artifact:
+        """Save `graph`, lowered, as `<out>/<graph name>.onnx` with its weights; compile it once if the device is here.
+
+        The weights' file is a hard link where the file system has them, as a bundle's files are never written again.
+        """
+        reason = self.supports(graph.spec, graph.scheme, target)
+        if reason:
+            raise UnsupportedError(reason)
+        ov = engine()
+        folder = out / f"{graph.spec.name}.partial"
+        with _writing(out):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            try:
+                names, smallest_group = _save(graph, folder)
+                options = _options(target, graph.scheme, smallest_group)
+                with engine_errors(str(graph.path)):
+                    model = read(folder / names[0])
+                    placement, executed = _try(ov, model, target, options)
+                # the weights first: without its graph nobody opens them
+                for name in reversed(names):
+                    os.replace(folder / name, out / name)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            files = tuple(file_record(out / name, out.parent) for name in names)
+        return Artifact(
+            graph=graph.spec.name,
+            target=target,
+            scheme=graph.scheme,
+            files=files,
+            toolchain={NAME: _version(ov)},
+            options=options | executed,
+            compatibility={NAME: f">={_version(ov)}"},
+            placement=placement,
+        )
+
+    def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, threads: int | None = None) -> Session:
+        """Convert and compile an artifact. Weights are mapped from their file."""
+        ov = engine()
+        check_compatibility(artifact, {NAME: _version(ov)})
+        device = DEVICES[artifact.target.processor]
+        if _full_name(ov, device) is None:
+            raise UnavailableError(f"target {artifact.target}: openvino sees no {device}: {ABSENT[device]}")
+        options = {name: artifact.options[name] for name in _known(artifact.options)}
+        if device == "CPU":
+            options[THREADS] = str(probe.machine().cores if threads is None else threads)
+        path = bundle / artifact.files[0].path
+        _check_head(path)
+        with engine_errors(str(path)):
+            model = read(path)
+            _check_interface(model, spec)
+            compiled = _core(ov).compile_model(model, device, options)
+        if not model.get_variables():
+            return OpenVINOSession(spec, compiled)
+        return OpenVINODecoderSession(spec, compiled, options[KV_CACHE])
+
+
+def _state(kind: str) -> str:
+    return "runs here" if kind == "cpu" else "untested"
+
+
+def _version(ov: Any) -> str:
+    """The release, without the build."""
+    return str(ov.__version__).partition("-")[0]
+
+
+@functools.cache
+def _core(ov: Any) -> Any:
+    """The one Core of the process: it loads a plugin once."""
+    return ov.Core()
+
+
+def _full_name(ov: Any, device: str) -> str | None:
+    """What OpenVINO calls this machine's first `device`, or None if it sees none."""
+    core = _core(ov)
+    # several of a kind are listed as GPU.0, GPU.1
+    if not any(name.partition(".")[0] == device for name in core.available_devices):
+        return None
+    return str(core.get_property(device, "FULL_DEVICE_NAME"))
+
+
+def _options(target: Target, scheme: str, smallest_group: int | None) -> dict[str, str]:
+    """OpenVINO's properties of a graph whose weights have groups of at least `smallest_group` inputs.
+
+    What the scheme does not reduce is computed in float32: on a CPU with bfloat16 OpenVINO would choose that.
+    """
+    parsed = Scheme.parse(scheme)
+    halved = parsed.activation_bits == 16 and target.processor != "cpu"
+    kv_bits = parsed.kv_bits or (16 if parsed.activation_bits == 16 else 32)
+    group = 0
+    if parsed.activation_bits == 8:
+        group = math.gcd(QUANTIZATION_GROUP, smallest_group or QUANTIZATION_GROUP)
+    return LATENCY | {
+        PRECISION: "f16" if halved else "f32",
+        QUANTIZATION: str(group if group >= SMALLEST_GROUP else 0),
+        KV_CACHE: {8: "u8", 16: "f16", 32: "f32"}[kv_bits],
+    }
+
+
+def _known(options: dict[str, str]) -> list[str]:
+    """The options that are OpenVINO's properties."""
+    return [name for name in options if name in (*LATENCY, PRECISION, QUANTIZATION, KV_CACHE)]
+
+
+def _save(graph: Graph, folder: Path) -> tuple[list[str], int | None]:
+    """Write the lowered graph and its weights into `folder`.
+
+    Returns the files' names, the graph's first, and the smallest group of inputs that share a scale, None without any.
+    Raises UnavailableError, ExecutionError, GraphError.
+    """
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # ships no types
+    except ImportError as error:
+        raise UnavailableError(f"backend {NAME} needs onnx to compile; pip install 'lensc[export]'") from error
+    try:
+        model = onnx.load(str(graph.path), load_external_data=False)
+    except (OSError, DecodeError, ValueError) as error:
+        raise ExecutionError(f"{graph.path}: onnx cannot read it: {' '.join(str(error).split())}") from error
+    lower(model, graph.spec)
+    entries = [e for tensor in model.graph.initializer for e in tensor.external_data if e.key == "location"]
+    sources = sorted({entry.value for entry in entries})
+    strange = [name for name in sources if Path(name).name != name or name == f"{graph.spec.name}.onnx"]
+    missing = [name for name in sources if not (graph.path.parent / name).is_file()]
+    if strange or missing:
+        problem = "does not lie beside the graph" if strange else "is missing"
+        raise ExecutionError(f"{graph.path}: its weights' file {(strange + missing)[0]!r} {problem}; export it again")
+    for name in sources:
+        source = graph.path.parent / name
+        try:
+            os.link(source, folder / name)
+        except OSError:
+            shutil.copyfile(source, folder / name)
+    (folder / f"{graph.spec.name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
+    blocks = [a.i for n in model.graph.node for a in n.attribute if a.name == "block_size" and a.i]
+    return [f"{graph.spec.name}.onnx", *sources], math.gcd(*blocks) if blocks else None
+
+
+def _try(ov: Any, model: Any, target: Target, options: dict[str, str]) -> tuple[dict[str, int], dict[str, str]]:
+    """Compile `model` if its device is here, and say how many nodes run on it and in what precision.
+
+    Raises ExecutionError if a decoder's cache is not the plugin's own: each step would copy all of it.
+    """
+    device = DEVICES[target.processor]
+    if _full_name(ov, device) is None:
+        return {}, {"executed": f"not compiled here: openvino sees no {device}"}
+    compiled = _core(ov).compile_model(model, device, options)
+    nodes = [op.get_rt_info() for op in compiled.get_runtime_model().get_ordered_ops()]
+    nodes = [info for info in nodes if _text(info, "layerType") not in HELD]
+    precisions = Counter(_text(info, "runtimePrecision") for info in nodes)
+    if device == "CPU" and model.get_variables():
+        _check_fused(nodes, len(model.get_variables()) // 2)
+    described = ", ".join(f"{count} in {name}" for name, count in sorted(precisions.items()))
+    return {device: len(nodes)}, {"executed": described}
+
+
+def _check_fused(nodes: list[Any], layers: int) -> None:
+    """Raise ExecutionError unless every layer is one attention that appends to its states."""
+    kinds = Counter(_text(info, "layerType") for info in nodes)
+    if kinds["ScaledDotProductAttention"] != layers or kinds["RoPE"] != 2 * layers:
+        raise ExecutionError(
+            f"openvino fused {kinds['ScaledDotProductAttention']} attentions and {kinds['RoPE']} rotations, "
+            f"expected {layers} and {2 * layers}: this version knows another form"
+        )
+
+
+def _text(info: Any, name: str) -> str:
+    return str(info[name].astype(str)) if name in info else "unknown"
+
+
+def _check_interface(model: Any, spec: GraphSpec) -> None:
+    """Raise GraphError unless `model` has the inputs and outputs of `spec`, where a state stands for a pair of them."""
+    pairs = {pair.input: pair.output for pair in spec.states}
+    kept = [variable.info.variable_id for variable in model.get_variables()]
+    inputs = [name for port in model.inputs for name in port.get_names() if name != BEAMS]
+    outputs = [name for port in model.outputs for name in port.get_names()]
+    check_interface(spec, [*inputs, *kept], [*outputs, *(pairs.get(name, name) for name in kept)])
+
+
+def _check_head(path: Path) -> None:
+    """Raise ExecutionError for what is no ONNX file: asked to read one, OpenVINO's other readers print to the screen."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(1)
+    except OSError as error:
+        raise ExecutionError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if head != b"\x08":  # the ir_version, as protobuf writes it
+        raise ExecutionError(f"{path}: not an ONNX file; compile it again")
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+
+backend = OpenVINO()
