@@ -137,6 +137,7 @@ class Adapter:
         sides: dict[str, dict[str, TensorRecord]] = {}
         embeddings: set[str] = set()
         adapters: set[str] = set()
+        biases: list[str] = []
         for key, record in records.items():
             shown = ascii(key)[1:-1][:120]
             name = key.removeprefix(PREFIX)
@@ -155,11 +156,16 @@ class Adapter:
             elif "lora_" in name:
                 problems.append(f"{shown}: expected lora_A.weight, lora_B.weight, lora_embedding_A or lora_embedding_B")
             elif name.endswith("bias") and self.config.bias != "none":
-                problems.append(f"{shown}: bias is {self.config.bias!r}, and trained biases are not supported")
+                biases.append(shown)
             elif (replaced := _WRAPPED.sub(".", name)) in self.saved:
                 problems.append(f"{shown} is there twice, with and without base_layer")
             else:
                 self.saved[replaced] = record
+        if biases:
+            problems.append(
+                f"bias is {self.config.bias!r} and {len(biases)} trained biases are there, which are not supported: "
+                + listed(biases, limit=3)
+            )
         if len(adapters) > 1:
             names = listed(sorted(ascii(name)[1:-1] or "one without a name" for name in adapters))
             problems.append(f"holds {len(adapters)} adapters ({names}), one can be merged; save each of them alone")

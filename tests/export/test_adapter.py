@@ -386,7 +386,7 @@ TENSORS: dict[str, tuple[Change, str]] = {
     "lora-b-bias": (put(f"{PREFIX}{Q}.lora_B.bias", torch.ones(256)), f"{Q}.lora_B.bias: expected lora_A.weight"),
     "bias": (
         put(f"{PREFIX}vpm.post_layernorm.bias", torch.ones(64), bias="all"),
-        "vpm.post_layernorm.bias: bias is 'all', and trained biases are not supported",
+        "bias is 'all' and 1 trained biases are there, which are not supported: base_model.model.vpm.post_layernorm.bias",
     ),
     "bias-none": (put(f"{PREFIX}vpm.post_layernorm.bias", torch.ones(64)), "belongs to none of the modules_to_save"),
     "quantized": (put(B, torch.zeros(256, 4, dtype=torch.int8)), f"{Q}.lora_B.weight is I8, expected one of F16"),
