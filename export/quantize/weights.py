@@ -86,6 +86,11 @@ class WeightFormat:
         return self.bits == 8 and self.symmetric
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of `QuantizedWeight.values`."""
+        return torch.int8 if self.is_signed else torch.uint8
+
+    @property
     def container_bits(self) -> int:
         """Bits that one value takes in a file."""
         return 8 if self.bits == 8 else 4
@@ -148,8 +153,8 @@ def quantize_rtn(
     output, as far as inputs are uncorrelated. Rows are independent: pieces give the same as the whole. Works in pieces
     of `CHUNK` weights whatever the size. Raises InputError for NaN or Inf.
     """
-    scales, zero_points = fit_scales(weight, format, search, importance)
-    values = torch.empty(weight.shape, dtype=_dtype(format))
+    scales, zero_points = fit_scales(weight, format, SHRINK[format.bits] if search else (), importance)
+    values = torch.empty(weight.shape, dtype=format.dtype)
     for rows in _chunks(weight):
         zeros = None if zero_points is None else zero_points[rows]
         values[rows] = round_to_format(weight[rows], scales[rows], zeros, format)
@@ -157,14 +162,16 @@ def quantize_rtn(
 
 
 def fit_scales(
-    weight: Tensor, format: WeightFormat, search: bool = True, importance: Tensor | None = None
+    weight: Tensor, format: WeightFormat, shrink: tuple[float, ...], importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """scales: float32[out, groups] and zero points: uint8[out, groups] or None, as `quantize_rtn` uses them."""
+    """scales: float32[out, groups] and zero points: uint8[out, groups] or None, as `quantize_rtn` uses them.
+
+    `shrink`: the shares of each group's range that are tried, from 1.0 down; empty for the plain range.
+    """
     check_weight(weight)
     outputs, inputs = weight.shape
     size, groups = format.group_of(inputs), format.groups(inputs)
     share = _shares(importance, inputs)
-    shrink = SHRINK[format.bits] if search else ()
     scales = torch.empty(outputs, groups)
     zeros = None if format.symmetric else torch.empty(outputs, groups, dtype=torch.uint8)
     for rows in _chunks(weight):
@@ -189,7 +196,7 @@ def round_to_format(x: Tensor, scales: Tensor, zero_points: Tensor | None, forma
     """The nearest values of `format` for x: float[out, in], with given scales and zero points: uint8 or int8[out, in]."""
     spread = _spread(scales, x.shape[1], format)
     zero = float(format.zero_point) if zero_points is None else _spread(zero_points, x.shape[1], format).float()
-    return round_to_grid(x.float(), spread, zero, format.lowest, format.highest).to(_dtype(format))
+    return round_to_grid(x.float(), spread, zero, format.lowest, format.highest).to(format.dtype)
 
 
 def dequantize(quantized: QuantizedWeight) -> Tensor:
@@ -245,7 +252,7 @@ def unpack(
     """The inverse of `pack`: `packed` as it returned it, `inputs` the number of columns."""
     if format.container_bits == 8:
         values = torch.from_numpy(packed.copy())
-        return QuantizedWeight(values.view(_dtype(format)), scales, zero_points, format)
+        return QuantizedWeight(values.view(format.dtype), scales, zero_points, format)
     halves = np.empty((packed.shape[0], 2 * packed.shape[1]), np.uint8)
     halves[:, ::2], halves[:, 1::2] = packed & 15, packed >> 4
     return QuantizedWeight(torch.from_numpy(halves)[:, :inputs].contiguous(), scales, zero_points, format)
@@ -273,10 +280,6 @@ def check_weight(weight: Tensor) -> None:
             raise InputError(
                 f"weight {list(weight.shape)}: {value} at [{rows.start + row}, {column}], expected finite numbers"
             )
-
-
-def _dtype(format: WeightFormat) -> torch.dtype:
-    return torch.int8 if format.is_signed else torch.uint8
 
 
 def _explicit_zero_points(quantized: QuantizedWeight) -> Tensor:
