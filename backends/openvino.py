@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lensc.export.quantize.scheme import Scheme
 from lensc.profiles import probe
 
 from ._openvino_cache import OpenVINODecoderSession
+from ._openvino_fixed import FixedSession, cannot_be_fixed, shapes_at, sizes_of
 from ._openvino_lower import BEAMS, lower, read
 from ._openvino_session import NAME, OpenVINOSession, engine, engine_errors
 from .base import Artifact, Probe, Session, Target, check_compatibility, check_interface, file_record
@@ -75,16 +76,19 @@ class OpenVINO:
         )
 
     def supports(self, spec: GraphSpec, scheme: str, target: Target) -> str | None:
-        """Every portable graph on the CPU and the GPU; on the NPU those whose sizes are all fixed."""
+        """Every portable graph on the CPU and the GPU; on the NPU what can run at fixed sizes and in float16."""
         if target.backend != NAME:
             return f"target {target} is not one of backend {NAME}"
         if target.arch:
             return f"target {target}: backend {NAME} takes no architecture; expected {NAME}:{target.processor}"
         if Scheme.parse(scheme).kv_bits == 4:
             return f"scheme {scheme}: backend {NAME} stores the KV cache in 8 or 16 bits; expected kv8, kv16 or no kv"
-        sizes = sorted(name for name, dim in spec.dims.items() if dim.min != dim.max)
-        if target.processor == "npu" and sizes:
-            return f"target {target}: the NPU runs graphs of fixed sizes, and those of {', '.join(sizes)} are not"
+        if target.processor == "npu":
+            problem = cannot_be_fixed(spec)
+            if problem:
+                return f"target {target}: the NPU runs graphs of fixed sizes, {spec.name} is none: {problem}"
+            if Scheme.parse(scheme).activation_bits > 16:
+                return f"target {target}: the NPU computes in 16 bits, scheme {scheme} in 32; expected f16 or w8a8"
         return None
 
     def compile(self, graph: Graph, target: Target, out: Path) -> Artifact:
@@ -105,6 +109,8 @@ class OpenVINO:
                 options = _options(target, graph.scheme, smallest_group)
                 with engine_errors(str(graph.path)):
                     model = read(folder / names[0])
+                    if target.processor == "npu":
+                        model.reshape(shapes_at(graph.spec, sizes_of(graph.spec)[0]))
                     placement, executed = _try(ov, model, target, options)
                 # the weights first: without its graph nobody opens them
                 for name in reversed(names):
@@ -138,6 +144,8 @@ class OpenVINO:
         with engine_errors(str(path)):
             model = read(path)
             _check_interface(model, spec)
+            if artifact.target.processor == "npu":
+                return FixedSession(spec, functools.partial(_compile_at, ov, model, device, options))
             compiled = _core(ov).compile_model(model, device, options)
         if not model.get_variables():
             return OpenVINOSession(spec, compiled)
@@ -179,6 +187,9 @@ def _options(target: Target, scheme: str, smallest_group: int | None) -> dict[st
     group = 0
     if parsed.activation_bits == 8:
         group = math.gcd(QUANTIZATION_GROUP, smallest_group or QUANTIZATION_GROUP)
+    if target.processor == "npu":
+        # the compiler decides the rest by itself
+        return {"PERFORMANCE_HINT": "LATENCY"}
     return LATENCY | {
         PRECISION: "f16" if halved else "f32",
         QUANTIZATION: str(group if group >= SMALLEST_GROUP else 0),
@@ -207,6 +218,7 @@ def _save(graph: Graph, folder: Path) -> tuple[list[str], int | None]:
     except (OSError, DecodeError, ValueError) as error:
         raise ExecutionError(f"{graph.path}: onnx cannot read it: {' '.join(str(error).split())}") from error
     lower(model, graph.spec)
+    smallest_group = _smallest_group(model, graph.spec)
     entries = [e for tensor in model.graph.initializer for e in tensor.external_data if e.key == "location"]
     sources = sorted({entry.value for entry in entries})
     strange = [name for name in sources if Path(name).name != name or name == f"{graph.spec.name}.onnx"]
@@ -221,8 +233,29 @@ def _save(graph: Graph, folder: Path) -> tuple[list[str], int | None]:
         except OSError:
             shutil.copyfile(source, folder / name)
     (folder / f"{graph.spec.name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
-    blocks = [a.i for n in model.graph.node for a in n.attribute if a.name == "block_size" and a.i]
-    return [f"{graph.spec.name}.onnx", *sources], math.gcd(*blocks) if blocks else None
+    return [f"{graph.spec.name}.onnx", *sources], smallest_group
+
+
+def _smallest_group(model: Any, spec: GraphSpec) -> int | None:
+    """How many inputs share a scale at least; the greatest common divisor where groups differ, None without any.
+
+    Raises UnsupportedError for groups that do not divide a weight's inputs, which OpenVINO cannot read.
+    """
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    groups = set()
+    for node in model.graph.node:
+        values = {attribute.name: attribute.i for attribute in node.attribute}
+        group, axis = values.get("block_size", 0), values.get("axis", 1)
+        if node.op_type != "DequantizeLinear" or not group or node.input[0] not in shapes:
+            continue
+        inputs = shapes[node.input[0]][axis]
+        if inputs % group:
+            raise UnsupportedError(
+                f"graph {spec.name}: {node.input[0]} has {inputs} inputs in groups of {group}; openvino needs groups "
+                "that divide the inputs: choose such, or one per output"
+            )
+        groups.add(group)
+    return math.gcd(*groups) if groups else None
 
 
 def _try(ov: Any, model: Any, target: Target, options: dict[str, str]) -> tuple[dict[str, int], dict[str, str]]:
@@ -241,6 +274,12 @@ def _try(ov: Any, model: Any, target: Target, options: dict[str, str]) -> tuple[
         _check_fused(nodes, len(model.get_variables()) // 2)
     described = ", ".join(f"{count} in {name}" for name, count in sorted(precisions.items()))
     return {device: len(nodes)}, {"executed": described}
+
+
+def _compile_at(ov: Any, model: Any, device: str, options: dict[str, str], shapes: Mapping[str, list[int]]) -> Any:
+    """A compiled model of inputs of `shapes`. `model` is reshaped: what was compiled before keeps its own."""
+    model.reshape(dict(shapes))
+    return _core(ov).compile_model(model, device, options)
 
 
 def _check_fused(nodes: list[Any], layers: int) -> None:
