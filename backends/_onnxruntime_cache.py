@@ -43,7 +43,7 @@ class OrtCache:
     @property
     def capacity(self) -> int:
         """How many tokens there is room for."""
-        return self.arrays[0].shape[2]
+        return int(self.arrays[0].shape[2])
 
     @property
     def nbytes(self) -> int:

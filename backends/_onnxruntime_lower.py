@@ -4,6 +4,7 @@
     lensc.CausalAttention            GroupQueryAttention: rotary inside, KV cache appended in place
     lensc.Attention                  MultiHeadAttention
     x * Sigmoid(x)                   QuickGelu, alpha 1
+    quantized linears                see `_onnxruntime_quantized`
 
 GroupQueryAttention wants its cache as [batch, kv_heads, capacity, head_dim] and returns it whole, so a lowered decoder
 has other inputs and outputs than its `GraphSpec`: `_onnxruntime_cache` is the session that knows them.
@@ -17,6 +18,7 @@ import numpy as np
 
 from lensc.export.graph import GraphSpec
 
+from ._onnxruntime_quantized import lower_linears
 from .errors import GraphError
 
 DOMAIN = "lensc"
@@ -34,8 +36,8 @@ def present_name(past: str) -> str:
     return past.replace("past_", "present_")
 
 
-def lower(model: Any, spec: GraphSpec) -> Any:
-    """Rewrite an `onnx_ir.Model` in place and return it. Raises GraphError for a call that has no lowering."""
+def lower(model: Any, spec: GraphSpec, activation_bits: int = 32) -> Any:
+    """Rewrite an `onnx_ir.Model` in place and return it. Raises GraphError for what has no lowering."""
     import onnx_ir as ir
     from onnx_ir.passes import common
 
@@ -44,6 +46,7 @@ def lower(model: Any, spec: GraphSpec) -> Any:
     for node in list(graph):
         if node.domain == DOMAIN:
             rewriting.lower(node)
+    lower_linears(ir, graph, activation_bits)
     rewriting.fuse_silu()
     rewriting.fuse_skip_norms()
     model.functions.clear()
@@ -51,6 +54,8 @@ def lower(model: Any, spec: GraphSpec) -> Any:
     model.opset_imports[CONTRIB] = 1
     common.RemoveUnusedNodesPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
+    for name in [n for n, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()]:
+        del graph.initializers[name]
     return model
 
 
@@ -83,7 +88,10 @@ class _Lowering:
     def _attention(self, node: Any) -> None:
         """The key bias [slices, keys] becomes [slices, 1, queries, keys], which the operator wants in full."""
         query, key, value, bias = node.inputs
-        ints = lambda values: self._constant(np.array(values, np.int64))
+
+        def ints(values: list[int]) -> Any:
+            return self._constant(np.array(values, np.int64))
+
         rows = self._insert(node, self._node("", "Shape", [query], {"start": 1, "end": 2}))
         shape = self._insert(node, self._node("", "Concat", [ints([1, 1]), rows, ints([1])], {"axis": 0}))
         bias_4 = self._insert(node, self._node("", "Unsqueeze", [bias, ints([1, 2])]))

@@ -20,10 +20,10 @@ from lensc.backends.errors import CheckpointError, UsageError
 from . import compile_stages, demo, export_stages
 from .checkpoint import TOKENIZER, Checkpoint
 from .compile_stages import check_supported, compile_target, portable_graphs, verify_target
-from .export_stages import TABLE, TOKENIZER_CONFIG, Exported, Source, copy_files, export_graphs
+from .export_stages import TOKENIZER_CONFIG, Exported, Source, copy_files, export_graphs
 from .graph import Graph
-from .models.session import decoder_spec, vision_spec
 from .provenance import provenance, timestamp, versions
+from .quantize.recipe import resolve
 from .stages import Report, Staging
 
 WORK = "graphs"
@@ -34,14 +34,19 @@ MARGIN_BYTES = 16 << 20
 
 
 def export_checkpoint(
-    checkpoint: str | Path, out: str | Path, *, report: Report | None = None, command: str = ""
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    scheme: str = "f32",
+    report: Report | None = None,
+    command: str = "",
 ) -> Manifest:
     """Write the verified portable graphs of `checkpoint` (a folder, or `demo`) to the folder `out`.
 
-    Raises CheckpointError, TokenizerError, GraphError, ParityError, StorageError, or UsageError if `out` must not be
+    `scheme` is the name of a recipe, or the path of one. Raises CheckpointError, TokenizerError, GraphError, ParityError, StorageError, or UsageError if `out` must not be
     replaced. `out` is complete or untouched.
     """
-    source = Source(Checkpoint(resolve_checkpoint(checkpoint)))
+    source = Source(Checkpoint(resolve_checkpoint(checkpoint)), resolve(scheme))
     with Staging(Path(out), total=export_stages.STAGES + 2, report=report) as staging:
         staging.require(source.graph_bytes + source.table_bytes + MARGIN_BYTES)
         exported = export_graphs(staging, source, staging.tree)
@@ -62,7 +67,8 @@ def compile_graphs(
         raise UsageError(f"{out}: is the folder of graphs itself; choose another output folder")
     made = load_manifest(folder, verify=True)
     portable = portable_graphs(folder, made)
-    check_supported({name: graph.spec for name, graph in portable.items()}, targets)
+    specs = {name: graph.spec for name, graph in portable.items()}
+    check_supported(specs, {name: graph.scheme for name, graph in portable.items()}, targets)
     files = {f.path: f for f in made.files}
     copied = [made.tokenizer, *made.tables.values(), *(probe.file for probe in made.probes)]
     copied = list(dict.fromkeys([*copied, *(name for name in (TOKENIZER_CONFIG,) if name in files)]))
@@ -87,17 +93,17 @@ def build(
     targets: Sequence[Target],
     out: str | Path,
     *,
+    scheme: str = "f32",
     report: Report | None = None,
     command: str = "",
 ) -> Manifest:
-    """Export `checkpoint` (a folder, or `demo`) and compile it for every target into the bundle `out`.
+    """Export `checkpoint` (a folder, or `demo`) by the recipe `scheme` and compile it for every target into the bundle `out`.
 
     Artifacts that can run here are verified against the reference model. Raises what `export_checkpoint` and
     `compile_graphs` do. `out` is complete or untouched.
     """
-    source = Source(Checkpoint(resolve_checkpoint(checkpoint)))
-    config = source.checkpoint.config
-    check_supported({"vision": vision_spec(config), "decoder": decoder_spec(config)}, targets)
+    source = Source(Checkpoint(resolve_checkpoint(checkpoint)), resolve(scheme))
+    check_supported(source.specs, source.schemes, targets)
     total = export_stages.STAGES + (compile_stages.STAGES + 1) * len(targets) + 2
     with Staging(Path(out), total=total, report=report) as staging:
         staging.require(source.graph_bytes * (1 + len(targets)) + source.table_bytes + MARGIN_BYTES)
@@ -111,10 +117,10 @@ def build(
         parity: list[ParityRecord] = [*exported.parity]
         for target in targets:
             compiled = compile_target(staging, portable, target, exported.probes)
-            parity += verify_target(staging, source, target, compiled, portable)
+            parity += verify_target(staging, source, target, compiled, exported.tables)
             artifacts += compiled
         compiled_only = {name: dataclasses.replace(record, file=None) for name, record in exported.graphs.items()}
-        exported = Exported(compiled_only, exported.probes, tuple(parity))
+        exported = Exported(compiled_only, exported.tables, exported.probes, tuple(parity))
         manifest = _manifest(source, exported, tuple(artifacts), command)
         return staging.publish(lambda folder: write_manifest(folder, manifest))
 
@@ -134,10 +140,11 @@ def _manifest(source: Source, exported: Exported, artifacts: tuple[Artifact, ...
         model=source.spec,
         graphs=exported.graphs,
         artifacts=artifacts,
-        tables={"embed_tokens": TABLE},
+        tables=exported.tables,
         tokenizer=TOKENIZER,
         files=(),
-        provenance=provenance(source.checkpoint.sha256, command),
+        provenance=provenance(source.checkpoint.sha256, command, source.recipe.name),
         parity=exported.parity,
         probes=exported.probes,
+        metadata={} if source.recipe.is_float else {"recipe": source.recipe.to_toml()},
     )

@@ -13,14 +13,15 @@ from lensc.backends import registry
 from lensc.backends.base import Array, Artifact, Session, Target
 from lensc.backends.bundle import Manifest, ParityRecord, ProbeRecord, sha256_file
 from lensc.backends.errors import ManifestError, ParityError, UnsupportedError, UsageError
+from lensc.runtime.embedding import open_table
 
 from .engines import close, engine_key, load_if_usable
-from .export_stages import ANSWER_TOKENS, GRAPHS, Paths, Source, open_table
+from .export_stages import ANSWER_TOKENS, GRAPHS, QUANTIZED, Paths, Source
 from .graph import Graph, GraphSpec
-from .provenance import SCHEME, code_key
+from .provenance import code_key
 from .questions import questions_for
 from .stages import Staging
-from .verify import verify_graph, verify_model
+from .verify import min_sqnr_db, verify_graph, verify_model
 
 STAGES = 2 * len(GRAPHS)
 """How many stages `compile_target` has."""
@@ -43,7 +44,7 @@ def portable_graphs(folder: Path, manifest: Manifest) -> dict[str, Graph]:
     }
 
 
-def check_supported(specs: Mapping[str, GraphSpec], targets: Sequence[Target]) -> None:
+def check_supported(specs: Mapping[str, GraphSpec], schemes: Mapping[str, str], targets: Sequence[Target]) -> None:
     """Raise before any work if a target is unknown or cannot take a graph, listing all reasons."""
     if not targets:
         raise UsageError("no target; give at least one, e.g. onnxruntime:cpu")
@@ -51,7 +52,7 @@ def check_supported(specs: Mapping[str, GraphSpec], targets: Sequence[Target]) -
         f"{name} for {target}: {reason}"
         for target in targets
         for name, spec in specs.items()
-        if (reason := registry.get(target.backend).supports(spec, SCHEME, target)) is not None
+        if (reason := registry.get(target.backend).supports(spec, schemes[name], target)) is not None
     ]
     if reasons:
         raise UnsupportedError("; ".join(reasons))
@@ -76,13 +77,12 @@ def compile_target(
 
 
 def verify_target(
-    staging: Staging, source: Source, target: Target, artifacts: Sequence[Artifact], graphs: Mapping[str, Graph]
+    staging: Staging, source: Source, target: Target, artifacts: Sequence[Artifact], tables: Mapping[str, str]
 ) -> tuple[ParityRecord, ...]:
-    """The parity of a target's artifacts with the reference model; none if they cannot run here."""
+    """The parity of a target's artifacts with the reference model of the recipe; none if they cannot run here."""
     key = source.key | {"target": str(target), **engine_key(target)}
     key |= {record.path: record.sha256 for artifact in artifacts for record in artifact.files}
-    specs = {name: graph.spec for name, graph in graphs.items()}
-    verify = partial(_verify, source, target, artifacts, specs, staging.tree)
+    verify = partial(_verify, source, target, artifacts, tables, staging.tree)
     return staging.stage(f"verify {target}", key, tuple[ParityRecord, ...], verify)
 
 
@@ -104,7 +104,7 @@ def _check(artifact: Artifact, spec: GraphSpec, tree: Path, probes: Sequence[Pro
             with np.load(tree / probe.file, allow_pickle=False) as arrays:
                 feeds = {name[3:]: arrays[name] for name in arrays.files if name.startswith("in.")}
                 outputs = {name[4:]: arrays[name] for name in arrays.files if name.startswith("out.")}
-            metrics = verify_graph(_Recorded(spec, outputs), session, [feeds])
+            metrics = verify_graph(_Recorded(spec, outputs), session, [feeds], min_sqnr_db(artifact.scheme))
             if not metrics.passed:
                 raise ParityError(f"{artifact.target} does not compute the golden probe {probe.file}: {metrics}")
             parity = {"probe_max_abs": metrics.max_abs, "probe_sqnr_db": metrics.sqnr_db}
@@ -128,24 +128,27 @@ class _Recorded:
 
 
 def _verify(
-    source: Source, target: Target, artifacts: Sequence[Artifact], specs: Mapping[str, GraphSpec], tree: Path
+    source: Source, target: Target, artifacts: Sequence[Artifact], tables: Mapping[str, str], tree: Path
 ) -> tuple[tuple[ParityRecord, ...], Paths]:
     sessions: dict[str, Session] = {}
     try:
         for artifact in artifacts:
-            session = load_if_usable(artifact, specs[artifact.graph], tree)
+            session = load_if_usable(artifact, source.specs[artifact.graph], tree)
             if isinstance(session, str):
                 return (), []
             sessions[artifact.graph] = session
+        least = {a.graph: least for a in artifacts if (least := min_sqnr_db(a.scheme)) is not None}
         records = verify_model(
-            source.reference,
+            source.quantized_reference,
             sessions,
             source.spec,
             source.tokenizer,
-            open_table(tree),
+            open_table(tree, tables),
             questions_for(source.spec),
             tokens=ANSWER_TOKENS,
             target=str(target),
+            against="torch float32" if source.recipe.is_float else QUANTIZED,
+            min_sqnr_db=least,
         )
     finally:
         close(sessions)

@@ -159,4 +159,4 @@ def _definitions() -> dict[str, onnx.FunctionProto]:
 def functions(names: Iterable[str]) -> list[ir.Function]:
     """New objects of the functions called `names`, each once, in the order of definition."""
     wanted = set(names)
-    return [ir.from_proto(proto) for name, proto in _definitions().items() if name in wanted]
+    return [ir.serde.deserialize_function(proto) for name, proto in _definitions().items() if name in wanted]

@@ -14,78 +14,105 @@ The file holds no path, no stack trace and no version, and two exports of the sa
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 import logging
-import os
 import re
-import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
+from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, nn
 
-from lensc.backends.errors import GraphError, StorageError
+from lensc.backends.errors import GraphError
 
 from .functions import DOMAIN, VERSION, functions
 from .graph import Graph, GraphSpec, TensorSpec
 from .models.minicpmv import MiniCPMV
 from .models.session import graph_modules
 from .passes import all_values, simplify
+from .writer import Parameter, Rows, write_graph
 
 OPSET = 21
 """Opset 20 brought Gelu, 21 block-wise DequantizeLinear (int4 weights), which ONNX Runtime, its QNN provider and
 OpenVINO all read. From 23 on RMSNorm, rotary embedding and attention are single operators, which QNN does not take."""
 
-DATA_SUFFIX = ".data"
-
-INLINE_BYTES = 1024
-"""Tensors up to this size stay in the ONNX file, so that shapes and scalars can be read without the data file."""
-
-PAGE = 4096
-"""Tensors of the data file begin on a page, so that an engine can map them."""
-
-Weights = Callable[[str], Tensor]
-"""Returns the parameter of a name, of the traced shape, on the CPU. Called once per parameter, in file order."""
+THIRDS = "qkv"
+"""The parts of a packed in-projection, in the order of its rows."""
 
 
-def export_model(model: MiniCPMV, folder: Path, weights: Weights | None = None) -> dict[str, Graph]:
+def export_model(model: MiniCPMV, folder: Path, rows: Rows | None = None) -> dict[str, Graph]:
     """Write `vision.onnx` and `decoder.onnx` with their data files into the existing `folder`; return both graphs.
 
-    With `weights` the model may lie on the meta device; without, its own parameters are written.
+    With `rows` the model may lie on the meta device; without, its own parameters are written.
     """
     return {
-        name: export_graph(module, example_inputs(spec), spec, folder / f"{name}.onnx", weights)
+        name: export_graph(module, example_inputs(spec), spec, folder / f"{name}.onnx", rows)
         for name, (module, spec) in graph_modules(model).items()
     }
 
 
 def export_graph(
-    module: nn.Module, example: Sequence[Tensor], spec: GraphSpec, path: Path, weights: Weights | None = None
+    module: nn.Module, example: Sequence[Tensor], spec: GraphSpec, path: Path, rows: Rows | None = None
 ) -> Graph:
-    """Trace `module` and write it to `path`, with its weights in one file beside it.
+    """Trace `module` and write it to `path`, with its weights in one file beside it, in float32.
+
+    Raises what `trace_graph` and `write_graph` do.
+    """
+    state = dict(module.state_dict())
+    if rows is None and any(p.device.type == "meta" for p in state.values()):
+        raise GraphError(f"graph {spec.name}: the module lies on the meta device and has no values; pass `rows`")
+    model, parameters = trace_graph(module, example, spec)
+    read = rows or (lambda name, start, stop: state[name][start:stop])
+    return Graph(spec, path, "f32", write_graph(model, path, parameters, read))
+
+
+def trace_graph(module: nn.Module, example: Sequence[Tensor], spec: GraphSpec) -> tuple[ir.Model, dict[str, Parameter]]:
+    """The graph of `module`, and where the rows of each initializer without values come from.
 
     `module` takes and returns tensors in the order of `spec`, and makes tensors of its own on its inputs' device;
     `example` are inputs of any value and of sizes that differ from each other and from 1. Raises GraphError if the
-    traced graph is not the one `spec` describes, StorageError if it cannot be written. Files are replaced only by
-    complete ones.
+    traced graph is not the one `spec` describes.
     """
-    parameters = dict(module.state_dict())
-    if weights is None and any(p.device.type == "meta" for p in parameters.values()):
-        raise GraphError(f"graph {spec.name}: the module lies on the meta device and has no values; pass `weights`")
+    shapes = {name: tuple(p.shape) for name, p in module.state_dict().items()}
     model = _trace(module, example, spec)
-    simplify(model, frozenset(parameters))
+    simplify(model, frozenset(shapes))
+    parameters = {name: Parameter(name, shape) for name, shape in shapes.items()}
+    parameters |= _split_parameters(model, shapes)
     _forget_builder(model)
     _name_dimensions(model, spec)
     _check_signature(model, spec)
-    _attach_weights(model, parameters, weights)
-    return Graph(spec, path, "f32", _write(model, path))
+    used = [name for name in model.graph.initializers if name in parameters]
+    return model, {name: parameters[name] for name in used}
+
+
+def _split_parameters(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Parameter]:
+    """Make a parameter that is cut along its rows into three (`in_proj_weight`) three initializers `.q`, `.k`, `.v`."""
+    found: dict[str, Parameter] = {}
+    for node in list(model.graph):
+        source = node.inputs[0] if node.op_type == "Split" else None
+        if source is None or source.name is None or source.name not in shapes or len(node.outputs) != len(THIRDS):
+            continue
+        base, shape = source.name, shapes[source.name]
+        part = (shape[0] // len(THIRDS), *shape[1:])
+        for i, (third, output) in enumerate(zip(THIRDS, node.outputs, strict=True)):
+            name = f"{base}.{third}"
+            value = ir.Value(name=name, type=source.type, shape=ir.Shape(part), const_value=_meta(name, part))
+            found[name] = Parameter(base, part, i * part[0])
+            output.replace_all_uses_with(value)
+            model.graph.register_initializer(value)
+        model.graph.remove(node, safe=True)
+        del model.graph.initializers[base]
+    return found
+
+
+def _meta(name: str, shape: tuple[int, ...]) -> ir.TensorProtocol:
+    """A tensor without values, as the exporter makes them of a module on the meta device."""
+    return TorchTensor(torch.empty(shape, device="meta"), name=name)
 
 
 def example_inputs(spec: GraphSpec) -> tuple[Tensor, ...]:
@@ -207,57 +234,3 @@ def _signature(value: ir.Value) -> TensorSpec:
     shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape or ())
     dtype = "unknown" if value.dtype is None else value.dtype.numpy().name
     return TensorSpec(value.name or "", dtype, shape)  # type: ignore[arg-type]
-
-
-def _attach_weights(model: ir.Model, parameters: Mapping[str, Tensor], weights: Weights | None) -> None:
-    """Let every parameter's initializer read its value when it is written, and only then."""
-    read = parameters.__getitem__ if weights is None else weights
-    for name, value in model.graph.initializers.items():
-        if name in parameters:
-            assert value.dtype is not None and isinstance(value.shape, ir.Shape)
-            value.const_value = ir.LazyTensor(partial(_read, read, name, value), value.dtype, value.shape, name=name)
-
-
-def _read(weights: Weights, name: str, value: ir.Value) -> ir.TensorProtocol:
-    """The weight `name` as `value` declares it. Raises GraphError if it has another shape or dtype."""
-    tensor = weights(name).detach()
-    assert value.dtype is not None
-    found, expected = tuple(tensor.shape), tuple(value.shape or ())
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if found != expected or dtype != value.dtype.numpy().name:
-        raise GraphError(
-            f"weight {name}: expected {value.dtype.numpy().name}{list(expected)}, got {dtype}{list(found)}"
-        )
-    return ir.Tensor(tensor.contiguous().numpy(), name=name)
-
-
-def _write(model: ir.Model, path: Path) -> str:
-    """Write `path` and its data file, the data first; return the SHA-256 of model then data."""
-    data = path.with_name(path.name + DATA_SUFFIX)
-    partial_folder = path.with_name(path.name + ".partial")
-    try:
-        shutil.rmtree(partial_folder, ignore_errors=True)
-        partial_folder.mkdir()
-        try:
-            # the data file's name is written into the model, so both get their final names in a folder of their own
-            ir.save(
-                model,
-                partial_folder / path.name,
-                external_data=data.name,
-                size_threshold_bytes=INLINE_BYTES,
-                alignment=PAGE,
-                align_threshold=PAGE,
-            )
-            written = [p for p in (partial_folder / path.name, partial_folder / data.name) if p.exists()]
-            digest = hashlib.sha256()
-            for file in written:
-                with open(file, "rb") as opened:
-                    while piece := opened.read(1 << 20):
-                        digest.update(piece)
-            for file in reversed(written):
-                os.replace(file, path.with_name(file.name))
-        finally:
-            shutil.rmtree(partial_folder, ignore_errors=True)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
-    return digest.hexdigest()

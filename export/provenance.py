@@ -11,16 +11,15 @@ from pathlib import Path
 
 from lensc.backends.bundle import Provenance
 
-SCHEME = "f32"
 VERSIONS = ("torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "numpy", "pillow", "tokenizers")
 CODE = ("backends", "export", "runtime")
 NOT_CODE = "demo"
 """The folder of `export` that trains a checkpoint; nothing else runs it."""
 
 
-def provenance(checkpoint_sha256: str, command: str) -> Provenance:
-    """The provenance of what is made from a checkpoint by `command`, at this moment."""
-    return Provenance(lensc_version(), command, checkpoint_sha256, versions(), SCHEME, timestamp())
+def provenance(checkpoint_sha256: str, command: str, scheme: str) -> Provenance:
+    """The provenance of what is made from a checkpoint by `command` with the recipe named `scheme`, at this moment."""
+    return Provenance(lensc_version(), command, checkpoint_sha256, versions(), scheme, timestamp())
 
 
 def versions() -> dict[str, str]:

@@ -35,6 +35,9 @@ from lensc.backends.errors import IntegrityError, ManifestError, StorageError, U
 
 T = TypeVar("T")
 
+RESUMABLE = (".data.partial", ".data.partial.journal")
+"""Ends of the names of files that a stage goes on with by itself (`data_file`), and that are therefore kept."""
+
 LOCK, JOURNAL, TREE, OLD = "lock", "journal.jsonl", "tree", "old"
 
 
@@ -221,6 +224,7 @@ class Staging:
                 os.rename(old, self.out)
         self._journal = {finished.stage: finished for finished in _read_journal(self.folder / JOURNAL)}
         known = {self.folder / record.path for finished in self._journal.values() for record in finished.files}
+        known |= {path for path in _files(self.folder) if path.name.endswith(RESUMABLE)}
         _prune(self.folder, known | {self.folder / LOCK, self.folder / JOURNAL})
         self.tree.mkdir(exist_ok=True)
 

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from lensc.backends.base import Array, Cache, CachedSession, Session
 from lensc.backends.bundle import ModelSpec, ParityRecord
 from lensc.backends.errors import GraphError, ParityError
+from lensc.runtime.embedding import EmbeddingTable
 from lensc.runtime.pipeline import VLM
 from lensc.runtime.prompt import Prompt, Tokenizer, user_messages
 from lensc.runtime.vision import VisionEncoder
@@ -84,7 +85,7 @@ def verify_streamed(
     candidate: Mapping[str, Session],
     spec: ModelSpec,
     tokenizer: Tokenizer,
-    embed_table: Array,
+    embed_table: Array | EmbeddingTable,
     questions: Sequence[Question],
     tokens: int = 32,
     *,
@@ -103,7 +104,7 @@ def ask(
     candidate: Mapping[str, Session],
     spec: ModelSpec,
     tokenizer: Tokenizer,
-    embed_table: Array,
+    embed_table: Array | EmbeddingTable,
     questions: Sequence[Question],
     tokens: int = 32,
     *,
@@ -136,7 +137,9 @@ def ask(
     return Answers(tuple(answers), vision.calls, probed, sum(len(question.images) for question in questions))
 
 
-def compare(reference: StreamedModel, answers: Answers, spec: ModelSpec, embed_table: Array) -> Evidence:
+def compare(
+    reference: StreamedModel, answers: Answers, spec: ModelSpec, embed_table: Array | EmbeddingTable
+) -> Evidence:
     """Compare `answers` with what `reference` makes of the same pictures, prompts and answers.
 
     Raises UsageError if that needs more memory than the reference is allowed, CheckpointError for damaged weights.
@@ -207,11 +210,11 @@ def judge(
     )
 
 
-def _forced(answer: Answer, image_embeds: Array, spec: ModelSpec, embed_table: Array) -> Feeds:
+def _forced(answer: Answer, image_embeds: Array, spec: ModelSpec, embed_table: Array | EmbeddingTable) -> Feeds:
     """One decoder call over the prompt and the answer, without its last token, that asks for the answer's logits."""
     prompt, steps = answer.prompt, len(answer.token_ids)
     ids = np.concatenate([prompt.ids, np.array(answer.token_ids[:-1], np.int64)])
-    embeds = np.asarray(embed_table[ids], np.float32)
+    embeds = EmbeddingTable.of(embed_table).gather(ids)
     for (start, stop), rows in zip(prompt.image_bounds.tolist(), image_embeds, strict=True):
         embeds[start:stop] = rows
     nothing = np.empty((0, 1, spec.decoder.num_kv_heads, spec.decoder.head_dim), np.float32)

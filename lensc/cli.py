@@ -104,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or demo for the one that is shipped"
     )
+    _scheme(export)
     _output(export, "graphs/")
 
     compile_ = verb("compile", _compile, "compile a folder of graphs for one or more targets", resumes)
@@ -115,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or demo for the one that is shipped"
     )
+    _scheme(build)
     _targets(build)
     _output(build, "bundle/")
 
@@ -154,6 +156,11 @@ def _output(verb: Parser, example: str) -> None:
     verb.add_argument("-o", "--output", metavar="OUT", required=True, help=f"folder to make, e.g. {example}")
 
 
+def _scheme(verb: Parser) -> None:
+    text = "how weights are stored: f32 (the default), int8, int4, int4-g32, int4-asym, or a recipe file (.toml)"
+    verb.add_argument("--scheme", metavar="SCHEME", default="f32", help=text)
+
+
 def _targets(verb: Parser) -> None:
     text = "backend:processor[:arch], e.g. onnxruntime:cpu (the default); repeat for several; see lensc devices"
     verb.add_argument("--target", metavar="TARGET", action="append", default=[], help=text)
@@ -187,6 +194,7 @@ def _export(options: argparse.Namespace) -> int:
         manifest = build.export_checkpoint(
             options.checkpoint,
             options.output,
+            scheme=options.scheme,
             report=_reporter(progress),
             command=options.command,
         )
@@ -212,6 +220,7 @@ def _build(options: argparse.Namespace) -> int:
             options.checkpoint,
             targets,
             options.output,
+            scheme=options.scheme,
             report=_reporter(progress),
             command=options.command,
         )

@@ -9,9 +9,10 @@ import numpy.typing as npt
 
 from lensc.backends.base import Array, Cache, CachedSession, Session
 from lensc.backends.bundle import DecoderSpec
-from lensc.backends.errors import GraphError, PromptError, TokenizerError
+from lensc.backends.errors import GraphError, PromptError
 from lensc.export.graph import GraphSpec
 
+from .embedding import EmbeddingTable
 from .kv_cache import KVCache
 
 F32 = npt.NDArray[np.float32]
@@ -29,7 +30,7 @@ class Cancelled(Exception):  # noqa: N818  (not an error: the caller asked for i
 class Decoder:
     """State of one generation. `prompt_length` is where generated tokens begin, which is where beams differ."""
 
-    def __init__(self, session: Session, spec: DecoderSpec, table: Array, capacity: int) -> None:
+    def __init__(self, session: Session, spec: DecoderSpec, table: EmbeddingTable, capacity: int) -> None:
         self._session: CachedSession = (
             session if isinstance(session, CachedSession) else HostCachedSession(session, spec)
         )
@@ -58,7 +59,7 @@ class Decoder:
 
         The result is overwritten by the next call: copy it to keep it.
         """
-        embeds = self._table[tokens][:, None].astype(np.float32, copy=False)
+        embeds = self._table.gather(tokens)[:, None]
         shape = (len(tokens), 1, self._vocab_size)
         if self._logits is None or self._logits.shape != shape:
             # One buffer for all steps: at 128,256 ids a fresh one costs a page fault per 4 KiB, 125 in every step.
@@ -123,16 +124,6 @@ class HostCachedSession:
         self._session.close()
 
 
-def embed(table: Array, ids: I64) -> F32:
-    """Rows `ids: int64[n]` of the embedding table as float32[n, D]. Raises TokenizerError for an id outside of it."""
-    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(table):
-        raise TokenizerError(
-            f"token id {int(ids.max())} is outside the embedding table of {len(table)} rows: "
-            "the tokenizer belongs to another model; build the bundle again"
-        )
-    return np.asarray(table[ids], np.float32)
-
-
 def scatter(embeds: F32, image_bounds: I64, image_embeds: F32) -> None:
     """Write `image_embeds: float32[slices, Q, D]` over the rows of `embeds` in `image_bounds: int64[slices, 2]`."""
     if len(image_bounds) != len(image_embeds):
@@ -165,16 +156,6 @@ def check_graph(graph: GraphSpec, decoder: DecoderSpec) -> None:
                 problems.append(f"{found[name]}: expected [{', '.join(map(str, shape))}]")
     if problems:
         raise GraphError(f"graph {graph.name} does not fit the model: " + "; ".join(problems[:20]))
-
-
-def check_table(table: Array, decoder: DecoderSpec) -> None:
-    """Raise GraphError if `table` is not the embedding table that `decoder` describes."""
-    shape = (decoder.vocab_size, decoder.hidden_size)
-    if table.shape != shape or table.dtype not in (np.float16, np.float32):
-        raise GraphError(
-            f"embed_tokens is {table.dtype}{list(table.shape)}, expected float16 or float32{list(shape)}; "
-            "build the bundle again"
-        )
 
 
 def _names(prefix: str, decoder: DecoderSpec) -> Iterator[str]:

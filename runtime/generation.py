@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lensc.backends.base import Array
 from lensc.backends.bundle import ModelSpec
 
 from .beam import BeamSearch, Hypothesis
-from .decoder import Cancelled, Decoder, embed, scatter
+from .decoder import Cancelled, Decoder, scatter
+from .embedding import EmbeddingTable
 from .options import GenerationOptions
 from .prompt import Prompt
 from .result import FinishReason, Metrics, Result, peak_memory_bytes
@@ -45,7 +45,7 @@ class Generation:
         spec: ModelSpec,
         vision: VisionEncoder,
         decoder: Decoder,
-        table: Array,
+        table: EmbeddingTable,
         should_stop: Callable[[], bool] | None = None,
     ) -> None:
         self.token_ids: list[int] = []
@@ -89,7 +89,7 @@ class Generation:
         self._slices_from_cache = sum(encoded.from_cache)
         self._note_cached(encoded.from_cache)
         started = time.perf_counter()
-        embeds = embed(self._table, self._request.prompt.ids)
+        embeds = self._table.gather(self._request.prompt.ids)
         scatter(embeds, self._request.prompt.image_bounds, encoded.embeds)
         logits = self.decoder.prefill(embeds, self._stop)
         self._prefill_ms = (time.perf_counter() - started) * 1e3

@@ -6,14 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import cast, get_args
 
-import numpy as np
-
 from lensc.backends import registry
-from lensc.backends.base import Array, Probe, Session, Target
+from lensc.backends.base import Probe, Session, Target
 from lensc.backends.bundle import Manifest, VisionPadding, load_manifest
-from lensc.backends.errors import CompatibilityError, ManifestError, UnavailableError, UsageError
+from lensc.backends.errors import CompatibilityError, UnavailableError, UsageError
 
 from . import selftest as golden
+from .embedding import open_table
 from .pipeline import VLM
 from .plan import Plan, plan
 from .prompt import Tokenizer
@@ -41,7 +40,7 @@ def load(
         picture = dataclasses.replace(spec.picture, vision_padding=cast(VisionPadding, vision_padding))
         spec = dataclasses.replace(spec, picture=picture)
     tokenizer = Tokenizer.from_file(folder / manifest.tokenizer)
-    table = _table(folder, manifest)
+    table = open_table(folder, manifest.tables)
 
     chosen, sessions = _open_sessions(folder, manifest, requested, threads)
     try:
@@ -83,18 +82,6 @@ def _probes(manifest: Manifest) -> list[Probe]:
     """Ask only the backends that the bundle was built for: each probe may import a vendor's SDK."""
     wanted = {a.target.backend for a in manifest.artifacts} & set(registry.names())
     return [probe for name in sorted(wanted) for probe in registry.get(name).probe()]
-
-
-def _table(folder: Path, manifest: Manifest) -> Array:
-    name = manifest.tables.get("embed_tokens")
-    if name is None:
-        raise ManifestError(f"{folder}: tables: no embed_tokens, expected the embedding table; build the bundle again")
-    try:
-        table = np.load(folder / name, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ManifestError(f"{folder / name}: cannot be read as npy: {error}; build the bundle again") from error
-    # As a plain array over the same mapping: indexing the memmap subclass costs microseconds more per token.
-    return np.asarray(table)
 
 
 def _close(sessions: dict[str, Session]) -> None:

@@ -19,6 +19,7 @@ from lensc.backends.errors import GraphError, PromptError, UsageError
 
 from . import decoder, vision
 from .decoder import Decoder
+from .embedding import EmbeddingTable
 from .generation import Generation, Request
 from .options import GenerationOptions, resolve
 from .picture import PictureSource, slice_picture
@@ -36,7 +37,7 @@ CLOSED = "the model is closed; load it again"
 class VLM:
     """A loaded model. Close it, or use it as a context manager, to free what its engines hold.
 
-    `embed_table: float16 or float32[vocab, D]` may be memory-mapped. `plan` says where the graphs run, if known.
+    `embed_table: float16 or float32[vocab, D]`, or an `EmbeddingTable`, may be memory-mapped. `plan` says where the graphs run, if known.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class VLM:
         spec: ModelSpec,
         tokenizer: Tokenizer,
         sessions: Mapping[str, Session],
-        embed_table: Array,
+        embed_table: Array | EmbeddingTable,
         plan: Plan | None = None,
     ) -> None:
         self.spec = spec
@@ -55,11 +56,11 @@ class VLM:
             raise GraphError(f"model {spec.name}: no graph {', '.join(missing)}; expected vision and decoder")
         self._closed = False
         self._sessions = {name: _SharedSession(session) for name, session in sessions.items()}
-        self._table = embed_table
+        self._table = EmbeddingTable.of(embed_table)
         width = spec.decoder.hidden_size
         vision.check_graph(sessions["vision"].spec, spec.picture, width)
         decoder.check_graph(sessions["decoder"].spec, spec.decoder)
-        decoder.check_table(embed_table, spec.decoder)
+        self._table.check(spec.decoder)
         self._vision = VisionEncoder(self._sessions["vision"], spec.picture, width)
 
     @overload

@@ -7,7 +7,7 @@ definition.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, num_heads
         return _call("Attention", inputs, {"num_heads": num_heads, "scale": scale}, [shape])[0]
 
     def heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+        return torch.unflatten(x, -1, (num_heads, -1)).transpose(1, 2)
 
     scores = (heads(query) * scale) @ heads(key).transpose(-1, -2) + bias[:, None, None, :]
     mixed = torch.softmax(scores.float(), dim=-1).to(value.dtype) @ heads(value)
@@ -83,14 +83,14 @@ def causal_attention(
     angles = position_ids.float()[:, None] * inverse_frequencies[None, :]
     angles = torch.cat((angles, angles), dim=-1)
     cos, sin = angles.cos().to(query.dtype), angles.sin().to(query.dtype)
-    q = _rotate(query.unflatten(-1, (num_heads, head_dim)), cos, sin) * scale
-    k = _rotate(key.unflatten(-1, (kv_num_heads, head_dim)), cos, sin)
-    v = value.unflatten(-1, (kv_num_heads, head_dim))
+    q = _rotate(torch.unflatten(query, -1, (num_heads, head_dim)), cos, sin) * scale
+    k = _rotate(torch.unflatten(key, -1, (kv_num_heads, head_dim)), cos, sin)
+    v = torch.unflatten(value, -1, (kv_num_heads, head_dim))
     visible = position_ids[:, None] >= position_ids[None, :]
     causal = torch.where(visible, 0.0, MASK).to(query.dtype)
 
     # [B, K, groups * S, d]: row g * S + t is head g of the group at token t
-    rows = q.unflatten(2, (kv_num_heads, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    rows = torch.unflatten(q, 2, (kv_num_heads, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     scores = rows @ k.permute(0, 2, 3, 1) + causal.repeat(groups, 1)
     if past_key is None or past_value is None:
         mixed = torch.softmax(scores.float(), dim=-1).to(v.dtype) @ v.transpose(1, 2)
@@ -99,7 +99,7 @@ def causal_attention(
         weights = torch.softmax(scores.float(), dim=-1).to(v.dtype)
         length = past_key.shape[0]
         mixed = weights[..., :length] @ past_value.permute(1, 2, 0, 3) + weights[..., length:] @ v.transpose(1, 2)
-    mixed = mixed.unflatten(2, (groups, tokens)).permute(0, 3, 1, 2, 4).reshape(batch, tokens, -1)
+    mixed = torch.unflatten(mixed, 2, (groups, tokens)).permute(0, 3, 1, 2, 4).reshape(batch, tokens, -1)
     return mixed, k.transpose(0, 1), v.transpose(0, 1)
 
 
@@ -120,14 +120,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _call(
-    name: str, inputs: tuple[Tensor, ...], attributes: dict[str, int | float], shapes: Sequence[Sequence[Any]]
+    name: str, inputs: tuple[Tensor, ...], attributes: Mapping[str, int | float], shapes: Sequence[Sequence[Any]]
 ) -> tuple[Tensor, ...]:
     """One node `lensc.<name>` in the graph being traced; its outputs have the first input's dtype and these shapes."""
     dtype, device = inputs[0].dtype, inputs[0].device
     outputs = torch.onnx.ops.symbolic_multi_out(
         f"lensc::{name}",
         inputs,
-        attributes,
+        dict(attributes),
         dtypes=[dtype] * len(shapes),
         shapes=shapes,
         version=FUNCTIONS_VERSION,

@@ -4,6 +4,7 @@
               "-g" group size                            weights share a scale in groups along the inputs
               "-asym"                                    weights have a zero point
               "-kv" bits                                 the KV cache is stored with fewer bits
+              "-mixed"                                   most weights are so, some are not: the recipe says which
               "-keep:" part { "+" part }                 these parts of the model stay in float, sorted
 
 A scheme has exactly one spelling, so that it can serve as flag, log entry and key of a cache.
@@ -23,7 +24,7 @@ FLOATS = {"f32": 32, "f16": 16}
 
 _SPELLING = re.compile(
     r"(?:(?P<float>f32|f16)|w(?P<weight>[1-9][0-9]?)a(?P<activation>[1-9][0-9]?))"
-    r"(?:-g(?P<group>[1-9][0-9]{0,6}))?(?P<asym>-asym)?(?:-kv(?P<kv>[1-9][0-9]?))?"
+    r"(?:-g(?P<group>[1-9][0-9]{0,6}))?(?P<asym>-asym)?(?:-kv(?P<kv>[1-9][0-9]?))?(?P<mixed>-mixed)?"
     r"(?:-keep:(?P<keep>[a-z0-9_.]+(?:\+[a-z0-9_.]+)*))?",
     re.ASCII,
 )
@@ -43,6 +44,7 @@ class Scheme:
     symmetric: bool = True
     activation_bits: int = 32
     kv_bits: int | None = None
+    mixed: bool = False
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -80,6 +82,11 @@ class Scheme:
         """Whether nothing but the KV cache can be quantized."""
         return (self.weight_bits, self.activation_bits) in ((32, 32), (16, 16))
 
+    @property
+    def weights_are_float(self) -> bool:
+        """Whether no weight is quantized."""
+        return self.is_float and not self.mixed
+
     @classmethod
     def parse(cls, text: str) -> Scheme:
         """The scheme spelled `text`. Raises UsageError that names what is wrong."""
@@ -93,6 +100,7 @@ class Scheme:
             symmetric=match["asym"] is None,
             activation_bits=bits or int(match["activation"]),
             kv_bits=int(match["kv"]) if match["kv"] else None,
+            mixed=match["mixed"] is not None,
             keep=tuple((match["keep"] or "").split("+")) if match["keep"] else (),
         )
         if str(scheme) != text:
@@ -104,6 +112,7 @@ class Scheme:
         text += f"-g{self.group_size}" if self.group_size is not None else ""
         text += "" if self.symmetric else "-asym"
         text += f"-kv{self.kv_bits}" if self.kv_bits is not None else ""
+        text += "-mixed" if self.mixed else ""
         return text + (f"-keep:{'+'.join(self.keep)}" if self.keep else "")
 
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from lensc.backends.errors import GraphError, StorageError
+from lensc.export.data_file import PAGE
 from lensc.export.graph import DimRange, Graph, GraphSpec, TensorSpec
 from lensc.export.models.config import ModelConfig
 from lensc.export.models.minicpmv import MiniCPMV
 from lensc.export.models.session import graph_modules
-from lensc.export.onnx import OPSET, PAGE, example_inputs, export_graph, export_model
+from lensc.export.onnx import OPSET, example_inputs, export_graph, export_model
 from lensc.export.passes import inline
 
 WIDTH = 24
@@ -161,16 +162,16 @@ def test_same_weights_same_bytes_other_weights_same_graph(exported: Graph, tmp_p
     def weights_of(seed: int) -> Any:
         state = block(seed).state_dict()
 
-        def read(name: str) -> Tensor:
+        def read(name: str, start: int, stop: int) -> Tensor:
             asked.append(name)
-            return state[name]
+            return state[name][start:stop]
 
         return read
 
-    same = export_block(tmp_path / "block.onnx", empty, weights=weights_of(0))
+    same = export_block(tmp_path / "block.onnx", empty, rows=weights_of(0))
     assert same.sha256 == exported.sha256
     assert Counter(asked).most_common(1)[0][1] == 1 and "unused.weight" not in asked
-    other = export_block(tmp_path / "block.onnx", empty, weights=weights_of(1))
+    other = export_block(tmp_path / "block.onnx", empty, rows=weights_of(1))
     assert other.sha256 != exported.sha256
     strip = [t.name for t in proto(other).graph.initializer]
     assert strip == [t.name for t in proto(exported).graph.initializer]
@@ -188,21 +189,22 @@ def test_module_is_left_as_it_was(exported: Graph, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "message"),
+    ("rows", "message"),
     (
-        (None, "block: .* has no values; pass `weights`"),
-        (lambda name: torch.zeros(3, 5), r"expected float32\[.*got float32\[3, 5\]"),
-        (lambda name: block(0).state_dict()[name].half(), r"expected float32\[.*got float16\["),
+        (None, "block: .* has no values; pass `rows`"),
+        (lambda name, start, stop: torch.zeros(3, 5), r"expected rows \[.* of floats, got float32\[3, 5\]"),
+        (lambda name, start, stop: block(0).state_dict()[name][start:stop].int(), r"of floats, got int32\["),
+        (lambda name, start, stop: block(0).state_dict()[name][start:stop] * torch.nan, "holds NaN"),
     ),
-    ids=("no values", "shape", "dtype"),
+    ids=("no values", "shape", "dtype", "NaN"),
 )
-def test_wrong_weights_are_refused(tmp_path: Path, weights: Any, message: str) -> None:
+def test_wrong_weights_are_refused(tmp_path: Path, rows: Any, message: str) -> None:
     with torch.device("meta"):
         empty = Block()
     old = tmp_path / "block.onnx"
     old.write_bytes(b"old")
     with pytest.raises(GraphError, match=message):
-        export_block(old, empty, weights=weights)
+        export_block(old, empty, rows=rows)
     assert old.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["block.onnx"]
 
 
@@ -273,6 +275,9 @@ def test_initializers_are_checkpoint_keys(graphs: dict[str, Graph], name: str) -
     prefixes = {"vision": ("vpm.", "resampler."), "decoder": ("llm.",)}[name]
     state = tiny_model().state_dict()
     wanted = {k: list(v.shape) for k, v in state.items() if k.startswith(prefixes) and "embed_tokens" not in k}
+    for packed in [k for k in wanted if "in_proj" in k]:  # each third is an initializer of its own
+        rows, *rest = wanted.pop(packed)
+        wanted |= {f"{packed}.{third}": [rows // 3, *rest] for third in "qkv"}
     found = {t.name: list(t.dims) for t in proto(graphs[name]).graph.initializer if not t.name.startswith("const_")}
     assert found == wanted
 

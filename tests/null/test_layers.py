@@ -13,13 +13,25 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("lensc", "runtime", "export", "backends", "kernels", "profiles", "bench")
 
-ENGINES = frozenset({"onnxruntime", "onnxruntime_qnn", "openvino", "tensorrt", "qai_hub", "cuda", "onnx", "google"})
+ENGINES = frozenset(
+    {"onnxruntime", "onnxruntime_qnn", "openvino", "tensorrt", "qai_hub", "cuda", "onnx", "onnx_ir", "google"}
+)
 """What only an engine's own module may import, and only inside its functions (google: protobuf, for onnx's errors)."""
 
 CONTRACT = ("backends.errors", "backends.codec", "backends.base", "backends.bundle", "backends.registry")
 PICTURES_AND_WORDS = tuple(
     f"runtime.{name}"
-    for name in ("picture", "picture_source", "vision", "prompt", "kv_cache", "sampling", "beam", "pipeline")
+    for name in (
+        "picture",
+        "picture_source",
+        "vision",
+        "prompt",
+        "kv_cache",
+        "sampling",
+        "beam",
+        "pipeline",
+        "embedding",
+    )
 )
 EVERYTHING = frozenset({"*"})
 

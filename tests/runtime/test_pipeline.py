@@ -15,7 +15,8 @@ from lensc.backends.errors import ExecutionError, GraphError, PictureError, Prom
 from lensc.runtime import decoder as decoder_module
 from lensc.runtime import sampling
 from lensc.runtime.beam import BeamSearch
-from lensc.runtime.decoder import embed, scatter
+from lensc.runtime.decoder import scatter
+from lensc.runtime.embedding import EmbeddingTable
 from lensc.runtime.options import resolve
 from lensc.runtime.pipeline import VLM
 from lensc.runtime.prompt import user_messages
@@ -25,7 +26,7 @@ QUESTION = "What is it?"
 
 def prompt_embeds(tiny: Any, vlm: VLM, text: str, images: list[Any]) -> Array:
     request = vlm.prepare(user_messages(text, images))
-    embeds = embed(tiny.TABLE, request.prompt.ids)
+    embeds = EmbeddingTable(tiny.TABLE).gather(request.prompt.ids)
     scatter(embeds, request.prompt.image_bounds, vlm._vision.encode(request.slices).embeds)
     return embeds
 
@@ -320,7 +321,7 @@ def test_sessions_and_tables_that_do_not_fit_the_model_are_refused(tiny: Any) ->
 
 def test_ids_outside_the_table_are_refused(tiny: Any) -> None:
     with pytest.raises(TokenizerError, match="token id 1280 is outside the embedding table of 1280 rows"):
-        embed(tiny.TABLE, np.array([3, 1280]))
+        EmbeddingTable(tiny.TABLE).gather(np.array([3, 1280]))
 
 
 def test_options_of_the_model_reach_the_generation(tiny: Any) -> None:

@@ -1,0 +1,208 @@
+"""Quantized linears of a portable graph -> ONNX Runtime's operators.
+
+    groups along the inputs, at most 8 bits         MatMulNBits: weights stay packed, and lie in the file as they are
+    int8, a scale per output, activations of 8 bits MatMulIntegerToFloat on inputs quantized once per tensor
+
+What the CPU kernels of ONNX Runtime 1.32 cannot take is a reason, not a slow path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .errors import GraphError
+
+CONTRIB = "com.microsoft"
+INT8_PRODUCTS = 4
+"""accuracy_level: inputs are quantized to int8 per block, products are int8, sums int32."""
+FLOAT_PRODUCTS = 1
+
+
+@dataclass(frozen=True)
+class _Quantized:
+    """A linear as `lensc.export.quantize.linears` writes it. `axis` 0: a scale per output, 1: per group."""
+
+    matmul: Any
+    values: Any
+    scale: Any
+    zero_point: Any | None
+    axis: int
+    block: int
+    outputs: int
+    inputs: int
+
+
+def lower_linears(ir: Any, graph: Any, activation_bits: int) -> list[Any]:
+    """Rewrite every quantized linear of `graph`; return the initializers whose bytes are new."""
+    changed: list[Any] = []
+    for found in list(_find(graph)):
+        if found.axis == 1:
+            changed += _to_matmul_nbits(ir, graph, found, activation_bits)
+        elif activation_bits == 8 and found.zero_point is None:
+            changed += _to_integer_product(ir, graph, found)
+        else:
+            raise GraphError(
+                f"weight {found.values.name}: a scale per output with float activations has no kernel in onnxruntime; "
+                "the nearest are groups (w8-g128) or activations of 8 bits"
+            )
+    return changed
+
+
+def _find(graph: Any) -> Iterator[_Quantized]:
+    """MatMul(x, Transpose(DequantizeLinear(...))), or without the Transpose where the weight is stored turned."""
+    for node in graph:
+        if node.op_type != "MatMul" or node.domain:
+            continue
+        dequantize, turns = node.inputs[1].producer(), 0
+        while dequantize is not None and dequantize.op_type == "Transpose":
+            dequantize, turns = dequantize.inputs[0].producer(), turns + 1
+        if dequantize is None or dequantize.op_type != "DequantizeLinear":
+            continue
+        if turns != 1:
+            raise GraphError(
+                f"weight {dequantize.inputs[0].name}: turned {turns} times, expected once; export it again"
+            )
+        values, scale, *rest = dequantize.inputs
+        outputs, inputs = (int(d) for d in values.shape.numpy())
+        axis = dequantize.attributes["axis"].as_int()
+        block = dequantize.attributes["block_size"].as_int() if axis == 1 else inputs
+        yield _Quantized(node, values, scale, rest[0] if rest else None, axis, block, outputs, inputs)
+
+
+def _to_matmul_nbits(ir: Any, graph: Any, found: _Quantized, activation_bits: int) -> list[Any]:
+    name, block = found.values.name, found.block
+    if block & (block - 1) or block < 16:
+        raise GraphError(f"weight {name}: groups of {block}; onnxruntime takes powers of two from 16, e.g. 32 or 128")
+    dtype = found.values.dtype
+    bits = 4 if dtype == ir.DataType.UINT4 else 8
+    blocks = -(-found.inputs // block)
+    shape = (found.outputs, blocks, block * bits // 8)
+    changed: list[Any] = []
+    if found.inputs % block or dtype == ir.DataType.INT8:
+        values = _computed(ir, graph, name + ".blocks", np.uint8, shape, lambda: _blocks(found, bits, blocks))
+        changed.append(values)
+    else:
+        values = _reshaped(ir, graph, found.values, name + ".blocks", ir.DataType.UINT8, shape)
+    inputs = [found.matmul.inputs[0], values, found.scale]
+    if found.zero_point is not None and (bits == 8 or not _is_default(found.zero_point, bits)):
+        row_bytes = -(-blocks * bits // 8)
+        if bits == 4 and blocks % 2:
+            zeros = _computed(
+                ir, graph, name + ".zeros", np.uint8, (found.outputs, row_bytes), lambda: _zero_rows(found, blocks)
+            )
+            changed.append(zeros)
+        else:
+            shape_zeros = (found.outputs, row_bytes)
+            zeros = _reshaped(ir, graph, found.zero_point, name + ".zeros", ir.DataType.UINT8, shape_zeros)
+        inputs.append(zeros)
+    level = INT8_PRODUCTS if activation_bits == 8 else FLOAT_PRODUCTS
+    attributes = {"K": found.inputs, "N": found.outputs, "bits": bits, "block_size": block, "accuracy_level": level}
+    made = [ir.AttrInt64(key, value) for key, value in attributes.items()]
+    _replace(graph, found.matmul, ir.Node(CONTRIB, "MatMulNBits", inputs, made, num_outputs=1))
+    return changed
+
+
+def _to_integer_product(ir: Any, graph: Any, found: _Quantized) -> list[Any]:
+    """The bias that follows goes into the operator."""
+    name, x = found.values.name, found.matmul.inputs[0]
+    values = _computed(
+        ir, graph, name + ".columns", np.int8, (found.inputs, found.outputs), lambda: found.values.const_value.numpy().T
+    )
+    quantize = ir.Node("", "DynamicQuantizeLinear", [x], num_outputs=3)
+    graph.insert_before(found.matmul, quantize)
+    whole, step, zero = quantize.outputs
+    inputs = [whole, values, step, found.scale, zero, None]
+    end, bias = _bias_after(found)
+    if bias is not None:
+        inputs.append(bias)
+    product = ir.Node(CONTRIB, "MatMulIntegerToFloat", inputs, num_outputs=1)
+    if end is not found.matmul:
+        product.outputs[0].type, product.outputs[0].shape = end.outputs[0].type, end.outputs[0].shape
+        graph.insert_before(found.matmul, product)
+        end.outputs[0].replace_all_uses_with(product.outputs[0])
+        graph.remove([end, found.matmul], safe=True)
+    else:
+        _replace(graph, found.matmul, product)
+    return [values]
+
+
+def _bias_after(found: _Quantized) -> tuple[Any, Any | None]:
+    """The Add of a bias that is the only reader of the product, and the bias."""
+    output = found.matmul.outputs[0]
+    uses = list(output.uses())
+    if len(uses) == 1 and not output.is_graph_output() and uses[0].node.op_type == "Add":
+        add = uses[0].node
+        for value in () if add.outputs[0].is_graph_output() else add.inputs:
+            if value.is_initializer() and value.shape is not None and list(value.shape.numpy()) == [found.outputs]:
+                return add, value
+    return found.matmul, None
+
+
+def _blocks(found: _Quantized, bits: int, blocks: int) -> np.typing.NDArray[np.uint8]:
+    """The values unsigned, padded to whole blocks, packed: uint8[outputs, blocks, block * bits / 8]."""
+    stored = found.values.const_value.numpy()
+    if bits == 8:
+        values = stored if stored.dtype == np.uint8 else (stored.view(np.uint8) ^ np.uint8(128))
+    else:
+        values = stored.astype(np.uint8)
+    padded = np.zeros((found.outputs, blocks * found.block), np.uint8)
+    padded[:, : found.inputs] = values
+    if bits == 4:
+        padded = padded[:, ::2] | (padded[:, 1::2] << np.uint8(4))
+    return padded.reshape(found.outputs, blocks, -1)
+
+
+def _zero_rows(found: _Quantized, blocks: int) -> np.typing.NDArray[np.uint8]:
+    """The zero points, each row padded to whole bytes."""
+    assert found.zero_point is not None
+    zeros = np.zeros((found.outputs, blocks + blocks % 2), np.uint8)
+    zeros[:, :blocks] = found.zero_point.const_value.numpy().astype(np.uint8)
+    packed: np.typing.NDArray[np.uint8] = zeros[:, ::2] | (zeros[:, 1::2] << np.uint8(4))
+    return packed
+
+
+def _is_default(zero_point: Any, bits: int) -> bool:
+    """Whether all zero points are what the operator takes without any."""
+    return bool((zero_point.const_value.numpy().astype(np.uint8) == 2 ** (bits - 1)).all())
+
+
+def _reshaped(ir: Any, graph: Any, value: Any, name: str, dtype: Any, shape: tuple[int, ...]) -> Any:
+    """The same bytes of the same file under another name, type and shape."""
+    tensor = value.const_value
+    if isinstance(tensor, ir.ExternalTensor):
+        same = ir.ExternalTensor(
+            tensor.location, tensor.offset, tensor.length, dtype, shape=ir.Shape(shape), name=name,
+            base_dir=tensor.base_dir,
+        )  # fmt: skip
+    else:
+        same = ir.Tensor(np.frombuffer(tensor.tobytes(), dtype.numpy()).reshape(shape), name=name)
+    return _register(ir, graph, same)
+
+
+def _computed(ir: Any, graph: Any, name: str, dtype: Any, shape: tuple[int, ...], make: Callable[[], Any]) -> Any:
+    """An initializer whose bytes are made when they are written."""
+    kind = ir.DataType.from_numpy(np.dtype(dtype))
+    lazy = ir.LazyTensor(lambda: ir.Tensor(np.ascontiguousarray(make()), name=name), kind, ir.Shape(shape), name=name)
+    return _register(ir, graph, lazy)
+
+
+def _register(ir: Any, graph: Any, tensor: Any) -> Any:
+    value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _replace(graph: Any, old: Any, new: Any) -> None:
+    graph.insert_before(old, new)
+    before, after = old.outputs[0], new.outputs[0]
+    after.type, after.shape = before.type, before.shape
+    if before.is_graph_output():
+        index = next(i for i, value in enumerate(graph.outputs) if value is before)
+        after.name = before.name
+        graph.outputs[index] = after
+    before.replace_all_uses_with(after)
+    graph.remove(old, safe=True)

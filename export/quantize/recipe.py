@@ -1,0 +1,200 @@
+"""Which weight is stored how: a named recipe, or a file that can be edited.
+
+    format = 1
+    name = "int4"
+    method = "rtn"                      # how values are chosen: rtn rounds to nearest
+
+    [activations]                       # bits in matrix products, by graph; 32 where it is not named
+    vision = 8
+
+    [weights]                           # pattern of names = format; the first that fits decides, f32 leaves it alone
+    "llm.lm_head.weight" = "w8-g128"
+    "llm.model.layers.*" = "w4-g128"
+
+Patterns are those of `fnmatch`, over the names of linears' weights (`lensc.export.quantize.linears`) and
+`llm.model.embed_tokens.weight`, whose format is `f32` (as stored) or `w8`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import tomllib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lensc.backends.errors import UsageError
+
+from .scheme import Scheme
+from .weights import WeightFormat
+
+FORMAT = 1
+FLOAT = "f32"
+METHODS = ("rtn", "gptq")
+ACTIVATION_BITS = (8, 32)
+GRAPHS = ("vision", "decoder")
+EMBEDDING = "llm.model.embed_tokens.weight"
+EMBEDDING_FORMATS = (FLOAT, "w8")
+RECIPE_BYTES = 1 << 20
+"""A recipe that names each of 400 linears has 30 KB."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """See the module. `weights` is in order: the first pattern that fits a name decides, and no pattern means f32."""
+
+    name: str
+    weights: tuple[tuple[str, str], ...] = ()
+    activations: Mapping[str, int] = field(default_factory=dict)
+    method: str = "rtn"
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.method not in METHODS:
+            problems.append(f"method {self.method!r} is not one of {', '.join(METHODS)}")
+        for graph, bits in self.activations.items():
+            if graph not in GRAPHS:
+                problems.append(f"activations: {graph!r} is not one of {', '.join(GRAPHS)}")
+            elif bits not in ACTIVATION_BITS:
+                problems.append(f"activations: {graph} = {bits}, expected {' or '.join(map(str, ACTIVATION_BITS))}")
+        for pattern, text in self.weights:
+            try:
+                WeightFormat.parse(text) if text != FLOAT else None
+            except UsageError as error:
+                problems.append(f"weights: {pattern!r}: {error}")
+        if self._text_of(EMBEDDING) not in EMBEDDING_FORMATS:
+            problems.append(
+                f"weights: {EMBEDDING} is {self._text_of(EMBEDDING)}, expected {' or '.join(EMBEDDING_FORMATS)}"
+            )
+        if problems:
+            raise UsageError(f"recipe {self.name}: " + "; ".join(problems))
+
+    def format_of(self, name: str) -> WeightFormat | None:
+        """How the weight `name` is stored; None leaves it as it is."""
+        text = self._text_of(name)
+        return None if text == FLOAT else WeightFormat.parse(text)
+
+    def formats(self, names: Iterable[str]) -> dict[str, WeightFormat]:
+        """The formats of those of `names` that are quantized."""
+        found = {name: self.format_of(name) for name in names}
+        return {name: format for name, format in found.items() if format is not None}
+
+    def scheme(self, graph: str, names: Iterable[str]) -> Scheme:
+        """One word for a graph whose linears are `names`: the most frequent format, marked if there are others."""
+        counts = Counter(self._text_of(name) for name in names)
+        text, count = counts.most_common(1)[0] if counts else (FLOAT, 0)
+        activation_bits = self.activations.get(graph, 32)
+        if text == FLOAT:
+            return Scheme(mixed=len(counts) > 1)
+        format = WeightFormat.parse(text)
+        return Scheme(
+            format.bits, format.group_size, format.symmetric, activation_bits, mixed=count < sum(counts.values())
+        )
+
+    @property
+    def is_float(self) -> bool:
+        """Whether nothing is quantized."""
+        return all(text == FLOAT for _, text in self.weights)
+
+    def to_toml(self) -> str:
+        """The recipe as a file."""
+        lines = [f"format = {FORMAT}", f"name = {_quoted(self.name)}", f"method = {_quoted(self.method)}", ""]
+        lines += ["[activations]", *(f"{graph} = {bits}" for graph, bits in self.activations.items()), ""]
+        lines += ["[weights]", *(f"{_quoted(pattern)} = {_quoted(text)}" for pattern, text in self.weights), ""]
+        return "\n".join(lines)
+
+    def _text_of(self, name: str) -> str:
+        return next((text for pattern, text in self.weights if fnmatch.fnmatchcase(name, pattern)), FLOAT)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a file. Raises UsageError that names what is wrong in it."""
+    try:
+        if path.stat().st_size > RECIPE_BYTES:
+            raise UsageError(f"{path}: {path.stat().st_size} bytes, a recipe has at most {RECIPE_BYTES}")
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: not TOML: {error}") from None
+    problems = [
+        f"{key!r} is not known" for key in document.keys() - {"format", "name", "method", "activations", "weights"}
+    ]
+    if document.get("format") != FORMAT:
+        problems.append(f"format is {document.get('format')!r}, expected {FORMAT}")
+    name, method = document.get("name", path.stem), document.get("method", "rtn")
+    problems += [
+        f"{key} is {value!r}, expected a word"
+        for key, value in (("name", name), ("method", method))
+        if not isinstance(value, str)
+    ]
+    activations = _table(document, "activations", int, problems)
+    weights = _table(document, "weights", str, problems)
+    if problems:
+        raise UsageError(f"{path}: " + "; ".join(problems))
+    return Recipe(name, tuple(weights.items()), activations, method)
+
+
+def _table(document: Mapping[str, Any], key: str, kind: type, problems: list[str]) -> dict[str, Any]:
+    table = document.get(key, {})
+    if not isinstance(table, dict):
+        problems.append(f"{key} is {table!r}, expected a table")
+        return {}
+    problems += [
+        f"{key}: {name!r} is {value!r}, expected {'a number' if kind is int else 'a word'}"
+        for name, value in table.items()
+        if type(value) is not kind
+    ]
+    return table
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+VISION = ("vpm.*", "resampler.*")
+LAYERS, HEAD = "llm.model.layers.*", "llm.lm_head.weight"
+
+PRESETS: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("f32"),
+        Recipe(
+            "int8",
+            (*((p, "w8") for p in VISION), (LAYERS, "w8-g128"), (HEAD, "w8-g128"), (EMBEDDING, "w8")),
+            {"vision": 8, "decoder": 8},
+        ),
+        Recipe(
+            "int4",
+            (*((p, "w8") for p in VISION), (LAYERS, "w4-g128"), (HEAD, "w4-g128"), (EMBEDDING, "w8")),
+            {"vision": 8, "decoder": 8},
+        ),
+        Recipe(
+            "int4-g32",
+            (*((p, "w8") for p in VISION), (LAYERS, "w4-g32"), (HEAD, "w4-g32"), (EMBEDDING, "w8")),
+            {"vision": 8, "decoder": 8},
+        ),
+        Recipe(
+            "int4-asym",
+            (*((p, "w8") for p in VISION), (LAYERS, "w4-g128-asym"), (HEAD, "w4-g128-asym"), (EMBEDDING, "w8")),
+            {"vision": 8, "decoder": 8},
+        ),
+        Recipe("int4-decoder", ((LAYERS, "w4-g128"), (HEAD, "w4-g128"), (EMBEDDING, "w8")), {"decoder": 8}),
+        Recipe("w8a8-vision", tuple((p, "w8") for p in VISION), {"vision": 8}),
+    )
+}
+"""The recipes with a name."""
+
+
+def resolve(scheme: str) -> Recipe:
+    """The recipe that `--scheme` means: the name of a preset, or a file. Raises UsageError."""
+    if scheme in PRESETS:
+        return PRESETS[scheme]
+    path = Path(scheme)
+    if path.suffix == ".toml" or path.exists():
+        return read_recipe(path)
+    raise UsageError(
+        f"scheme {scheme!r}: expected one of {', '.join(PRESETS)}, or the path of a recipe (.toml); see lensc export --help"
+    )
