@@ -36,6 +36,9 @@ where the graphs are matrix products and not convolutions."""
 EXTERNAL_BYTES = 1024
 """Tensors from this size on go to the external data file."""
 
+PAGE = 4096
+"""Tensors of the data file begin on a page, so that they can be mapped."""
+
 
 class OnnxRuntime:
     """See `Backend`."""
@@ -72,11 +75,15 @@ class OnnxRuntime:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             try:
-                # apart, so that what the engine writes never has the name of a link to the graph's weights
-                lowered = folder / "lowered"
-                lowered.mkdir()
+                scheme = Scheme.parse(graph.scheme)
                 with _disk_for(graph.path, out):
-                    _optimize(ort, _lowered(graph, lowered), folder / names[0])
+                    if scheme.weights_are_float:
+                        lowered = folder / "lowered"
+                        lowered.mkdir()
+                        _save(_lowered(graph, scheme), lowered / names[0])
+                        _optimize(ort, lowered / names[0], folder / names[0])
+                    else:
+                        _save(_lowered(graph, scheme), folder / names[0])
                 placement = _placement(ort, folder / names[0])
                 # the data first: without its model it is never opened
                 for name in reversed(names):
@@ -91,7 +98,7 @@ class OnnxRuntime:
             scheme=graph.scheme,
             files=files,
             toolchain={NAME: ort.__version__},
-            options={"graph_optimization": LEVEL},
+            options=_options_of(scheme),
             compatibility={NAME: f">={ort.__version__}"} | _cpu_requirement(graph.scheme),
             placement=placement,
         )
@@ -143,32 +150,53 @@ def _open(ort: Any, path: Path, options: Any) -> Any:
         return ort.InferenceSession(str(path), options, providers=[PROVIDER], enable_fallback=0)
 
 
-def _lowered(graph: Graph, folder: Path) -> Path:
-    """Write `graph` with the engine's own operators into `folder`; its weights are linked, not copied."""
+def _options_of(scheme: Scheme) -> dict[str, str]:
+    """What the manifest says of how the graph was compiled, and in what precision it computes."""
+    options = {"graph_optimization": LEVEL if scheme.weights_are_float else "lensc"}
+    if not scheme.weights_are_float:
+        options["products"] = "int8" if scheme.activation_bits == 8 else "float32"
+    return options
+
+
+def _lowered(graph: Graph, scheme: Scheme) -> Any:
+    """The portable graph with the engine's own operators, its weights where they were."""
     import onnx_ir as ir
 
     try:
         model = ir.load(graph.path)
     except Exception as error:  # protobuf's own, and whatever a damaged file makes of the reader
         raise ExecutionError(f"{graph.path}: cannot be read as ONNX: {one_line(error)}; export it again") from error
-    used = {
-        v.const_value.location
-        for v in model.graph.initializers.values()
-        if isinstance(v.const_value, ir.ExternalTensor)
-    }
-    for name in used:
-        _link(graph.path.parent / name, folder / name)
-    path = folder / f"{graph.spec.name}.onnx"
-    ir.save(lower(model, graph.spec), path)
-    return path
+    return lower(model, graph.spec, scheme.activation_bits)
 
 
-def _link(source: Path, target: Path) -> None:
-    """Give the file a second name; a copy where the file system has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+def _save(model: Any, path: Path) -> None:
+    """Write the model. Its weights are copied as a file if all are bytes of one, else written anew, one at a time."""
+    import onnx_ir as ir
+
+    initializers = model.graph.initializers.values()
+    outside = [value for value in initializers if isinstance(value.const_value, ir.ExternalTensor)]
+    large = [v for v in initializers if v in outside or v.const_value.nbytes > EXTERNAL_BYTES]
+    files = {Path(value.const_value.path) for value in outside}
+    data = path.with_name(path.name + ".data")
+    if len(files) == 1 and not any(isinstance(value.const_value, ir.LazyTensor) for value in large):
+        shutil.copyfile(files.pop(), data)
+        for value in outside:
+            value.const_value = _external(ir, value, data, value.const_value.offset)
+    elif large:
+        with open(data, "wb") as file:
+            for value in large:
+                file.seek(-(-file.tell() // PAGE) * PAGE)
+                offset = file.tell()
+                file.write(value.const_value.tobytes())
+                value.const_value = _external(ir, value, data, offset)
+    ir.save(model, path)
+
+
+def _external(ir: Any, value: Any, data: Path, offset: int) -> Any:
+    tensor = value.const_value
+    return ir.ExternalTensor(
+        data.name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=value.name, base_dir=str(data.parent)
+    )
 
 
 def _optimize(ort: Any, source: Path, saved: Path) -> None:
@@ -212,7 +240,7 @@ def _placement(ort: Any, path: Path) -> dict[str, int]:
 
 def _cpu_requirement(scheme: str) -> dict[str, str]:
     """Quantized operators are fused differently for x86 (uint8 products) and ARM (int8); float graphs are the same."""
-    return {} if Scheme.parse(scheme).is_float else {"machine": platform.machine()}
+    return {} if Scheme.parse(scheme).weights_are_float else {"machine": platform.machine()}
 
 
 @contextmanager
