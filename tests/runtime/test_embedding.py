@@ -1,0 +1,66 @@
+"""The embedding table: floats as they are, int8 with a scale per row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lensc.backends.base import Array
+from lensc.backends.bundle import DecoderSpec
+from lensc.backends.errors import GraphError, ManifestError, TokenizerError
+from lensc.runtime.embedding import EmbeddingTable, open_table
+
+SPEC = DecoderSpec(hidden_size=4, num_layers=1, num_kv_heads=1, head_dim=4, vocab_size=6, context_length=8)
+FLOATS = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+INTEGERS = np.arange(-12, 12, dtype=np.int8).reshape(6, 4)
+SCALES = np.linspace(0.1, 0.6, 6, dtype=np.float32)
+
+
+@pytest.mark.parametrize("dtype", (np.float16, np.float32))
+def test_floats_are_gathered_as_float32(dtype: type) -> None:
+    rows = EmbeddingTable.of(FLOATS.astype(dtype)).gather(np.array([5, 0, 5]))
+    assert rows.dtype == np.float32
+    np.testing.assert_array_equal(rows, FLOATS.astype(dtype)[[5, 0, 5]].astype(np.float32))
+
+
+def test_integers_are_scaled_by_their_row() -> None:
+    rows = EmbeddingTable(INTEGERS, SCALES).gather(np.array([1, 4]))
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose(rows, INTEGERS[[1, 4]] * np.array([[0.2], [0.5]], np.float32), rtol=1e-6)
+
+
+@pytest.mark.parametrize("ids", ([6], [-1], [0, 99]))
+def test_an_id_outside_is_refused(ids: list[int]) -> None:
+    with pytest.raises(TokenizerError, match="outside the embedding table of 6 rows"):
+        EmbeddingTable.of(FLOATS).gather(np.array(ids))
+
+
+@pytest.mark.parametrize(
+    ("values", "scales", "message"),
+    [
+        (FLOATS[:5], None, r"float32\[5, 4\], expected .*\[6, 4\]"),
+        (FLOATS.astype(np.float64), None, "float64"),
+        (INTEGERS, None, "its scales are None"),
+        (INTEGERS, SCALES[:5], "expected"),
+        (INTEGERS, SCALES.astype(np.float64), "expected"),
+        (FLOATS, SCALES, "expected None"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused(values: Array, scales: Array | None, message: str) -> None:
+    with pytest.raises(GraphError, match=message):
+        EmbeddingTable(values, scales).check(SPEC)
+
+
+def test_tables_are_mapped_from_the_folder(tmp_path: Path) -> None:
+    np.save(tmp_path / "t.npy", INTEGERS)
+    np.save(tmp_path / "s.npy", SCALES)
+    table = open_table(tmp_path, {"embed_tokens": "t.npy", "embed_tokens.scale": "s.npy"})
+    table.check(SPEC)
+    np.testing.assert_array_equal(table.gather(np.arange(6)), INTEGERS * SCALES[:, None])
+    (tmp_path / "t.npy").write_bytes(b"no array")
+    with pytest.raises(ManifestError, match="cannot be read as npy"):
+        open_table(tmp_path, {"embed_tokens": "t.npy"})
+    with pytest.raises(ManifestError, match="no embed_tokens"):
+        open_table(tmp_path, {})
