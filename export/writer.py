@@ -100,8 +100,8 @@ def write_graph(
         raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         if not key:  # nobody can go on with it
-            for file in (partial, partial.with_name(partial.name + JOURNAL)):
-                file.unlink(missing_ok=True)
+            for left in (partial, partial.with_name(partial.name + JOURNAL)):
+                left.unlink(missing_ok=True)
 
 
 # --- float weights --------------------------------------------------------------------------------------------------
