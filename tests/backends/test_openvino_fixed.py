@@ -36,19 +36,31 @@ def tower() -> GraphSpec:
 
 
 def write_tower(path: Path) -> Array:
-    """Three queries attend to all patches. Returns the queries."""
-    queries = np.random.default_rng(0).standard_normal((1, 3, WIDTH)).astype(np.float32)
-    inputs = ["queries", "patches", "patches", "key_bias"]
+    """Three learned queries, projected with int8 weights, attend to all patches. Returns the projected queries."""
+    generator = np.random.default_rng(0)
+    queries = generator.standard_normal((1, 3, WIDTH)).astype(np.float32)
+    values = generator.integers(-127, 128, (WIDTH, WIDTH)).astype(np.int8)
+    scales = generator.uniform(0.5, 1.5, WIDTH).astype(np.float32) / 600
     sizes = {"num_heads": HEADS, "scale": DIM**-0.5}
-    nodes = [helper.make_node("Attention", inputs, ["image_embeds"], domain="lensc", **sizes)]
+    nodes = [
+        helper.make_node("DequantizeLinear", ["values", "scales"], ["weight"], axis=0),
+        helper.make_node("Transpose", ["weight"], ["weight.t"], perm=[1, 0]),
+        helper.make_node("MatMul", ["queries", "weight.t"], ["query"]),
+        helper.make_node(
+            "Attention", ["query", "patches", "patches", "key_bias"], ["image_embeds"], domain="lensc", **sizes
+        ),
+    ]
     infos = [
         [helper.make_tensor_value_info(t.name, TensorProto.FLOAT, t.shape) for t in tensors]
         for tensors in (tower().inputs, tower().outputs)
     ]
-    graph = helper.make_graph(nodes, "vision", *infos, [numpy_helper.from_array(queries, "queries")])
+    arrays = {"queries": queries, "values": values, "scales": scales}
+    tensors = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    graph = helper.make_graph(nodes, "vision", *infos, tensors)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("lensc", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), str(path))
-    return queries
+    projected: Array = queries @ (values * scales[:, None]).T
+    return projected
 
 
 def attend(queries: Array, patches: Array, bias: Array) -> Array:
@@ -91,6 +103,21 @@ def test_fixed_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patches: i
     session.close()
     with pytest.raises(ExecutionError, match="closed"):
         session.run(feeds)
+
+
+def test_products_that_no_input_reaches_are_computed_when_loaded(tmp_path: Path) -> None:
+    queries = write_tower(tmp_path / "vision.onnx")
+    target = Target("openvino", "cpu")
+    folder = tmp_path / target.slug
+    folder.mkdir()
+    artifact = backend.compile(Graph(tower(), tmp_path / "vision.onnx", "w8a8", "0" * 64), target, folder)
+    assert "i8" not in artifact.options["executed"]
+    session = backend.load(artifact, tower(), tmp_path, threads=1)
+    generator = np.random.default_rng(0)
+    patches = generator.standard_normal((2, 5, WIDTH), np.float32)
+    bias = generator.standard_normal((2, 5), np.float32)
+    got = session.run({"patches": patches, "key_bias": bias})["image_embeds"]
+    np.testing.assert_allclose(got, attend(queries, patches, bias), atol=1e-5, rtol=1e-5)
 
 
 def test_what_cannot_be_fixed() -> None:
