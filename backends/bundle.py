@@ -157,6 +157,15 @@ class ProbeRecord:
 
 
 @dataclass(frozen=True)
+class StageRecord:
+    """A stage of the build: how long it took, and the largest memory of the process while it ran."""
+
+    name: str
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All that `manifest.json` says. `tables` maps a table's name to its .npy file."""
 
@@ -170,6 +179,7 @@ class Manifest:
     provenance: Provenance
     parity: tuple[ParityRecord, ...] = ()
     probes: tuple[ProbeRecord, ...] = ()
+    stages: tuple[StageRecord, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
 
     def file(self, path: str) -> FileRecord:

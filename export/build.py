@@ -20,10 +20,12 @@ from lensc.backends.errors import CheckpointError, UsageError
 from . import compile_stages, demo, export_stages
 from .checkpoint import TOKENIZER, Checkpoint
 from .compile_stages import check_supported, compile_target, portable_graphs, verify_target
-from .export_stages import TOKENIZER_CONFIG, Exported, Source, copy_files, export_graphs
+from .export_stages import TOKENIZER_CONFIG, Exported, copy_files, export_graphs
 from .graph import Graph
+from .memory import Limit
 from .provenance import provenance, timestamp, versions
 from .quantize.recipe import resolve
+from .source import Source
 from .stages import Report, Staging
 
 WORK = "graphs"
@@ -38,24 +40,31 @@ def export_checkpoint(
     out: str | Path,
     *,
     scheme: str = "f32",
+    max_memory: int | None = None,
     report: Report | None = None,
     command: str = "",
 ) -> Manifest:
     """Write the verified portable graphs of `checkpoint` (a folder, or `demo`) to the folder `out`.
 
-    `scheme` is the name of a recipe, or the path of one. Raises CheckpointError, TokenizerError, GraphError, ParityError, StorageError, or UsageError if `out` must not be
+    `scheme` is the name of a recipe, or the path of one; no stage may take more than `max_memory` bytes. Raises CheckpointError, TokenizerError, GraphError, ParityError, StorageError, or UsageError if `out` must not be
     replaced. `out` is complete or untouched.
     """
-    source = Source(Checkpoint(resolve_checkpoint(checkpoint)), resolve(scheme))
-    with Staging(Path(out), total=export_stages.STAGES + 2, report=report) as staging:
+    source = Source(Checkpoint(resolve_checkpoint(checkpoint)), resolve(scheme), max_memory)
+    with Staging(Path(out), total=export_stages.STAGES + 2, report=report, limit=Limit(max_memory)) as staging:
         staging.require(source.graph_bytes + source.table_bytes + MARGIN_BYTES)
         exported = export_graphs(staging, source, staging.tree)
-        manifest = _manifest(source, exported, (), command)
+        manifest = _manifest(source, exported, (), staging, command)
         return staging.publish(lambda folder: write_manifest(folder, manifest))
 
 
 def compile_graphs(
-    graphs: str | Path, targets: Sequence[Target], out: str | Path, *, report: Report | None = None, command: str = ""
+    graphs: str | Path,
+    targets: Sequence[Target],
+    out: str | Path,
+    *,
+    max_memory: int | None = None,
+    report: Report | None = None,
+    command: str = "",
 ) -> Manifest:
     """Compile the folder `graphs` for every target into the bundle `out`.
 
@@ -72,7 +81,9 @@ def compile_graphs(
     files = {f.path: f for f in made.files}
     copied = [made.tokenizer, *made.tables.values(), *(probe.file for probe in made.probes)]
     copied = list(dict.fromkeys([*copied, *(name for name in (TOKENIZER_CONFIG,) if name in files)]))
-    with Staging(Path(out), total=compile_stages.STAGES * len(targets) + 2, report=report) as staging:
+    with Staging(
+        Path(out), total=compile_stages.STAGES * len(targets) + 2, report=report, limit=Limit(max_memory)
+    ) as staging:
         weights = sum(f.bytes for f in made.files if f.path not in copied)
         staging.require(weights * len(targets) + sum(files[name].bytes for name in copied) + MARGIN_BYTES)
         hashes = {name: files[name].sha256 for name in copied}
@@ -82,6 +93,7 @@ def compile_graphs(
             made,
             graphs={name: dataclasses.replace(record, file=None) for name, record in made.graphs.items()},
             artifacts=artifacts,
+            stages=(*made.stages, *staging.records),
             provenance=dataclasses.replace(made.provenance, command=command, versions=versions(), created=timestamp()),
             metadata={**made.metadata, "export_command": made.provenance.command},
         )
@@ -94,6 +106,7 @@ def build(
     out: str | Path,
     *,
     scheme: str = "f32",
+    max_memory: int | None = None,
     report: Report | None = None,
     command: str = "",
 ) -> Manifest:
@@ -102,10 +115,10 @@ def build(
     Artifacts that can run here are verified against the reference model. Raises what `export_checkpoint` and
     `compile_graphs` do. `out` is complete or untouched.
     """
-    source = Source(Checkpoint(resolve_checkpoint(checkpoint)), resolve(scheme))
+    source = Source(Checkpoint(resolve_checkpoint(checkpoint)), resolve(scheme), max_memory)
     check_supported(source.specs, source.schemes, targets)
     total = export_stages.STAGES + (compile_stages.STAGES + 1) * len(targets) + 2
-    with Staging(Path(out), total=total, report=report) as staging:
+    with Staging(Path(out), total=total, report=report, limit=Limit(max_memory)) as staging:
         staging.require(source.graph_bytes * (1 + len(targets)) + source.table_bytes + MARGIN_BYTES)
         work = staging.folder / WORK
         exported = export_graphs(staging, source, work)
@@ -117,11 +130,11 @@ def build(
         parity: list[ParityRecord] = [*exported.parity]
         for target in targets:
             compiled = compile_target(staging, portable, target, exported.probes)
-            parity += verify_target(staging, source, target, compiled, exported.tables)
+            parity += verify_target(staging, source, target, compiled, exported.tables, portable)
             artifacts += compiled
         compiled_only = {name: dataclasses.replace(record, file=None) for name, record in exported.graphs.items()}
         exported = Exported(compiled_only, exported.tables, exported.probes, tuple(parity))
-        manifest = _manifest(source, exported, tuple(artifacts), command)
+        manifest = _manifest(source, exported, tuple(artifacts), staging, command)
         return staging.publish(lambda folder: write_manifest(folder, manifest))
 
 
@@ -134,7 +147,9 @@ def resolve_checkpoint(name: str | Path) -> Path:
     return demo.CHECKPOINT
 
 
-def _manifest(source: Source, exported: Exported, artifacts: tuple[Artifact, ...], command: str) -> Manifest:
+def _manifest(
+    source: Source, exported: Exported, artifacts: tuple[Artifact, ...], staging: Staging, command: str
+) -> Manifest:
     return Manifest(
         format=FORMAT,
         model=source.spec,
@@ -146,5 +161,6 @@ def _manifest(source: Source, exported: Exported, artifacts: tuple[Artifact, ...
         provenance=provenance(source.checkpoint.sha256, command, source.recipe.name),
         parity=exported.parity,
         probes=exported.probes,
+        stages=tuple(staging.records),
         metadata={} if source.recipe.is_float else {"recipe": source.recipe.to_toml()},
     )

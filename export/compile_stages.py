@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,17 @@ from lensc.backends.bundle import Manifest, ParityRecord, ProbeRecord, sha256_fi
 from lensc.backends.errors import ManifestError, ParityError, UnsupportedError, UsageError
 from lensc.runtime.embedding import open_table
 
+from .checkpoint import WeightSource
 from .engines import close, engine_key, load_if_usable
-from .export_stages import ANSWER_TOKENS, GRAPHS, QUANTIZED, Paths, Source
+from .export_stages import ANSWER_TOKENS, GRAPHS, QUANTIZED, Paths
 from .graph import Graph, GraphSpec
+from .portable import PortableWeights
 from .provenance import code_key
 from .questions import questions_for
+from .source import Source
 from .stages import Staging
-from .verify import min_sqnr_db, verify_graph, verify_model
+from .verify import NOT_JUDGED, min_sqnr_db, verify_graph, verify_model
+from .verify_streamed import ask, compare, judge
 
 STAGES = 2 * len(GRAPHS)
 """How many stages `compile_target` has."""
@@ -71,18 +76,27 @@ def compile_target(
         mine = [probe for probe in probes if probe.graph == name]
         key |= {record.path: record.sha256 for record in artifact.files}
         key |= {probe.file: sha256_file(staging.tree / probe.file) for probe in mine}
-        check = partial(_check, artifact, graph.spec, staging.tree, mine)
+        check = partial(_check, artifact, graph.spec, staging.tree, mine, staging.limit.room)
         artifacts.append(staging.stage(f"check {name} on {target}", key, Artifact, check))
     return tuple(artifacts)
 
 
 def verify_target(
-    staging: Staging, source: Source, target: Target, artifacts: Sequence[Artifact], tables: Mapping[str, str]
+    staging: Staging,
+    source: Source,
+    target: Target,
+    artifacts: Sequence[Artifact],
+    tables: Mapping[str, str],
+    graphs: Mapping[str, Graph],
 ) -> tuple[ParityRecord, ...]:
     """The parity of a target's artifacts with the reference model of the recipe; none if they cannot run here."""
     key = source.key | {"target": str(target), **engine_key(target)}
     key |= {record.path: record.sha256 for artifact in artifacts for record in artifact.files}
-    verify = partial(_verify, source, target, artifacts, tables, staging.tree)
+    if source.is_streamed:
+        weights = PortableWeights({name: graph.path for name, graph in graphs.items()}, source.checkpoint)
+        verify = partial(_verify_streamed, source, weights, target, artifacts, tables, staging)
+    else:
+        verify = partial(_verify, source, target, artifacts, tables, staging.tree)
     return staging.stage(f"verify {target}", key, tuple[ParityRecord, ...], verify)
 
 
@@ -93,9 +107,11 @@ def _compile(graph: Graph, target: Target, tree: Path) -> tuple[Artifact, Paths]
     return artifact, [tree / record.path for record in artifact.files]
 
 
-def _check(artifact: Artifact, spec: GraphSpec, tree: Path, probes: Sequence[ProbeRecord]) -> tuple[Artifact, Paths]:
+def _check(
+    artifact: Artifact, spec: GraphSpec, tree: Path, probes: Sequence[ProbeRecord], room: int | None
+) -> tuple[Artifact, Paths]:
     """`artifact` with what the golden probes say of it, or why it cannot run here. Raises ParityError."""
-    session = load_if_usable(artifact, spec, tree)
+    session = load_if_usable(artifact, spec, tree, room)
     if isinstance(session, str):
         return dataclasses.replace(artifact, parity={NOT_RUN: session}), []
     parity: dict[str, float | int | str] = {}
@@ -153,3 +169,39 @@ def _verify(
     finally:
         close(sessions)
     return records, []
+
+
+def _verify_streamed(
+    source: Source,
+    weights: WeightSource,
+    target: Target,
+    artifacts: Sequence[Artifact],
+    tables: Mapping[str, str],
+    staging: Staging,
+) -> tuple[tuple[ParityRecord, ...], Paths]:
+    """The artifacts answer; then two passes over the weights: those of the recipe judge, those of the checkpoint say what
+    the recipe costs.
+    """
+    sessions: dict[str, Session] = {}
+    table = open_table(staging.tree, tables)
+    asked = (source.spec, source.tokenizer, table, questions_for(source.spec))
+    try:
+        for artifact in artifacts:
+            session = load_if_usable(artifact, source.specs[artifact.graph], staging.tree, staging.limit.room)
+            if isinstance(session, str):
+                return (), []
+            sessions[artifact.graph] = session
+        answers = ask(sessions, *asked, ANSWER_TOKENS, probes=False)
+    finally:
+        close(sessions)
+    float_records = judge(
+        compare(source.streamed(source.checkpoint), answers, source.spec, table),
+        target=str(target),
+        least_sqnr_db=None if source.recipe.is_float else -math.inf,
+    )
+    if source.recipe.is_float:
+        return float_records, []
+    least = min((least for a in artifacts if (least := min_sqnr_db(a.scheme)) is not None), default=None)
+    evidence = compare(source.streamed(weights), answers, source.spec, table)
+    records = judge(evidence, target=str(target), against=QUANTIZED, least_sqnr_db=least)
+    return (*records, *(dataclasses.replace(record, tolerance=NOT_JUDGED) for record in float_records)), []

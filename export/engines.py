@@ -10,6 +10,7 @@ from lensc.backends.base import Artifact, Session, Target
 from lensc.backends.errors import CompatibilityError, UnavailableError
 
 from .graph import GraphSpec
+from .memory import shown
 
 
 def usable(target: Target) -> tuple[bool, str]:
@@ -20,11 +21,20 @@ def usable(target: Target) -> tuple[bool, str]:
     return False, f"backend {target.backend} knows no {target.processor}"
 
 
-def load_if_usable(artifact: Artifact, spec: GraphSpec, folder: Path) -> Session | str:
-    """A session, or the reason why this machine has none: what is compiled for another device cannot run here."""
+LOADED = 1.2
+"""Times the bytes of an artifact's files: what a session takes, weights packed for the CPU and buffers included."""
+
+
+def load_if_usable(artifact: Artifact, spec: GraphSpec, folder: Path, room: int | None = None) -> Session | str:
+    """A session, or the reason why there is none: what is compiled for another device cannot run here, and what would
+    take more than `room` bytes of memory may not.
+    """
     here, reason = usable(artifact.target)
     if not here:
         return reason
+    needed = int(LOADED * sum(file.bytes for file in artifact.files))
+    if room is not None and needed > room:
+        return f"running it takes about {shown(needed)}, --max-memory leaves {shown(room)}"
     try:
         return registry.get(artifact.target.backend).load(artifact, spec, folder)
     except (CompatibilityError, UnavailableError) as error:

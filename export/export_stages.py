@@ -5,34 +5,32 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from math import prod
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lensc.backends import registry
 from lensc.backends.base import Artifact, Session, Target, file_record
-from lensc.backends.bundle import GraphRecord, ModelSpec, ParityRecord, ProbeRecord
-from lensc.backends.errors import CheckpointError, TokenizerError, UnavailableError
+from lensc.backends.bundle import GraphRecord, ParityRecord, ProbeRecord
+from lensc.backends.errors import CheckpointError, GraphError, UnavailableError
 from lensc.runtime.embedding import SCALES, TABLE, open_table
-from lensc.runtime.prompt import Tokenizer
 
-from .checkpoint import TOKENIZER, Checkpoint
+from .checkpoint import TOKENIZER, WeightSource
 from .engines import close, usable
-from .graph import GraphSpec
 from .models.minicpmv import MiniCPMV
-from .models.session import decoder_spec, graph_modules, torch_sessions, vision_spec
-from .onnx import THIRDS, example_inputs, trace_graph
-from .provenance import code_key
+from .models.session import graph_modules
+from .models.streamed import streamed_sessions
+from .onnx import example_inputs, trace_graph
+from .portable import PortableWeights
 from .quantize.linears import find_linears
-from .quantize.recipe import EMBEDDING, Recipe
-from .quantize.weights import dequantize, quantize_rows_int8, quantize_rtn
+from .quantize.recipe import EMBEDDING
+from .quantize.weights import quantize_rows_int8
 from .questions import questions_for
+from .source import Source
 from .stages import Staging
 from .verify import make_probes, min_sqnr_db, verify_model
 from .writer import DATA_SUFFIX, write_graph
@@ -55,104 +53,10 @@ QUANTIZED = "torch float32, quantized weights"
 PORTABLE_ENGINES = (Target("onnxruntime", "cpu"), Target("reference", "cpu"))
 """Who runs the portable graphs for the parity report: the first that is usable here."""
 
-NOT_LINEAR = ("embed_tokens.weight", "position_embedding.weight", "resampler.query")
-"""Matrices that are looked up, not multiplied with."""
-
 ANSWER_TOKENS = 32
 """Length of the greedy answers that are compared."""
 
 Paths = list[Path]
-
-
-class Source:
-    """A checkpoint, and what is made from it once, when the first stage needs it."""
-
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe) -> None:
-        """Check what can be checked without reading weights. Raises CheckpointError or TokenizerError."""
-        self.checkpoint = checkpoint
-        self.recipe = recipe
-        self.spec: ModelSpec = checkpoint.model_spec()
-        self.tokenizer = Tokenizer.from_file(checkpoint.tokenizer)
-        rows = self.spec.decoder.vocab_size
-        if self.tokenizer.vocab_size > rows:
-            raise TokenizerError(
-                f"{checkpoint.tokenizer}: has {self.tokenizer.vocab_size} tokens, the embedding table has {rows} rows; "
-                "take both from the same checkpoint"
-            )
-
-    @property
-    def graph_bytes(self) -> int:
-        """Bytes of both graphs, at most: weights that are no linears stay float32."""
-        return sum(self._bytes_of(r.name, r.shape) for r in self.checkpoint.tensors.values() if r.name != EMBEDDING)
-
-    @property
-    def table_bytes(self) -> int:
-        """Bytes of the embedding table, which is in none of the graphs, at most."""
-        return self._bytes_of(EMBEDDING, self.checkpoint.tensors[EMBEDDING].shape)
-
-    @cached_property
-    def key(self) -> dict[str, str]:
-        """What every stage depends on."""
-        return {"checkpoint": self.checkpoint.sha256, "recipe": self.recipe.to_toml(), **code_key()}
-
-    @cached_property
-    def reference(self) -> dict[str, Session]:
-        """The reference model's sessions; loads all weights."""
-        return torch_sessions(self.checkpoint.load_model())
-
-    @cached_property
-    def quantized_reference(self) -> dict[str, Session]:
-        """The reference model with the weights that the recipe's values stand for: what the graphs must compute."""
-        if self.recipe.is_float:
-            return self.reference
-        model = self.checkpoint.load_model()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                for rows in _linear_rows(name, parameter):
-                    format = self.recipe.format_of(rows.name)
-                    if format is not None:
-                        rows.weight.copy_(dequantize(quantize_rtn(rows.weight.contiguous(), format)))
-        return torch_sessions(model)
-
-    @cached_property
-    def specs(self) -> dict[str, GraphSpec]:
-        """The signatures of the graphs."""
-        config = self.checkpoint.config
-        return {"vision": vision_spec(config), "decoder": decoder_spec(config)}
-
-    @property
-    def schemes(self) -> dict[str, str]:
-        """The scheme of each graph."""
-        with torch.device("meta"):
-            model = MiniCPMV(self.checkpoint.config)
-        found = {}
-        for graph, (module, _) in graph_modules(model).items():
-            linears = [r.name for n, p in module.state_dict().items() for r in _linear_rows(n, p)]
-            found[graph] = str(self.recipe.scheme(graph, linears))
-        return found
-
-    def _bytes_of(self, name: str, shape: tuple[int, ...]) -> int:
-        format = self.recipe.format_of(name) if len(shape) == 2 else None
-        return 4 * prod(shape) if format is None else format.bytes_for((shape[0], shape[1]))
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """A linear's weight [outputs, inputs], a view of a parameter."""
-
-    name: str
-    weight: Tensor
-
-
-def _linear_rows(name: str, parameter: Tensor) -> list[_Rows]:
-    """The linears whose weights lie in a parameter, under the names they have in the graphs."""
-    if parameter.ndim != 2 or name.endswith(NOT_LINEAR):
-        return []
-    if name.endswith("in_proj_weight"):
-        return [_Rows(f"{name}.{third}", part) for third, part in zip(THIRDS, parameter.chunk(3), strict=True)]
-    if name == "resampler.proj":
-        return [_Rows(name, parameter.T)]
-    return [_Rows(name, parameter)]
 
 
 @dataclass(frozen=True)
@@ -168,18 +72,26 @@ class Exported:
 def export_graphs(staging: Staging, source: Source, folder: Path) -> Exported:
     """Write the graphs into `folder`, everything else that a bundle needs into the tree of `staging`."""
     key, tree, checkpoint = source.key, staging.tree, source.checkpoint
-    # The probes come first: they load the model, which finds weights that are NaN before the long part begins.
-    probes = staging.stage("golden probes", key, tuple[ProbeRecord, ...], partial(_probes, source, tree))
+    if not source.is_streamed:
+        # The probes come first: they load the model, which finds weights that are NaN before the long part begins.
+        probes = staging.stage("golden probes", key, tuple[ProbeRecord, ...], partial(_probes, source, None, tree))
     tables = staging.stage("embedding table", key, dict[str, str], partial(_table, source, tree))
     names = [TOKENIZER, *([TOKENIZER_CONFIG] if (checkpoint.folder / TOKENIZER_CONFIG).is_file() else [])]
     staging.stage("tokenizer", key, tuple[str, ...], partial(copy_files, checkpoint.folder, tree, names))
+    progress = staging.limit.check
     graphs = {
-        name: staging.stage(f"export {name}", key, GraphRecord, partial(_export, source, name, folder))
+        name: staging.stage(f"export {name}", key, GraphRecord, partial(_export, source, name, folder, progress))
         for name in GRAPHS
     }
     key = key | {name: record.sha256 for name, record in graphs.items()}
-    verify = partial(_verify, source, graphs, folder, tables, tree)
-    parity = staging.stage("verify graphs", key, tuple[ParityRecord, ...], verify)
+    if source.is_streamed:
+        weights = PortableWeights({name: folder / str(record.file) for name, record in graphs.items()}, checkpoint)
+        probes = staging.stage("golden probes", key, tuple[ProbeRecord, ...], partial(_probes, source, weights, tree))
+        compare = partial(_compare_rows, source, weights)
+        parity = staging.stage("compare weights", key, tuple[ParityRecord, ...], compare)
+    else:
+        verify = partial(_verify, source, graphs, folder, tables, tree)
+        parity = staging.stage("verify graphs", key, tuple[ParityRecord, ...], verify)
     return Exported(graphs, tables, probes, parity)
 
 
@@ -191,11 +103,13 @@ def copy_files(source: Path, folder: Path, names: Sequence[str]) -> tuple[tuple[
     return tuple(names), [folder / name for name in names]
 
 
-def _probes(source: Source, tree: Path) -> tuple[tuple[ProbeRecord, ...], Paths]:
+def _probes(source: Source, weights: WeightSource | None, tree: Path) -> tuple[tuple[ProbeRecord, ...], Paths]:
+    """The golden probes by the model of the recipe, in memory or, given `weights`, streamed from them."""
+    reference = source.quantized_reference if weights is None else streamed_sessions(source.streamed(weights))
     folder = tree / PROBES
     folder.mkdir(parents=True, exist_ok=True)
     int8 = [name for name, scheme in source.schemes.items() if min_sqnr_db(scheme) is not None]
-    records = make_probes(source.quantized_reference, folder, int8)
+    records = make_probes(reference, folder, int8)
     records = tuple(dataclasses.replace(record, file=f"{PROBES}/{record.file}") for record in records)
     return records, [tree / record.file for record in records]
 
@@ -233,7 +147,7 @@ def _table(source: Source, tree: Path) -> tuple[dict[str, str], Paths]:
     return names, [tree / name for name in names.values()]
 
 
-def _export(source: Source, name: str, folder: Path) -> tuple[GraphRecord, Paths]:
+def _export(source: Source, name: str, folder: Path, check: Callable[[], None]) -> tuple[GraphRecord, Paths]:
     """Export one graph; its weights are read a few rows at a time, while they are quantized and written."""
     checkpoint = source.checkpoint
     with torch.device("meta"):
@@ -244,10 +158,30 @@ def _export(source: Source, name: str, folder: Path) -> tuple[GraphRecord, Paths
     traced, parameters = trace_graph(module, example_inputs(spec), spec)
     linears = find_linears(traced, parameters)
     formats = source.recipe.formats(linears)
-    sha256 = write_graph(traced, path, parameters, checkpoint.rows, formats, key=json.dumps(source.key))
+    sha256 = write_graph(
+        traced, path, parameters, checkpoint.rows, formats, key=json.dumps(source.key), progress=lambda _: check()
+    )
     scheme = str(source.recipe.scheme(name, linears))
     record = GraphRecord(spec, scheme, sha256, f"{name}/{path.name}")
     return record, [path, path.with_name(path.name + DATA_SUFFIX)]
+
+
+def _compare_rows(source: Source, weights: PortableWeights) -> tuple[tuple[ParityRecord, ...], Paths]:
+    """Compare some rows of every weight in the files with what the recipe makes of the checkpoint's. Raises GraphError.
+
+    This stands in for running the portable graphs of a model that is streamed; its artifacts are run.
+    """
+    checkpoint = source.checkpoint
+    for name, record in checkpoint.tensors.items():
+        if name == EMBEDDING:
+            continue
+        last = record.shape[0] - 1
+        for row in sorted({0, last // 3, last}):
+            stored = checkpoint.rows(name, row, row + 1).float()
+            expected = source.rounded(name, stored, row)
+            if expected is not None and not torch.equal(weights.rows(name, row, row + 1), expected):
+                raise GraphError(f"weight {name}: row {row} of the graph is not that of the checkpoint; export again")
+    return (), []
 
 
 def _verify(

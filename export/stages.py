@@ -29,9 +29,11 @@ from types import TracebackType
 from typing import IO, Any, Literal, Self, TypeVar
 
 from lensc.backends.base import FileRecord
-from lensc.backends.bundle import PARTIAL, load_manifest, sha256_file
+from lensc.backends.bundle import PARTIAL, StageRecord, load_manifest, sha256_file
 from lensc.backends.codec import decode, encode
 from lensc.backends.errors import IntegrityError, ManifestError, StorageError, UsageError
+
+from .memory import Limit
 
 T = TypeVar("T")
 
@@ -64,6 +66,8 @@ class _Finished:
     files: tuple[FileRecord, ...]
     result: str
     """The result as JSON text."""
+    seconds: float
+    peak_bytes: int
 
 
 def check_replaceable(out: Path) -> None:
@@ -116,8 +120,14 @@ class Staging:
     `tree` is the folder that becomes `out`; stages write there or elsewhere under `folder`.
     """
 
-    def __init__(self, out: Path, total: int, report: Report | None = None) -> None:
-        """`total` is the number of stages, for the reports. Raises UsageError if `out` must not be replaced."""
+    def __init__(self, out: Path, total: int, report: Report | None = None, limit: Limit | None = None) -> None:
+        """`total` is the number of stages, for the reports; `limit` the memory that none may exceed.
+
+        Raises UsageError if `out` must not be replaced.
+        """
+        self.limit = limit or Limit()
+        self.records: list[StageRecord] = []
+        """Time and memory of every stage so far, those of a kept one as they were when it ran."""
         self.out = Path(os.path.abspath(out)).resolve()
         check_replaceable(self.out)
         self.folder = self.out.with_name(self.out.name + PARTIAL)
@@ -171,6 +181,7 @@ class Staging:
             kept = decode(kind, json.loads(before.result), [])
             if kept is not None:
                 self._used.update(record.path for record in before.files)
+                self.records.append(StageRecord(name, before.seconds, before.peak_bytes))
                 self._report(StageEvent(name, "kept", self._index, self._total))
                 return kept
         self._report(StageEvent(name, "start", self._index, self._total))
@@ -178,12 +189,15 @@ class Staging:
         with storage_errors(self.folder):
             for record in before.files if before is not None else ():
                 (self.folder / record.path).unlink(missing_ok=True)
-            result, paths = make()
+            with self.limit.stage(name):
+                result, paths = make()
             files = tuple(self._record(path) for path in paths)
-            finished = _Finished(name, key, files, json.dumps(encode(result)))
+            seconds = round(time.perf_counter() - started, 2)
+            finished = _Finished(name, key, files, json.dumps(encode(result)), seconds, self.limit.peaks[name])
             with open(self.folder / JOURNAL, "a", encoding="utf-8") as journal:
                 journal.write(json.dumps(encode(finished)) + "\n")
         self._used.update(record.path for record in files)
+        self.records.append(StageRecord(name, seconds, finished.peak_bytes))
         self._report(StageEvent(name, "done", self._index, self._total, time.perf_counter() - started))
         return result
 

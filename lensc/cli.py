@@ -105,11 +105,13 @@ def parser() -> argparse.ArgumentParser:
         "checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or demo for the one that is shipped"
     )
     _scheme(export)
+    _memory(export)
     _output(export, "graphs/")
 
     compile_ = verb("compile", _compile, "compile a folder of graphs for one or more targets", resumes)
     compile_.add_argument("graphs", metavar="GRAPHS", help="folder made by lensc export")
     _targets(compile_)
+    _memory(compile_)
     _output(compile_, "bundle/")
 
     build = verb("build", _build, "export and compile in one go", resumes)
@@ -118,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _scheme(build)
     _targets(build)
+    _memory(build)
     _output(build, "bundle/")
 
     inspect = verb("inspect", _inspect, "show what a bundle or a folder of graphs holds")
@@ -154,6 +157,11 @@ class Version(argparse.Action):
 
 def _output(verb: Parser, example: str) -> None:
     verb.add_argument("-o", "--output", metavar="OUT", required=True, help=f"folder to make, e.g. {example}")
+
+
+def _memory(verb: Parser) -> None:
+    text = "the most memory a stage may take, e.g. 4GiB; one that takes more ends the build (default: no limit)"
+    verb.add_argument("--max-memory", metavar="SIZE", help=text)
 
 
 def _scheme(verb: Parser) -> None:
@@ -195,6 +203,7 @@ def _export(options: argparse.Namespace) -> int:
             options.checkpoint,
             options.output,
             scheme=options.scheme,
+            max_memory=_bytes(options.max_memory),
             report=_reporter(progress),
             command=options.command,
         )
@@ -206,7 +215,12 @@ def _compile(options: argparse.Namespace) -> int:
         from lensc.export import build
     with console.Progress() as progress:
         manifest = build.compile_graphs(
-            options.graphs, _parsed(options.target), options.output, report=_reporter(progress), command=options.command
+            options.graphs,
+            _parsed(options.target),
+            options.output,
+            max_memory=_bytes(options.max_memory),
+            report=_reporter(progress),
+            command=options.command,
         )
     return _made(options, manifest)
 
@@ -221,6 +235,7 @@ def _build(options: argparse.Namespace) -> int:
             targets,
             options.output,
             scheme=options.scheme,
+            max_memory=_bytes(options.max_memory),
             report=_reporter(progress),
             command=options.command,
         )
@@ -287,6 +302,13 @@ def _needs_export_packages() -> Iterator[None]:
         if package not in EXPORT_PACKAGES:
             raise
         raise UnavailableError(f"{package} is not installed; pip install 'lensc[export]'") from error
+
+
+def _bytes(text: str | None) -> int | None:
+    """The bytes of `--max-memory`."""
+    from lensc.export.memory import parse_bytes
+
+    return None if text is None else parse_bytes(text)
 
 
 def _parsed(targets: list[str]) -> list[Target]:

@@ -15,6 +15,9 @@ from lensc.profiles.probe import Machine
 
 from .console import printable, size, table
 
+RECIPE = "recipe"
+"""The metadata that hold the recipe as TOML."""
+
 
 def as_json(manifest: Manifest) -> Any:
     """The manifest as it stands in manifest.json."""
@@ -52,14 +55,21 @@ def details(manifest: Manifest, folder: Path, verified: bool) -> str:
         ("pictures", f"{sides}, {picture.query_num} embeddings a slice, vision_padding {picture.vision_padding}"),
         ("decoder", f"{decoder.num_layers} layers, width {decoder.hidden_size}, {decoder.vocab_size} tokens"),
         ("context", f"{decoder.context_length} tokens, stop ids {stops}"),
-        *sorted(manifest.metadata.items()),
+        *sorted((name, text) for name, text in manifest.metadata.items() if name != RECIPE),
     ]
     parts = [f"{folder}: bundle format {manifest.format}", table([(k, printable(v)) for k, v in facts], "  ")]
+    if RECIPE in manifest.metadata:
+        lines = [f"  {printable(line)}" for line in manifest.metadata[RECIPE].splitlines() if line]
+        parts.append("\n".join(["recipe", *lines]))
     parts.append("graphs\n" + _graphs(manifest))
     parts.append("artifacts\n" + (_artifacts(manifest) or "  none; make a bundle with lensc compile"))
     parts.append("parity\n" + (_parity(manifest.parity) or "  not measured"))
     probes = [(p.graph, p.file, f"tolerance {p.tolerance:.3g}") for p in manifest.probes]
     parts.append("golden probes\n" + (table(probes, "  ") if probes else "  none"))
+    stages = [(r.name, f"{r.seconds:.1f} s", f"peak memory {size(r.peak_bytes)}") for r in manifest.stages]
+    parts.append(
+        "build\n" + (table([[printable(c) for c in row] for row in stages], "  ") if stages else "  not recorded")
+    )
     return "\n\n".join(parts)
 
 
@@ -115,5 +125,7 @@ def _parity(records: Iterable[ParityRecord]) -> str:
             diverges = "-"  # a graph without tokens
         sqnr = "inf" if math.isinf(r.sqnr_db) else f"{r.sqnr_db:.1f}"
         values = (f"{r.max_abs:.2e}", sqnr, f"{r.cosine:.6f}", top1, diverges, str(r.pictures))
-        rows.append((r.graph, r.target, r.against, *values, "passed" if r.passed else "FAILED"))
+        # what a recipe costs is measured, not judged
+        verdict = "cost of the recipe" if r.tolerance.startswith("none") else "passed" if r.passed else "FAILED"
+        rows.append((r.graph, r.target, r.against, *values, verdict))
     return table([[printable(cell) for cell in row] for row in rows], "  ") if len(rows) > 1 else ""

@@ -1,0 +1,151 @@
+"""A checkpoint and a recipe: everything that the stages of a build ask of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import Tensor
+
+from lensc.backends.base import Session
+from lensc.backends.bundle import ModelSpec
+from lensc.backends.errors import TokenizerError
+from lensc.runtime.prompt import Tokenizer
+
+from .checkpoint import Checkpoint, WeightSource
+from .graph import GraphSpec
+from .memory import available_bytes
+from .models.minicpmv import MiniCPMV
+from .models.session import decoder_spec, graph_modules, torch_sessions, vision_spec
+from .models.streamed import StreamedModel
+from .onnx import THIRDS
+from .provenance import code_key
+from .quantize.recipe import EMBEDDING, Recipe
+from .quantize.weights import dequantize, quantize_rtn
+
+HELD_BYTES = 1 << 30
+"""What a build takes besides the reference model: torch, an engine, activations."""
+
+NOT_LINEAR = ("embed_tokens.weight", "position_embedding.weight", "resampler.query")
+"""Matrices that are looked up, not multiplied with."""
+
+
+class Source:
+    """A checkpoint, and what is made from it once, when the first stage needs it."""
+
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, max_memory: int | None = None) -> None:
+        """Check what can be checked without reading weights. Raises CheckpointError or TokenizerError.
+
+        `max_memory` bytes decide, and without them the memory that is free, whether the reference model is held in
+        memory or streamed from its files.
+        """
+        self.checkpoint = checkpoint
+        self.recipe = recipe
+        self._max_memory = max_memory
+        self.spec: ModelSpec = checkpoint.model_spec()
+        self.tokenizer = Tokenizer.from_file(checkpoint.tokenizer)
+        rows = self.spec.decoder.vocab_size
+        if self.tokenizer.vocab_size > rows:
+            raise TokenizerError(
+                f"{checkpoint.tokenizer}: has {self.tokenizer.vocab_size} tokens, the embedding table has {rows} rows; "
+                "take both from the same checkpoint"
+            )
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes of both graphs, at most: weights that are no linears stay float32."""
+        return sum(self._bytes_of(r.name, r.shape) for r in self.checkpoint.tensors.values() if r.name != EMBEDDING)
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the embedding table, which is in none of the graphs, at most."""
+        return self._bytes_of(EMBEDDING, self.checkpoint.tensors[EMBEDDING].shape)
+
+    @cached_property
+    def key(self) -> dict[str, str]:
+        """What every stage depends on."""
+        return {"checkpoint": self.checkpoint.sha256, "recipe": self.recipe.to_toml(), **code_key()}
+
+    @cached_property
+    def is_streamed(self) -> bool:
+        """Whether the reference model is too large to be held twice, as it is and with the recipe's weights."""
+        held = 4 * sum(prod(record.shape) for record in self.checkpoint.tensors.values())
+        room = available_bytes() // 2 if self._max_memory is None else self._max_memory
+        return HELD_BYTES + (1 if self.recipe.is_float else 2) * held > room
+
+    def streamed(self, weights: WeightSource) -> StreamedModel:
+        """The reference model on `weights`, a block at a time."""
+        room = None if self._max_memory is None else max(1, self._max_memory - HELD_BYTES)
+        return StreamedModel(weights, self.checkpoint.config, max_bytes=room)
+
+    @cached_property
+    def reference(self) -> dict[str, Session]:
+        """The reference model's sessions; loads all weights."""
+        return torch_sessions(self.checkpoint.load_model())
+
+    @cached_property
+    def quantized_reference(self) -> dict[str, Session]:
+        """The reference model with the weights that the recipe's values stand for: what the graphs must compute."""
+        if self.recipe.is_float:
+            return self.reference
+        model = self.checkpoint.load_model()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                for rows in _linear_rows(name, parameter):
+                    format = self.recipe.format_of(rows.name)
+                    if format is not None:
+                        rows.weight.copy_(dequantize(quantize_rtn(rows.weight.contiguous(), format)))
+        return torch_sessions(model)
+
+    def rounded(self, name: str, rows: Tensor, start: int) -> Tensor | None:
+        """What the recipe makes of `rows: float32` of a parameter from row `start` on; None if rows do not decide it."""
+        if name == "resampler.proj" and self.recipe.format_of(name) is not None:
+            return None  # its columns are the outputs
+        third = self.checkpoint.tensors[name].shape[0] // len(THIRDS)
+        letter = THIRDS[start // third] if name.endswith("in_proj_weight") else None
+        is_linear = rows.ndim == 2 and not name.endswith(NOT_LINEAR)
+        format = self.recipe.format_of(f"{name}.{letter}" if letter else name) if is_linear else None
+        return rows if format is None else dequantize(quantize_rtn(rows, format))
+
+    @cached_property
+    def specs(self) -> dict[str, GraphSpec]:
+        """The signatures of the graphs."""
+        config = self.checkpoint.config
+        return {"vision": vision_spec(config), "decoder": decoder_spec(config)}
+
+    @property
+    def schemes(self) -> dict[str, str]:
+        """The scheme of each graph."""
+        with torch.device("meta"):
+            model = MiniCPMV(self.checkpoint.config)
+        found = {}
+        for graph, (module, _) in graph_modules(model).items():
+            linears = [r.name for n, p in module.state_dict().items() for r in _linear_rows(n, p)]
+            found[graph] = str(self.recipe.scheme(graph, linears))
+        return found
+
+    def _bytes_of(self, name: str, shape: tuple[int, ...]) -> int:
+        is_weight = len(shape) == 2 and (name == EMBEDDING or not name.endswith(NOT_LINEAR))
+        format = self.recipe.format_of(name) if is_weight else None
+        return 4 * prod(shape) if format is None else format.bytes_for((shape[0], shape[1]))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A linear's weight [outputs, inputs], a view of a parameter."""
+
+    name: str
+    weight: Tensor
+
+
+def _linear_rows(name: str, parameter: Tensor) -> list[_Rows]:
+    """The linears whose weights lie in a parameter, under the names they have in the graphs."""
+    if parameter.ndim != 2 or name.endswith(NOT_LINEAR):
+        return []
+    if name.endswith("in_proj_weight"):
+        return [_Rows(f"{name}.{third}", part) for third, part in zip(THIRDS, parameter.chunk(3), strict=True)]
+    if name == "resampler.proj":
+        return [_Rows(name, parameter.T)]
+    return [_Rows(name, parameter)]
