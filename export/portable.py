@@ -16,7 +16,7 @@ from lensc.backends.errors import GraphError
 
 from .checkpoint import WeightSource
 from .onnx import THIRDS
-from .quantize.linears import SCALE, ZERO_POINT
+from .quantize.linears import SCALE, TURNED, ZERO_POINT
 from .shards import TensorRecord
 
 
@@ -71,9 +71,8 @@ class PortableWeights:
             return self._checkpoint.rows(name, start, stop)
         if name + SCALE not in self._tensors:
             return torch.from_numpy(self._read(name, start, stop).astype(np.float32))
-        stored = tuple(int(d) for d in self._tensors[name].shape.numpy())
-        if stored != shape:  # turned: stored [outputs, inputs], here [inputs, outputs]
-            return self._dequantized(name, 0, stored[0]).T[start:stop].contiguous()
+        if name in TURNED:  # quantized it is stored [outputs, inputs]
+            return self._dequantized(name, 0, shape[1]).T[start:stop].contiguous()
         return self._dequantized(name, start, stop)
 
     def _packed(self, name: str, start: int, stop: int, third: int) -> Tensor:

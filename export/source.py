@@ -16,12 +16,13 @@ from lensc.runtime.prompt import Tokenizer
 
 from .checkpoint import Checkpoint, WeightSource
 from .graph import GraphSpec
-from .memory import available_bytes
+from .memory import available_bytes, resident_bytes
 from .models.minicpmv import MiniCPMV
 from .models.session import decoder_spec, graph_modules, torch_sessions, vision_spec
 from .models.streamed import StreamedModel
 from .onnx import THIRDS
 from .provenance import code_key
+from .quantize.linears import TURNED
 from .quantize.recipe import EMBEDDING, Recipe
 from .quantize.weights import dequantize, quantize_rtn
 
@@ -77,7 +78,7 @@ class Source:
 
     def streamed(self, weights: WeightSource) -> StreamedModel:
         """The reference model on `weights`, a block at a time."""
-        room = None if self._max_memory is None else max(1, self._max_memory - HELD_BYTES)
+        room = None if self._max_memory is None else max(1, self._max_memory - resident_bytes())
         return StreamedModel(weights, self.checkpoint.config, max_bytes=room)
 
     @cached_property
@@ -101,7 +102,7 @@ class Source:
 
     def rounded(self, name: str, rows: Tensor, start: int) -> Tensor | None:
         """What the recipe makes of `rows: float32` of a parameter from row `start` on; None if rows do not decide it."""
-        if name == "resampler.proj" and self.recipe.format_of(name) is not None:
+        if name in TURNED and self.recipe.format_of(name) is not None:
             return None  # its columns are the outputs
         third = self.checkpoint.tensors[name].shape[0] // len(THIRDS)
         letter = THIRDS[start // third] if name.endswith("in_proj_weight") else None
@@ -146,6 +147,6 @@ def _linear_rows(name: str, parameter: Tensor) -> list[_Rows]:
         return []
     if name.endswith("in_proj_weight"):
         return [_Rows(f"{name}.{third}", part) for third, part in zip(THIRDS, parameter.chunk(3), strict=True)]
-    if name == "resampler.proj":
+    if name in TURNED:
         return [_Rows(name, parameter.T)]
     return [_Rows(name, parameter)]

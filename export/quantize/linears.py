@@ -17,6 +17,9 @@ import onnx_ir as ir
 
 from .weights import WeightFormat
 
+TURNED = frozenset({"resampler.proj"})
+"""The parameters of the model that are stored [inputs, outputs]."""
+
 SCALE, ZERO_POINT = ".scale", ".zero_point"
 
 
