@@ -1,0 +1,212 @@
+"""Quantized bundles: a recipe from the command line to answers, in memory and streamed, continued after an interruption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="pip install 'lensc[export]'")
+import torch
+from safetensors.torch import load_file, save_file
+
+import lensc
+from lensc.backends.base import Target
+from lensc.backends.bundle import Manifest, load_manifest
+from lensc.backends.errors import GraphError, StorageError, UsageError
+from lensc.export import writer
+from lensc.export.build import build, export_checkpoint
+from lensc.export.checkpoint import Checkpoint
+from lensc.export.portable import PortableWeights
+from lensc.export.quantize.recipe import read_recipe
+from lensc.export.quantize.weights import QuantizedWeight, WeightFormat, dequantize, quantize_rtn
+from lensc.export.source import Source
+from lensc.export.stages import StageEvent
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoint"
+ORT = Target("onnxruntime", "cpu")
+RECIPE = """
+format = 1
+name = "mine"
+[activations]
+vision = 8
+decoder = 8
+[weights]
+"vpm.*" = "w8"
+"resampler.*" = "w8"
+"*.down_proj.weight" = "w8-g32-asym"
+"llm.model.layers.*" = "w4-g32"
+"llm.lm_head.weight" = "w4-g32-asym"
+"llm.model.embed_tokens.weight" = "w8"
+"""
+DOWN = "llm.model.layers.0.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden checkpoint with one layer in each tower and slices of 112 pixels: quick to trace and to verify."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "small"
+    shutil.copytree(GOLDEN, folder, copy_function=shutil.copyfile)
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] = config["vision_config"]["num_hidden_layers"] = 1
+    config["slice_config"]["scale_resolution"] = 112
+    (folder / "config.json").write_text(json.dumps(config))
+    preprocessor = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps({**preprocessor, "scale_resolution": 112}))
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {n: t for n, t in weights.items() if ".layers." not in n or ".layers.0." in n}, folder / "model.safetensors"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("recipe") / "mine.toml"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def graphs(checkpoint: Path, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("graphs") / "g"
+    export_checkpoint(checkpoint, out, scheme=recipe)
+    return out
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bundle") / "b"
+    build(checkpoint, [ORT], out, scheme=recipe)
+    return out
+
+
+def expected(name: str, weight: torch.Tensor, recipe: str) -> torch.Tensor:
+    """What the recipe makes of a linear's weight [outputs, inputs]."""
+    format = read_recipe(Path(recipe)).format_of(name)
+    return weight.float() if format is None else dequantize(quantize_rtn(weight.float(), format))
+
+
+def test_the_graphs_hold_what_the_recipe_makes_of_every_weight(graphs: Path, checkpoint: Path, recipe: str) -> None:
+    source = Checkpoint(checkpoint)
+    held = PortableWeights({name: graphs / name / "model.onnx" for name in ("vision", "decoder")}, source)
+    lookups = ("embed_tokens.weight", "position_embedding.weight", "resampler.query")
+    for name, record in source.tensors.items():
+        stored = source.tensor(name).float()
+        if name == "resampler.proj":
+            wanted = expected(name, stored.T.contiguous(), recipe).T
+        elif name.endswith("in_proj_weight"):
+            thirds = zip("qkv", stored.chunk(3), strict=True)
+            wanted = torch.cat([expected(f"{name}.{letter}", part, recipe) for letter, part in thirds])
+        else:
+            wanted = stored if stored.ndim != 2 or name.endswith(lookups) else expected(name, stored, recipe)
+        assert torch.equal(held.tensor(name), wanted), name
+        middle = record.shape[0] // 2
+        assert torch.equal(held.rows(name, middle, middle + 1), wanted[middle : middle + 1]), name
+
+
+def test_the_manifest_says_what_was_done(bundle: Path, recipe: str) -> None:
+    manifest = load_manifest(bundle, verify=True)
+    assert {a.graph: a.scheme for a in manifest.artifacts} == {"vision": "w8a8", "decoder": "w4a8-g32-mixed"}
+    assert manifest.provenance.scheme == "mine" and manifest.metadata["recipe"] == read_recipe(Path(recipe)).to_toml()
+    assert manifest.tables.keys() == {"embed_tokens", "embed_tokens.scale"}
+    cost = [r for r in manifest.parity if r.tolerance.startswith("none")]
+    judged = [r for r in manifest.parity if r not in cost]
+    assert len(cost) == 2 and {r.against for r in judged} == {"torch float32, quantized weights"}
+    assert {r.target for r in judged} == {"onnx", "onnxruntime:cpu"}
+    assert all(s.peak_bytes > 1 << 20 and s.seconds >= 0 for s in manifest.stages)
+    assert [s.name for s in manifest.stages][-1] == "verify onnxruntime:cpu"
+
+
+def test_a_quantized_bundle_answers(bundle: Path) -> None:
+    picture = np.random.default_rng(0).integers(0, 255, (90, 200, 3), np.uint8)
+    from PIL import Image
+
+    with lensc.load(bundle) as vlm:
+        first = vlm.generate("Read.", [Image.fromarray(picture)], max_new_tokens=8)
+        assert len(first.token_ids) == 8 and first.metrics.kv_cache_bytes > 0
+        assert vlm.generate("Read.", [Image.fromarray(picture)], max_new_tokens=8).token_ids == first.token_ids
+        assert vlm.generate("Read.", num_beams=3, max_new_tokens=6).token_ids
+
+
+def test_streamed_and_in_memory_make_the_same_bundle(
+    checkpoint: Path, recipe: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference is read a block at a time; what is shipped has the same bytes, and was judged all the same."""
+    monkeypatch.setattr(Source, "is_streamed", True)
+    monkeypatch.setattr(Source, "reference", property(lambda self: pytest.fail("was loaded")))
+    manifest = build(checkpoint, [ORT], tmp_path / "b", scheme=recipe)
+    before = load_manifest(bundle)
+
+    def hashes(manifest: Manifest) -> dict[str, str]:
+        return {f.path: f.sha256 for f in manifest.files if "probe" not in f.path}
+
+    assert hashes(manifest) == hashes(before)
+    for ours, theirs in zip(manifest.probes, before.probes, strict=True):
+        arrays = [np.load(folder / record.file) for folder, record in ((tmp_path / "b", ours), (bundle, theirs))]
+        for name in arrays[0].files:
+            np.testing.assert_allclose(arrays[0][name], arrays[1][name], rtol=1e-5, atol=1e-5)
+    assert [r.tolerance.startswith("none") for r in manifest.parity] == [False, False, True, True]
+
+
+def test_a_streamed_build_notices_rows_that_are_not_the_checkpoints(
+    checkpoint: Path, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(name: str, rows: torch.Tensor, format: WeightFormat, start: int) -> QuantizedWeight:
+        return quantize_rtn(rows * 1.5 if name == DOWN else rows, format)
+
+    monkeypatch.setattr(Source, "is_streamed", True)
+    monkeypatch.setattr(writer.write_graph, "__defaults__", (None, wrong))
+    with pytest.raises(GraphError, match=rf"{DOWN}: row 0 of the graph is not that of the checkpoint"):
+        export_checkpoint(checkpoint, tmp_path / "g", scheme=recipe)
+
+
+def test_an_interrupted_quantization_goes_on_at_the_next_weight(
+    checkpoint: Path, recipe: str, graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantized: list[str] = []
+    stop = True
+
+    def counted(name: str, rows: torch.Tensor, format: WeightFormat, start: int) -> QuantizedWeight:
+        if stop and name == DOWN:
+            raise KeyboardInterrupt
+        quantized.append(name)
+        return quantize_rtn(rows, format)
+
+    monkeypatch.setattr(writer.write_graph, "__defaults__", (None, counted))
+    with pytest.raises(KeyboardInterrupt):
+        export_checkpoint(checkpoint, tmp_path / "g", scheme=recipe)
+    before, stop = set(quantized), False
+    quantized.clear()
+    events: list[StageEvent] = []
+    export_checkpoint(checkpoint, tmp_path / "g", scheme=recipe, report=events.append)
+    assert DOWN in quantized and before and not before & set(quantized)
+    assert "export vision" in [e.stage for e in events if e.state == "kept"]
+    for name in ("vision", "decoder"):
+        for file in ("model.onnx", "model.onnx.data"):
+            assert (tmp_path / "g" / name / file).read_bytes() == (graphs / name / file).read_bytes()
+
+
+def test_more_memory_than_allowed_ends_the_build(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"--max-memory is 50 MiB; raise it"):
+        export_checkpoint(checkpoint, tmp_path / "g", scheme="int8", max_memory=50 << 20)
+    assert not (tmp_path / "g").exists()
+
+
+@pytest.mark.parametrize("scheme", ("int3", "no/such.toml"))
+def test_an_unknown_scheme_is_refused_before_any_work(checkpoint: Path, scheme: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        export_checkpoint(checkpoint, tmp_path / "g", scheme=scheme)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_that_the_engine_cannot_run_says_the_nearest(checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text('format = 1\n[weights]\n"vpm.*" = "w8"\n')
+    arguments: dict[str, Any] = {"scheme": str(path)}
+    with pytest.raises(GraphError, match="nearest are groups"):
+        build(checkpoint, [ORT], tmp_path / "b", **arguments)
