@@ -32,7 +32,7 @@ QUESTIONS = {
     "line.png": "Read the text.",
     "receipt.png": "What is the total?",
     "note.png": "Read the text.",
-    "shapes.png": "How many stars are there?",
+    "shapes.png": "What colour is the square?",
 }
 """Asked about the pictures in export/demo/pictures."""
 
