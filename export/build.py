@@ -40,18 +40,22 @@ def export_checkpoint(
     out: str | Path,
     *,
     scheme: str = "f32",
+    calibration: str | Path | None = None,
     max_memory: int | None = None,
     report: Report | None = None,
     command: str = "",
 ) -> Manifest:
     """Write the verified portable graphs of `checkpoint` (a folder, or `demo`) to the folder `out`.
 
-    `scheme` is the name of a recipe, or the path of one; no stage may take more than `max_memory` bytes. Raises CheckpointError, TokenizerError, GraphError, ParityError, StorageError, or UsageError if `out` must not be
+    `scheme` is the name of a recipe, or the path of one; `calibration` a folder of pictures for one that is calibrated
+    (by default, built-in ones); no stage may take more than `max_memory` bytes. Raises CheckpointError, TokenizerError, GraphError, ParityError, StorageError, or UsageError if `out` must not be
     replaced. `out` is complete or untouched.
     """
-    source = Source(Checkpoint(resolve_checkpoint(checkpoint)), resolve(scheme), max_memory)
-    with Staging(Path(out), total=export_stages.STAGES + 2, report=report, limit=Limit(max_memory)) as staging:
-        staging.require(source.graph_bytes + source.table_bytes + MARGIN_BYTES)
+    pictures = None if calibration is None else Path(calibration)
+    source = Source(Checkpoint(resolve_checkpoint(checkpoint)), resolve(scheme), max_memory, pictures)
+    total = export_stages.STAGES + source.recipe.is_calibrated + 2
+    with Staging(Path(out), total=total, report=report, limit=Limit(max_memory)) as staging:
+        staging.require(source.graph_bytes + source.calibrated_bytes + source.table_bytes + MARGIN_BYTES)
         exported = export_graphs(staging, source, staging.tree)
         manifest = _manifest(source, exported, (), staging, command)
         return staging.publish(lambda folder: write_manifest(folder, manifest))
@@ -106,6 +110,7 @@ def build(
     out: str | Path,
     *,
     scheme: str = "f32",
+    calibration: str | Path | None = None,
     max_memory: int | None = None,
     report: Report | None = None,
     command: str = "",
@@ -115,11 +120,13 @@ def build(
     Artifacts that can run here are verified against the reference model. Raises what `export_checkpoint` and
     `compile_graphs` do. `out` is complete or untouched.
     """
-    source = Source(Checkpoint(resolve_checkpoint(checkpoint)), resolve(scheme), max_memory)
+    pictures = None if calibration is None else Path(calibration)
+    source = Source(Checkpoint(resolve_checkpoint(checkpoint)), resolve(scheme), max_memory, pictures)
     check_supported(source.specs, source.schemes, targets)
-    total = export_stages.STAGES + (compile_stages.STAGES + 1) * len(targets) + 2
+    total = export_stages.STAGES + source.recipe.is_calibrated + (compile_stages.STAGES + 1) * len(targets) + 2
     with Staging(Path(out), total=total, report=report, limit=Limit(max_memory)) as staging:
-        staging.require(source.graph_bytes * (1 + len(targets)) + source.table_bytes + MARGIN_BYTES)
+        graphs = source.graph_bytes * (1 + len(targets)) + source.calibrated_bytes
+        staging.require(graphs + source.table_bytes + MARGIN_BYTES)
         work = staging.folder / WORK
         exported = export_graphs(staging, source, work)
         portable = {
@@ -150,6 +157,9 @@ def resolve_checkpoint(name: str | Path) -> Path:
 def _manifest(
     source: Source, exported: Exported, artifacts: tuple[Artifact, ...], staging: Staging, command: str
 ) -> Manifest:
+    metadata = {} if source.recipe.is_float else {"recipe": source.recipe.to_toml()}
+    if source.calibration is not None:
+        metadata["calibration"] = str(source.calibration)
     return Manifest(
         format=FORMAT,
         model=source.spec,
@@ -162,5 +172,5 @@ def _manifest(
         parity=exported.parity,
         probes=exported.probes,
         stages=tuple(staging.records),
-        metadata={} if source.recipe.is_float else {"recipe": source.recipe.to_toml()},
+        metadata=metadata,
     )

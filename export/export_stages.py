@@ -21,11 +21,14 @@ from lensc.runtime.embedding import SCALES, TABLE, open_table
 
 from .checkpoint import TOKENIZER, WeightSource
 from .engines import close, usable
+from .memory import Limit
 from .models.minicpmv import MiniCPMV
 from .models.session import graph_modules
 from .models.streamed import streamed_sessions
 from .onnx import example_inputs, trace_graph
 from .portable import PortableWeights
+from .quantize.calibrate import CalibrationRecord, calibrate
+from .quantize.calibrated import Calibrated
 from .quantize.linears import find_linears
 from .quantize.recipe import EMBEDDING
 from .quantize.weights import quantize_rows_int8
@@ -45,7 +48,10 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 PROBES = "probe"
 GRAPHS = ("vision", "decoder")
 STAGES = len(GRAPHS) + 4
-"""How many stages `export_graphs` has."""
+"""How many stages `export_graphs` has, besides the calibration."""
+
+CALIBRATED = "calibrated"
+"""The folder of calibrated weights, which are not shipped."""
 
 QUANTIZED = "torch float32, quantized weights"
 """The name of `Source.quantized_reference` in parity records."""
@@ -72,6 +78,11 @@ class Exported:
 def export_graphs(staging: Staging, source: Source, folder: Path) -> Exported:
     """Write the graphs into `folder`, everything else that a bundle needs into the tree of `staging`."""
     key, tree, checkpoint = source.key, staging.tree, source.checkpoint
+    if source.recipe.is_calibrated:
+        calibrated = staging.folder / CALIBRATED
+        run = partial(_calibrate, source, calibrated, staging.limit)
+        source.calibration = staging.stage("calibrate", key, CalibrationRecord, run)
+        source.quantize = Calibrated(calibrated)
     if not source.is_streamed:
         # The probes come first: they load the model, which finds weights that are NaN before the long part begins.
         probes = staging.stage("golden probes", key, tuple[ProbeRecord, ...], partial(_probes, source, None, tree))
@@ -93,6 +104,12 @@ def export_graphs(staging: Staging, source: Source, folder: Path) -> Exported:
         verify = partial(_verify, source, graphs, folder, tables, tree)
         parity = staging.stage("verify graphs", key, tuple[ParityRecord, ...], verify)
     return Exported(graphs, tables, probes, parity)
+
+
+def _calibrate(source: Source, folder: Path, limit: Limit) -> tuple[CalibrationRecord, Paths]:
+    checkpoint, key = source.checkpoint, json.dumps(source.key)
+    data, formats = source.calibration_data, source.formats
+    return calibrate(checkpoint, checkpoint.config, source.spec, data, formats, folder, key, limit)
 
 
 def copy_files(source: Path, folder: Path, names: Sequence[str]) -> tuple[tuple[str, ...], Paths]:
@@ -159,7 +176,14 @@ def _export(source: Source, name: str, folder: Path, check: Callable[[], None]) 
     linears = find_linears(traced, parameters)
     formats = source.recipe.formats(linears)
     sha256 = write_graph(
-        traced, path, parameters, checkpoint.rows, formats, key=json.dumps(source.key), progress=lambda _: check()
+        traced,
+        path,
+        parameters,
+        checkpoint.rows,
+        formats,
+        source.quantize,
+        key=json.dumps(source.key),
+        progress=lambda _: check(),
     )
     scheme = str(source.recipe.scheme(name, linears))
     record = GraphRecord(spec, scheme, sha256, f"{name}/{path.name}")

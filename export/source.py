@@ -2,48 +2,62 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lensc.backends.base import Session
 from lensc.backends.bundle import ModelSpec
-from lensc.backends.errors import TokenizerError
+from lensc.backends.errors import TokenizerError, UsageError
 from lensc.runtime.prompt import Tokenizer
 
+from . import demo
+from .calibration import CalibrationSet, calibration_set
 from .checkpoint import Checkpoint, WeightSource
 from .graph import GraphSpec
 from .memory import available_bytes, resident_bytes
+from .models.linears import NOT_LINEAR, linear_rows, linear_shapes
 from .models.minicpmv import MiniCPMV
 from .models.session import decoder_spec, graph_modules, torch_sessions, vision_spec
 from .models.streamed import StreamedModel
 from .onnx import THIRDS
 from .provenance import code_key
+from .quantize.calibrate import CalibrationRecord
 from .quantize.linears import TURNED
 from .quantize.recipe import EMBEDDING, Recipe
-from .quantize.weights import dequantize, quantize_rtn
+from .quantize.weights import WeightFormat, dequantize
+from .writer import Quantize, round_to_nearest
 
 HELD_BYTES = 1 << 30
 """What a build takes besides the reference model: torch, an engine, activations."""
-
-NOT_LINEAR = ("embed_tokens.weight", "position_embedding.weight", "resampler.query")
-"""Matrices that are looked up, not multiplied with."""
 
 
 class Source:
     """A checkpoint, and what is made from it once, when the first stage needs it."""
 
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, max_memory: int | None = None) -> None:
-        """Check what can be checked without reading weights. Raises CheckpointError or TokenizerError.
+    def __init__(
+        self, checkpoint: Checkpoint, recipe: Recipe, max_memory: int | None = None, calibration: Path | None = None
+    ) -> None:
+        """Check what can be checked without reading weights. Raises CheckpointError, TokenizerError or UsageError.
 
         `max_memory` bytes decide, and without them the memory that is free, whether the reference model is held in
-        memory or streamed from its files.
+        memory or streamed from its files. `calibration` is a folder of pictures, for a recipe that is calibrated.
         """
         self.checkpoint = checkpoint
         self.recipe = recipe
+        self.quantize: Quantize = round_to_nearest
+        """How weights are rounded. Where the recipe asks for calibration, its stage sets this."""
+        self.calibration: CalibrationRecord | None = None
+        """What the weights were calibrated with, once they are."""
+        self._calibration_folder = calibration
+        if calibration is not None and not recipe.is_calibrated:
+            raise UsageError(
+                f"--calibration {calibration}: the recipe {recipe.name} rounds to the nearest and looks at no pictures; "
+                "leave it out, or choose a recipe with method gptq, e.g. int4-gptq"
+            )
         self._max_memory = max_memory
         self.spec: ModelSpec = checkpoint.model_spec()
         self.tokenizer = Tokenizer.from_file(checkpoint.tokenizer)
@@ -67,7 +81,31 @@ class Source:
     @cached_property
     def key(self) -> dict[str, str]:
         """What every stage depends on."""
-        return {"checkpoint": self.checkpoint.sha256, "recipe": self.recipe.to_toml(), **code_key()}
+        key = {"checkpoint": self.checkpoint.sha256, "recipe": self.recipe.to_toml(), **code_key()}
+        return key | {"calibration": self.calibration_data.sha256} if self.recipe.is_calibrated else key
+
+    @cached_property
+    def calibration_data(self) -> CalibrationSet:
+        """What a recipe that is calibrated is shown. Raises InputError or PictureError for a folder that does not do."""
+        is_demo = self.checkpoint.folder.resolve() == demo.CHECKPOINT.resolve()
+        return calibration_set(self.spec, self.tokenizer, self._calibration_folder, is_demo=is_demo)
+
+    @cached_property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of every linear of the model, by the name it has in its graph."""
+        return linear_shapes(self.checkpoint.tensors)
+
+    @property
+    def formats(self) -> dict[str, WeightFormat]:
+        """The formats of all linears and of the embedding table, as far as they are quantized."""
+        return self.recipe.formats([*self.linears, EMBEDDING])
+
+    @property
+    def calibrated_bytes(self) -> int:
+        """Bytes of the calibrated weights, which are held in files of their own until the graphs are written."""
+        if not self.recipe.is_calibrated:
+            return 0
+        return sum(format.bytes_for(self.linears[n]) for n, format in self.formats.items() if n != EMBEDDING)
 
     @cached_property
     def is_streamed(self) -> bool:
@@ -94,10 +132,10 @@ class Source:
         model = self.checkpoint.load_model()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                for rows in _linear_rows(name, parameter):
+                for rows in linear_rows(name, parameter):
                     format = self.recipe.format_of(rows.name)
                     if format is not None:
-                        rows.weight.copy_(dequantize(quantize_rtn(rows.weight.contiguous(), format)))
+                        rows.weight.copy_(dequantize(self.quantize(rows.name, rows.weight.contiguous(), format, 0)))
         return torch_sessions(model)
 
     def rounded(self, name: str, rows: Tensor, start: int) -> Tensor | None:
@@ -106,9 +144,11 @@ class Source:
             return None  # its columns are the outputs
         third = self.checkpoint.tensors[name].shape[0] // len(THIRDS)
         letter = THIRDS[start // third] if name.endswith("in_proj_weight") else None
+        within = start % third if letter else start
         is_linear = rows.ndim == 2 and not name.endswith(NOT_LINEAR)
-        format = self.recipe.format_of(f"{name}.{letter}" if letter else name) if is_linear else None
-        return rows if format is None else dequantize(quantize_rtn(rows, format))
+        linear = f"{name}.{letter}" if letter else name
+        format = self.recipe.format_of(linear) if is_linear else None
+        return rows if format is None else dequantize(self.quantize(linear, rows, format, within))
 
     @cached_property
     def specs(self) -> dict[str, GraphSpec]:
@@ -123,7 +163,7 @@ class Source:
             model = MiniCPMV(self.checkpoint.config)
         found = {}
         for graph, (module, _) in graph_modules(model).items():
-            linears = [r.name for n, p in module.state_dict().items() for r in _linear_rows(n, p)]
+            linears = [r.name for n, p in module.state_dict().items() for r in linear_rows(n, p)]
             found[graph] = str(self.recipe.scheme(graph, linears))
         return found
 
@@ -131,22 +171,3 @@ class Source:
         is_weight = len(shape) == 2 and (name == EMBEDDING or not name.endswith(NOT_LINEAR))
         format = self.recipe.format_of(name) if is_weight else None
         return 4 * prod(shape) if format is None else format.bytes_for((shape[0], shape[1]))
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """A linear's weight [outputs, inputs], a view of a parameter."""
-
-    name: str
-    weight: Tensor
-
-
-def _linear_rows(name: str, parameter: Tensor) -> list[_Rows]:
-    """The linears whose weights lie in a parameter, under the names they have in the graphs."""
-    if parameter.ndim != 2 or name.endswith(NOT_LINEAR):
-        return []
-    if name.endswith("in_proj_weight"):
-        return [_Rows(f"{name}.{third}", part) for third, part in zip(THIRDS, parameter.chunk(3), strict=True)]
-    if name in TURNED:
-        return [_Rows(name, parameter.T)]
-    return [_Rows(name, parameter)]

@@ -37,8 +37,9 @@ from .memory import Limit
 
 T = TypeVar("T")
 
-RESUMABLE = (".data.partial", ".data.partial.journal")
-"""Ends of the names of files that a stage goes on with by itself (`data_file`), and that are therefore kept."""
+RESUMABLE = (".data.partial", ".data.partial.journal", ".calibrated.safetensors")
+"""Ends of the names of files that a stage goes on with by itself (`data_file`, `quantize.calibrated`), and that are
+therefore kept."""
 
 LOCK, JOURNAL, TREE, OLD = "lock", "journal.jsonl", "tree", "old"
 

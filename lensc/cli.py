@@ -165,8 +165,10 @@ def _memory(verb: Parser) -> None:
 
 
 def _scheme(verb: Parser) -> None:
-    text = "how weights are stored: f32 (the default), int8, int4, int4-g32, int4-asym, or a recipe file (.toml)"
-    verb.add_argument("--scheme", metavar="SCHEME", default="f32", help=text)
+    text = "how weights are stored: f32 (the default), int8, int4, int4-g32, int4-asym, int4-gptq, int4-g32-gptq, or a "
+    verb.add_argument("--scheme", metavar="SCHEME", default="f32", help=text + "recipe file (.toml)")
+    text = "pictures for a scheme that is calibrated (gptq), with questions.json if there are questions and answers; "
+    verb.add_argument("--calibration", metavar="FOLDER", help=text + "default: built-in ones")
 
 
 def _targets(verb: Parser) -> None:
@@ -203,6 +205,7 @@ def _export(options: argparse.Namespace) -> int:
             options.checkpoint,
             options.output,
             scheme=options.scheme,
+            calibration=options.calibration,
             max_memory=_bytes(options.max_memory),
             report=_reporter(progress),
             command=options.command,
@@ -235,6 +238,7 @@ def _build(options: argparse.Namespace) -> int:
             targets,
             options.output,
             scheme=options.scheme,
+            calibration=options.calibration,
             max_memory=_bytes(options.max_memory),
             report=_reporter(progress),
             command=options.command,

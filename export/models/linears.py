@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lensc.export.onnx import THIRDS
+from lensc.export.quantize.linears import TURNED
+from lensc.export.shards import TensorRecord
 
 NOT_LINEAR = ("embed_tokens.weight", "position_embedding.weight", "resampler.query")
 """Matrices that are looked up, not multiplied with."""
@@ -27,9 +31,18 @@ def linear_rows(name: str, parameter: Tensor) -> list[LinearRows]:
         return []
     if name.endswith("in_proj_weight"):
         return [LinearRows(f"{name}.{third}", part) for third, part in zip(THIRDS, parameter.chunk(3), strict=True)]
-    if name == "resampler.proj":
+    if name in TURNED:
         return [LinearRows(name, parameter.T)]
     return [LinearRows(name, parameter)]
+
+
+def linear_shapes(tensors: Mapping[str, TensorRecord]) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of every linear of a model with these parameters."""
+    return {
+        rows.name: (rows.weight.shape[0], rows.weight.shape[1])
+        for name, record in tensors.items()
+        for rows in linear_rows(name, torch.empty(record.shape, device="meta"))
+    }
 
 
 def shared_input(name: str) -> str:

@@ -30,11 +30,11 @@ from lensc.export.calibration import CalibrationSet, Sample
 from lensc.export.checkpoint import WeightSource
 from lensc.export.memory import Limit, resident_bytes
 from lensc.export.models.config import ModelConfig
-from lensc.export.models.linears import LinearRows, linear_rows, shared_input
+from lensc.export.models.linears import LinearRows, linear_rows, linear_shapes, shared_input
 from lensc.export.models.streamed import HEAD_BYTES, StreamedModel
 from lensc.runtime.picture import vision_feeds
 
-from .calibrated import block_path, is_complete, read_block, write_block
+from .calibrated import SUFFIX, block_path, is_complete, read_block, write_block
 from .gptq import Factor, Hessian, quantize_gptq
 from .recipe import EMBEDDING
 from .weights import QuantizedWeight, WeightFormat, dequantize, quantize_rows_int8, quantize_rtn
@@ -90,10 +90,13 @@ def calibrate(
     slices = [_SliceFeeds(pixels, sample, picture, width) for sample in data.samples for pixels in sample.slices]
     prompts = _decoder_feeds(data.samples, spec)
     wanted = [["logits"] if f"{HEAD}.weight" in linears else [] for _ in prompts]
-    needed = footprint(model, slices, prompts, wanted, linears, _shapes(weights))
+    needed = footprint(model, slices, prompts, wanted, linears, linear_shapes(weights.tensors))
     limit.require(resident_bytes() + needed, f"calibrate on {len(slices)} slices and {data.tokens} tokens")
 
     folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob(f"*{SUFFIX}"):
+        if not is_complete(path, key):
+            path.unlink()
     rounder = _Rounder(linears, folder, key)
     embeds: Iterator[Array] = iter([])
     if slices:
@@ -221,15 +224,6 @@ def _embedding_rows(weights: WeightSource, ids: Array, is_int8: bool) -> Array:
         rows = values.float() * scales[:, None]
     gathered: Array = rows.numpy()[places]
     return gathered
-
-
-def _shapes(weights: WeightSource) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of every linear."""
-    return {
-        rows.name: (rows.weight.shape[0], rows.weight.shape[1])
-        for name, record in weights.tensors.items()
-        for rows in linear_rows(name, torch.empty(record.shape, device="meta"))
-    }
 
 
 def _block_of(name: str) -> str:

@@ -2,7 +2,7 @@
 
     format = 1
     name = "int4"
-    method = "rtn"                      # how values are chosen: rtn rounds to nearest
+    method = "rtn"                      # how values are chosen: rtn rounds to nearest, gptq looks at real data
 
     [activations]                       # bits in matrix products, by graph; 32 where it is not named
     vision = 8
@@ -98,6 +98,11 @@ class Recipe:
         """Whether nothing is quantized."""
         return all(text == FLOAT for _, text in self.weights)
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether values are chosen by what the model computes of real data."""
+        return self.method == "gptq" and not self.is_float
+
     def to_toml(self) -> str:
         """The recipe as a file."""
         lines = [f"format = {FORMAT}", f"name = {_quoted(self.name)}", f"method = {_quoted(self.method)}", ""]
@@ -157,30 +162,23 @@ def _quoted(text: str) -> str:
 VISION = ("vpm.*", "resampler.*")
 LAYERS, HEAD = "llm.model.layers.*", "llm.lm_head.weight"
 
+
+def _whole(name: str, layers: str, head: str, method: str = "rtn") -> Recipe:
+    """Vision and table in eight bits, the decoder's layers and its head as named; products of 8-bit activations."""
+    weights = (*((pattern, "w8") for pattern in VISION), (LAYERS, layers), (HEAD, head), (EMBEDDING, "w8"))
+    return Recipe(name, weights, {"vision": 8, "decoder": 8}, method)
+
+
 PRESETS: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         Recipe("f32"),
-        Recipe(
-            "int8",
-            (*((p, "w8") for p in VISION), (LAYERS, "w8-g128"), (HEAD, "w8-g128"), (EMBEDDING, "w8")),
-            {"vision": 8, "decoder": 8},
-        ),
-        Recipe(
-            "int4",
-            (*((p, "w8") for p in VISION), (LAYERS, "w4-g128"), (HEAD, "w4-g128"), (EMBEDDING, "w8")),
-            {"vision": 8, "decoder": 8},
-        ),
-        Recipe(
-            "int4-g32",
-            (*((p, "w8") for p in VISION), (LAYERS, "w4-g32"), (HEAD, "w4-g32"), (EMBEDDING, "w8")),
-            {"vision": 8, "decoder": 8},
-        ),
-        Recipe(
-            "int4-asym",
-            (*((p, "w8") for p in VISION), (LAYERS, "w4-g128-asym"), (HEAD, "w4-g128-asym"), (EMBEDDING, "w8")),
-            {"vision": 8, "decoder": 8},
-        ),
+        _whole("int8", "w8-g128", "w8-g128"),
+        _whole("int4", "w4-g128", "w4-g128"),
+        _whole("int4-g32", "w4-g32", "w4-g32"),
+        _whole("int4-asym", "w4-g128-asym", "w4-g128-asym"),
+        _whole("int4-gptq", "w4-g128", "w4-g128", "gptq"),
+        _whole("int4-g32-gptq", "w4-g32", "w4-g32", "gptq"),
         Recipe("int4-decoder", ((LAYERS, "w4-g128"), (HEAD, "w4-g128"), (EMBEDDING, "w8")), {"decoder": 8}),
         Recipe("w8a8-vision", tuple((p, "w8") for p in VISION), {"vision": 8}),
     )

@@ -18,7 +18,7 @@ import lensc
 from lensc.backends.base import Target
 from lensc.backends.bundle import Manifest, load_manifest
 from lensc.backends.errors import GraphError, StorageError, UsageError
-from lensc.export import writer
+from lensc.export import export_stages, writer
 from lensc.export.build import build, export_checkpoint
 from lensc.export.checkpoint import Checkpoint
 from lensc.export.portable import PortableWeights
@@ -26,6 +26,7 @@ from lensc.export.quantize.recipe import read_recipe
 from lensc.export.quantize.weights import QuantizedWeight, WeightFormat, dequantize, quantize_rtn
 from lensc.export.source import Source
 from lensc.export.stages import StageEvent
+from lensc.export.writer import Quantize
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoint"
 ORT = Target("onnxruntime", "cpu")
@@ -153,6 +154,15 @@ def test_streamed_and_in_memory_make_the_same_bundle(
     assert [r.tolerance.startswith("none") for r in manifest.parity] == [False, False, True, True]
 
 
+def writing_with(quantize: Quantize) -> Any:
+    """`write_graph` with another `quantize` than it is given."""
+
+    def write(model: Any, path: Path, parameters: Any, rows: Any, formats: Any, _: Quantize, **more: Any) -> str:
+        return writer.write_graph(model, path, parameters, rows, formats, quantize, **more)
+
+    return write
+
+
 def test_a_streamed_build_notices_rows_that_are_not_the_checkpoints(
     checkpoint: Path, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +170,7 @@ def test_a_streamed_build_notices_rows_that_are_not_the_checkpoints(
         return quantize_rtn(rows * 1.5 if name == DOWN else rows, format)
 
     monkeypatch.setattr(Source, "is_streamed", True)
-    monkeypatch.setattr(writer.write_graph, "__defaults__", (None, wrong))
+    monkeypatch.setattr(export_stages, "write_graph", writing_with(wrong))
     with pytest.raises(GraphError, match=rf"{DOWN}: row 0 of the graph is not that of the checkpoint"):
         export_checkpoint(checkpoint, tmp_path / "g", scheme=recipe)
 
@@ -177,7 +187,7 @@ def test_an_interrupted_quantization_goes_on_at_the_next_weight(
         quantized.append(name)
         return quantize_rtn(rows, format)
 
-    monkeypatch.setattr(writer.write_graph, "__defaults__", (None, counted))
+    monkeypatch.setattr(export_stages, "write_graph", writing_with(counted))
     with pytest.raises(KeyboardInterrupt):
         export_checkpoint(checkpoint, tmp_path / "g", scheme=recipe)
     before, stop = set(quantized), False
