@@ -370,7 +370,7 @@ def test_bfloat16_is_near(checkpoint: Checkpoint, calls: dict[str, list[Feeds]])
             for name in exact:
                 assert near[name].dtype == np.float32
                 error = np.linalg.norm(near[name] - exact[name]) / np.linalg.norm(exact[name])
-                assert 0 < error < 0.05, name
+                assert 0 < error < 0.1, name
     assert dtypes == {torch.bfloat16} and all(stored) and len(stored) > 80
 
 
