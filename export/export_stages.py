@@ -141,22 +141,25 @@ def _table(source: Source, tree: Path) -> tuple[dict[str, str], Paths]:
     rows, width = record.shape
     int8 = source.recipe.format_of(EMBEDDING) is not None
     dtype = np.int8 if int8 else np.float16 if record.dtype == "F16" else np.float32
-    # the files are complete when the stage ends: an interrupted one is not in the journal
-    table = np.lib.format.open_memmap(tree / TABLES[TABLE], mode="w+", dtype=dtype, shape=(rows, width))
     scales = np.empty(rows, np.float32)
     step = max(1, TABLE_PIECE_BYTES // (4 * width))
-    for start in range(0, rows, step):
-        piece = checkpoint.rows(EMBEDDING, start, min(start + step, rows)).float()
-        if not bool(torch.isfinite(piece).all()):
-            raise CheckpointError(f"{checkpoint.folder}: {EMBEDDING} holds NaN or Inf")
-        part = slice(start, start + len(piece))
-        if int8:
-            values, step_sizes = quantize_rows_int8(piece)
-            table[part], scales[part] = values.numpy(), step_sizes.numpy()
-        else:
-            table[part] = piece.numpy()
-    table.flush()
-    del table
+    # written, not mapped: mapped pages count as memory; an interrupted file is not in the journal
+    with open(tree / TABLES[TABLE], "wb") as file:
+        header = {
+            "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+            "fortran_order": False,
+            "shape": (rows, width),
+        }
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, rows, step):
+            piece = checkpoint.rows(EMBEDDING, start, min(start + step, rows)).float()
+            if not bool(torch.isfinite(piece).all()):
+                raise CheckpointError(f"{checkpoint.folder}: {EMBEDDING} holds NaN or Inf")
+            if int8:
+                values, scales[start : start + len(piece)] = (t.numpy() for t in quantize_rows_int8(piece))
+            else:
+                values = piece.numpy().astype(dtype)
+            file.write(values.data)
     names = {TABLE: TABLES[TABLE]}
     if int8:
         np.save(tree / TABLES[SCALES], scales)
@@ -220,8 +223,8 @@ def _verify(
         for name, record in graphs.items():
             artifact = _as_artifact(name, record, target, folder)
             sessions[name] = registry.get(target.backend).load(artifact, record.spec, folder)
-        table, questions = open_table(tree, tables), questions_for(source.spec)
-        asked = (source.spec, source.tokenizer, table, questions, ANSWER_TOKENS)
+        questions = questions_for(source.spec)
+        asked = (source.spec, source.tokenizer, open_table(tree, tables), questions, ANSWER_TOKENS)
         if source.recipe.is_float:
             return verify_model(source.reference, sessions, *asked), []
         records = verify_model(source.quantized_reference, sessions, *asked, against=QUANTIZED)
