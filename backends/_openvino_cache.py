@@ -15,12 +15,12 @@ import numpy.typing as npt
 
 from lensc.export.graph import GraphSpec
 
-from ._openvino_lower import BEAMS
+from ._openvino_lower import BEAMS, PAST
 from ._openvino_session import bind, engine, engine_errors, readable, writeable
 from .base import Array, Cache, check_feeds, check_out
 from .errors import ExecutionError, PromptError, UsageError
 
-KV_BYTES = {"f32": (4, 0), "f16": (2, 0), "u8": (1, 8)}
+KV_BYTES = {"f32": (4, 0), "f16": (2, 0), "bf16": (2, 0), "u8": (1, 8)}
 """Bytes of a stored value, and of the scale and zero point of a row of them, by KV_CACHE_PRECISION."""
 
 
@@ -153,7 +153,8 @@ class OpenVINODecoderSession:
         if not cache.whole:
             raise ExecutionError(f"graph {self.spec.name}: the cache is incomplete since a run failed; begin a new one")
         cache.reserve(sizes["tokens"])
-        inputs = {name: readable(array) for name, array in feeds.items()} | {BEAMS: cache.beams}
+        inputs = {name: readable(array) for name, array in feeds.items()}
+        inputs |= {BEAMS: cache.beams, PAST: np.array([cache.length])}
         with engine_errors(f"graph {self.spec.name}"):
             bind(cache.request, inputs)
             bind(cache.request, outputs)

@@ -14,12 +14,10 @@ import numpy as np
 
 from lensc.export.graph import GraphSpec, TensorSpec
 
+from ._openvino_lower import HIDDEN
 from ._openvino_session import bind, engine_errors
 from .base import Array, check_feeds, check_out
 from .errors import ExecutionError
-
-HIDDEN = -1e4
-"""What portable graphs add to the logit of a key that must not be seen."""
 
 BIAS = "_bias"
 """How the names of additive biases end."""

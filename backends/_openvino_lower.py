@@ -24,8 +24,15 @@ from .errors import GraphError
 
 DOMAIN = "lensc"
 
+HIDDEN = -1e4
+"""What portable graphs add to the logit of a key that must not be seen."""
+
 BEAMS = "beam_idx"
 """Input int32[batch] of a lowered decoder: sequence i of this run continues sequence `beam_idx[i]` of the cache."""
+
+PAST = "past_length"
+"""Input int64[1] of a lowered decoder: how many tokens the cache holds. Asked of a state, the length would keep OpenVINO
+from seeing that the state is a cache."""
 
 
 def lower(model: Any, spec: GraphSpec) -> None:
@@ -48,24 +55,27 @@ def lower(model: Any, spec: GraphSpec) -> None:
             helper.make_attribute("value_state", node.input[6]),
         ]
         node.attribute.extend(states)
-        node.input[5] = BEAMS
-        del node.input[6:]
+        node.input[5], node.input[6] = BEAMS, PAST
         del node.output[1:]
     fed = {pair.input for pair in spec.states}
     inputs = [value for value in graph.input if value.name not in fed]
     beams = helper.make_tensor_value_info(BEAMS, TensorProto.INT32, ["batch"])
-    _replace(graph.input, [*inputs, beams])
+    past = helper.make_tensor_value_info(PAST, TensorProto.INT64, [1])
+    _replace(graph.input, [*inputs, beams, past])
     made = {pair.output for pair in spec.states}
     _replace(graph.output, [value for value in graph.output if value.name not in made])
 
 
-def read(path: Path) -> Any:
-    """The `openvino.Model` of a lowered file. Weights are mapped from the file beside it, not read."""
+def read(path: Path, attention: str = "f32") -> Any:
+    """The `openvino.Model` of a lowered file, with attention computed in `attention`: `f32` or `bf16`.
+
+    Weights are mapped from the file beside it, not read.
+    """
     from openvino.frontend import FrontEndManager
     from openvino.frontend.onnx import ConversionExtension
 
     frontend = FrontEndManager().load_by_framework("onnx")
-    lowering = _Lowering()
+    lowering = _Lowering(attention)
     for name, convert in lowering.conversions().items():
         frontend.add_extension(ConversionExtension(name, DOMAIN, convert))
     model = frontend.convert(frontend.load(str(path)))
@@ -102,10 +112,12 @@ def _fold_products(model: Any) -> None:
 class _Lowering:
     """The conversions of one graph; `sinks` are the Assign nodes they made."""
 
-    def __init__(self) -> None:
+    def __init__(self, attention: str) -> None:
         self.sinks: list[Any] = []
+        self._attention = attention
         self._rotation: tuple[Any, Any] | None = None
         self._batch: Any = None
+        self._mask: Any = None
 
     def conversions(self) -> dict[str, Callable[[Any], list[Any]]]:
         """By the name of the function."""
@@ -127,29 +139,30 @@ class _Lowering:
         query, key, value, bias = (node.get_input(i) for i in range(4))
         heads, scale = node.get_attribute("num_heads"), _f32(node.get_attribute("scale"))
         width = int(query.get_partial_shape()[2].get_length())
-        q, k, v = (_split(x, heads, width // heads) for x in (query, key, value))
-        mask = op.unsqueeze(bias, _i64(1, 2))
-        return [_merge(op.scaled_dot_product_attention(q, k, v, mask, scale), width)]
+        q, k, v = (self._lowered(_split(x, heads, width // heads)) for x in (query, key, value))
+        mask = self._lowered(op.unsqueeze(bias, _i64(1, 2)))
+        mixed = op.scaled_dot_product_attention(q, k, v, mask, self._lowered(scale))
+        return [_merge(self._raised(mixed), width)]
 
     def causal_attention(self, node: Any) -> list[Any]:
         """Past and new rows of a layer, kept in two states [batch, kv_heads, tokens, head_dim]."""
         from openvino import opset13 as op
 
-        query, key, value, positions, frequencies, beams = (node.get_input(i) for i in range(6))
+        query, key, value, positions, frequencies, beams, past = (node.get_input(i) for i in range(7))
         heads, kv_heads, head_dim = (node.get_attribute(n) for n in ("num_heads", "kv_num_heads", "head_dim"))
         if self._rotation is None:
             self._rotation = _rotation(positions, frequencies)
             self._batch = op.gather(op.shape_of(query), _i64(0), _i64(0))
-        q = _rotate(_split(query, heads, head_dim), *self._rotation, head_dim)
-        k = _rotate(_split(key, kv_heads, head_dim), *self._rotation, head_dim)
-        v = _split(value, kv_heads, head_dim)
+            self._mask = self._lowered(_causal(positions, past))
+        q = self._lowered(_rotate(_split(query, heads, head_dim), *self._rotation, head_dim))
+        k = self._lowered(_rotate(_split(key, kv_heads, head_dim), *self._rotation, head_dim))
+        v = self._lowered(_split(value, kv_heads, head_dim))
         k = self._append(node.get_attribute("key_state"), k, beams, kv_heads, head_dim)
         v = self._append(node.get_attribute("value_state"), v, beams, kv_heads, head_dim)
         if heads != kv_heads:
             k, v = (_repeat(x, heads, kv_heads, head_dim) for x in (k, v))
-        # causal from the bottom right, as the fused operator has it: the last query sees all keys
-        mixed = op.scaled_dot_product_attention(q, k, v, causal=True)
-        return [_merge(mixed, heads * head_dim)]
+        mixed = op.scaled_dot_product_attention(q, k, v, self._mask)
+        return [_merge(self._raised(mixed), heads * head_dim)]
 
     def _append(self, name: str, rows: Any, beams: Any, kv_heads: int, head_dim: int) -> Any:
         """All rows of the state `name` with `rows` behind them, which become its value."""
@@ -165,10 +178,34 @@ class _Lowering:
         variable = Variable(info)
         # without an initial value the batch of an empty state would be 0 and no beam of it
         empty = op.broadcast(_f32(0), op.concat([self._batch, _i64(kv_heads, 0, head_dim)], 0))
-        past = op.gather(opset6.read_value(empty, variable), beams, _i64(0))
+        past = op.gather(self._lowered(opset6.read_value(empty, variable)), beams, _i64(0))
         present = op.concat([past, rows], 2)
-        self.sinks.append(opset6.assign(present, variable))
+        self.sinks.append(opset6.assign(self._raised(present), variable))
         return present
+
+    def _lowered(self, x: Any) -> Any:
+        """`x` in the precision of attention."""
+        from openvino import opset13 as op
+
+        return x if self._attention == "f32" else op.convert(x, self._attention)
+
+    def _raised(self, x: Any) -> Any:
+        """`x`, which is in the precision of attention, in float32."""
+        from openvino import opset13 as op
+
+        return x if self._attention == "f32" else op.convert(x, "f32")
+
+
+def _causal(positions: Any, past: Any) -> Any:
+    """What is added to scores, float32[1, 1, tokens, past + tokens]: a token sees all `past`, int64[1], of the cache,
+    and new tokens of its own and smaller positions.
+    """
+    from openvino import opset13 as op
+
+    rows, columns = op.unsqueeze(positions, _i64(1)), op.unsqueeze(positions, _i64(0))
+    new = op.select(op.greater_equal(rows, columns), _f32(0), _f32(HIDDEN))
+    seen = op.broadcast(_f32(0), op.concat([op.shape_of(positions), past], 0))
+    return op.unsqueeze(op.concat([seen, new], 1), _i64(0, 1))
 
 
 def _rotation(positions: Any, frequencies: Any) -> tuple[Any, Any]:

@@ -86,7 +86,13 @@ def lowered(artifact: Artifact, bundle: Path) -> Any:
 def test_functions_become_bare_calls_and_the_past_becomes_states(float_decoder: Decoder, bundle: Path) -> None:
     graph = lowered(compile_graph(float_decoder.graph, bundle), bundle)
     assert list(graph.functions) == []
-    assert [i.name for i in graph.graph.input] == ["inputs_embeds", "position_ids", "logit_positions", "beam_idx"]
+    assert [i.name for i in graph.graph.input] == [
+        "inputs_embeds",
+        "position_ids",
+        "logit_positions",
+        "beam_idx",
+        "past_length",
+    ]
     assert [o.name for o in graph.graph.output] == ["logits"]
     calls = Counter(node.op_type for node in graph.graph.node if node.domain == "lensc")
     assert calls == {"RMSNorm": float_decoder.layers + 1, "CausalAttention": float_decoder.layers}
@@ -166,7 +172,10 @@ def test_int4_weights_stay_int4(int4_decoder: Decoder, bundle: Path) -> None:
 
 def test_activations_are_quantized_only_where_the_scheme_says_so(int4_decoder: Decoder, bundle: Path) -> None:
     graph = dataclasses.replace(int4_decoder.graph, scheme=f"w4a8-g{int4_decoder.group}")
-    session = open_graph(graph, bundle)
+    artifact = compile_graph(graph, bundle)
+    assert artifact.options["attention"] == "bf16"
+    session = backend.load(artifact, graph.spec, bundle, threads=1)
+    assert isinstance(session, OpenVINODecoderSession)
     embeds = int4_decoder.embeddings(1, 20)
     expected = int4_decoder.logits(embeds)
     error = step(session, session.new_cache(20), embeds) - expected
@@ -177,23 +186,23 @@ def test_activations_are_quantized_only_where_the_scheme_says_so(int4_decoder: D
 @pytest.mark.parametrize(
     ("scheme", "smallest", "expected"),
     [
-        ("f32", None, ("f32", "0", "f32")),
-        ("w4a32-g128", 128, ("f32", "0", "f32")),
-        ("w4a16-g128-kv8", 128, ("f32", "0", "u8")),
-        ("w4a16-g128", 128, ("f32", "0", "f16")),
-        ("w4a8-g128", 128, ("f32", "128", "f32")),
-        ("w8a8", None, ("f32", "128", "f32")),
-        ("w4a8-g32", 32, ("f32", "32", "f32")),
-        ("w4a8-g48", 48, ("f32", "16", "f32")),
-        ("w4a8-g8", 8, ("f32", "0", "f32")),
+        ("f32", None, ("f32", "0", "f32", "f32")),
+        ("w4a32-g128", 128, ("f32", "0", "f32", "f32")),
+        ("w4a16-g128-kv8", 128, ("f32", "0", "u8", "f32")),
+        ("w4a16-g128", 128, ("f32", "0", "f16", "f32")),
+        ("w4a8-g128", 128, ("f32", "128", "bf16", "bf16")),
+        ("w8a8", None, ("f32", "128", "bf16", "bf16")),
+        ("w4a8-g32", 32, ("f32", "32", "bf16", "bf16")),
+        ("w4a8-g48", 48, ("f32", "16", "bf16", "bf16")),
+        ("w4a8-g8", 8, ("f32", "0", "bf16", "bf16")),
     ],
 )
-def test_options(scheme: str, smallest: int | None, expected: tuple[str, str, str]) -> None:
+def test_options(scheme: str, smallest: int | None, expected: tuple[str, str, str, str]) -> None:
     options = module._options(TARGET, scheme, smallest)
-    assert (options[module.PRECISION], options[module.QUANTIZATION], options[module.KV_CACHE]) == expected
+    names = (module.PRECISION, module.QUANTIZATION, module.KV_CACHE, module.ATTENTION)
+    assert tuple(options[name] for name in names) == expected
     # OpenVINO knows all of them
-    core = ov.Core()
-    core.set_property("CPU", options)
+    ov.Core().set_property("CPU", module._properties(options))
 
 
 def test_threads(float_decoder: Decoder, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

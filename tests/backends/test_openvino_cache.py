@@ -135,7 +135,7 @@ def test_caches_of_one_session_do_not_mix(session: OpenVINODecoderSession, float
 
 @pytest.mark.parametrize(
     ("scheme", "row_bytes", "atol"),
-    [("w4a16-g32", 2 * 16, 3e-3), ("w4a16-g32-kv8", 16 + 8, 3e-2)],
+    [("w4a16-g32", 2 * 16, 3e-3), ("w4a16-g32-kv8", 16 + 8, 3e-2), ("w4a8-g32", 2 * 16, 1e-1)],
     ids=str,
 )
 def test_cache_in_fewer_bits(int4_decoder: Decoder, bundle: Path, scheme: str, row_bytes: int, atol: float) -> None:

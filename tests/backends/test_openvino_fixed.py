@@ -80,7 +80,7 @@ def test_fixed_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patches: i
     monkeypatch.setitem(module.DEVICES, "npu", "CPU")
     queries = write_tower(tmp_path / "vision.onnx")
     # the NPU decides its precision itself
-    monkeypatch.setattr(module, "_options", lambda *_: {"INFERENCE_PRECISION_HINT": "f32"})
+    monkeypatch.setattr(module, "_options", lambda *_: {"INFERENCE_PRECISION_HINT": "f32", "attention": "f32"})
     folder = tmp_path / TARGET.slug
     folder.mkdir()
     artifact = backend.compile(Graph(tower(), tmp_path / "vision.onnx", "f16", "0" * 64), TARGET, folder)
@@ -110,7 +110,7 @@ def test_products_that_no_input_reaches_are_computed_when_loaded(tmp_path: Path)
     target = Target("openvino", "cpu")
     folder = tmp_path / target.slug
     folder.mkdir()
-    artifact = backend.compile(Graph(tower(), tmp_path / "vision.onnx", "w8a8", "0" * 64), target, folder)
+    artifact = backend.compile(Graph(tower(), tmp_path / "vision.onnx", "w8a32", "0" * 64), target, folder)
     assert "i8" not in artifact.options["executed"]
     session = backend.load(artifact, tower(), tmp_path, threads=1)
     generator = np.random.default_rng(0)
