@@ -42,7 +42,8 @@ EMBEDDINGS = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
 """PEFT saves both unchanged beside the factors when one of them has an adapter."""
 
 PIECE = 4 << 20
-"""Values of a merged weight that are computed at once: 32 MB in float64."""
+"""Values of a merged weight that are computed at once: 32 MB in float64. Smaller pieces are faster on one thread, and
+several times slower on two that must wait for each other on a busy machine."""
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 _EMBEDDING_FACTOR = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?")
@@ -246,19 +247,11 @@ class MergedCheckpoint:
 
     def tensor(self, name: str) -> Tensor:
         """The tensor `name`, merged if it has an adapter, else as stored. Raises CheckpointError; KeyError if unknown."""
-        record = self.tensors[name]
         factors = self._factors(name)
         if factors is None:
             saved = self.adapter.saved.get(name)
             return self.checkpoint.tensor(name) if saved is None else self.adapter.read(saved)
-        rows, columns = record.shape
-        a = self.adapter.read(factors.a)
-        merged = torch.empty(record.shape, dtype=torch.float32)
-        step = max(1, PIECE // columns)
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            merged[start:stop] = self._merge(name, factors, a, start, stop)
-        return merged
+        return self._merged(name, factors, 0, self.tensors[name].shape[0])
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` (exclusive) of the tensor `name`; no other row of it is read. Raises as `tensor` does.
@@ -267,7 +260,7 @@ class MergedCheckpoint:
         """
         factors = self._factors(name)
         if factors is not None:
-            return self._merge(name, factors, self.adapter.read(factors.a), start, stop)
+            return self._merged(name, factors, start, stop)
         return self._stored_rows(name, start, stop)
 
     def _factors(self, name: str) -> Factors | None:
@@ -283,15 +276,22 @@ class MergedCheckpoint:
         saved = self.adapter.saved.get(name)
         return self.checkpoint.rows(name, start, stop) if saved is None else self.adapter.read_rows(saved, start, stop)
 
-    def _merge(self, name: str, factors: Factors, a: Tensor, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of the merged weight, float32; `a` is the whole factor A."""
-        merged = self._stored_rows(name, start, stop).double()
+    def _merged(self, name: str, factors: Factors, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of the merged weight, float32."""
+        rows, columns = self.tensors[name].shape
+        if not 0 <= start <= stop <= rows:
+            raise IndexError(f"tensor {name} [{rows}, {columns}] has no rows {start} to {stop}")
+        a = self.adapter.read(factors.a)
+        right = self.adapter.read(factors.b).T.double() if factors.embedding else a.double()
         scale = self.adapter.config.scale_of(name.removesuffix(".weight"))
-        if factors.embedding:
-            left, right = a[:, start:stop].T, self.adapter.read(factors.b).T
-        else:
-            left, right = self.adapter.read_rows(factors.b, start, stop), a
-        return merged.addmm_(left.double(), right.double(), alpha=scale).float()
+        merged = torch.empty((stop - start, columns), dtype=torch.float32)
+        step = max(1, PIECE // columns)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            left = a[:, first:last].T if factors.embedding else self.adapter.read_rows(factors.b, first, last)
+            weight = self._stored_rows(name, first, last).double()
+            merged[first - start : last - start] = weight.addmm_(left.double(), right, alpha=scale)
+        return merged
 
     def _check_finite(self) -> None:
         damaged = [
