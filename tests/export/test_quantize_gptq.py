@@ -204,18 +204,17 @@ before, inputs, outputs = peak(), 4096, 64
 hessian = Hessian(inputs)
 # a definite matrix without the cost of a product
 hessian.matrix.diagonal().fill_(1.0)
-hessian.matrix[:, 0] = hessian.matrix[0, :] = 1e-3
-hessian.matrix[0, 0], hessian.tokens = 1.0, 1
+hessian.tokens = 1
 quantize_gptq(torch.randn(outputs, inputs), hessian, WeightFormat.parse("w4-g128"))
 print((peak() - before) / (inputs * inputs * 4))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-def test_peak_memory_is_a_few_matrices() -> None:
-    """The Hessian and its factor (64 MiB each), what LAPACK copies for a moment, out * in and pieces of 16 MiB."""
+def test_peak_memory_is_two_matrices() -> None:
+    """The Hessian and its factor (64 MiB each); the rest is pieces of 16 MiB."""
     found = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
-    assert 1.5 < float(found.stdout) < 3.8
+    assert 1.5 < float(found.stdout) < 2.8
 
 
 def test_a_factor_can_outlive_its_hessian() -> None:
