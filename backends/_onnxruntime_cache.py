@@ -107,8 +107,10 @@ class OrtCache:
 class OrtDecoderSession:
     """See `CachedSession`. `spec` is that of the portable graph; the engine's inputs differ by its cache."""
 
-    def __init__(self, spec: GraphSpec, session: Any) -> None:
+    def __init__(self, spec: GraphSpec, session: Any, shrinking: Any) -> None:
+        """`shrinking` are the options of a prefill, whose buffers are not kept."""
         self.spec = spec
+        self._shrinking = shrinking
         self._session: Any = session
         self._binding: Any = session.io_binding()
         states = {pair.input for pair in spec.states}
@@ -183,7 +185,8 @@ class OrtDecoderSession:
                     bind.bind_output(present, "cpu", 0, np.float32, array.shape, array.ctypes.data)
                 for name, array in outputs.items():
                     bind.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-                self._session.run_with_iobinding(bind)
+                is_prefill = inputs["inputs_embeds"].shape[1] > 1
+                self._session.run_with_iobinding(bind, self._shrinking if is_prefill else None)
         finally:
             # a binding keeps addresses, not arrays: none may outlive this call
             bind.clear_binding_inputs()
