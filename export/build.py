@@ -18,6 +18,7 @@ from lensc.backends.bundle import FORMAT, Manifest, ParityRecord, load_manifest,
 from lensc.backends.errors import CheckpointError, UsageError
 
 from . import compile_stages, demo, export_stages
+from .adapter import Adapter, MergedCheckpoint
 from .checkpoint import TOKENIZER, Checkpoint
 from .compile_stages import check_supported, compile_target, portable_graphs, verify_target
 from .export_stages import TOKENIZER_CONFIG, Exported, copy_files, export_graphs
@@ -40,6 +41,7 @@ def export_checkpoint(
     out: str | Path,
     *,
     scheme: str = "f32",
+    adapter: str | Path | None = None,
     calibration: str | Path | None = None,
     max_memory: int | None = None,
     report: Report | None = None,
@@ -47,12 +49,13 @@ def export_checkpoint(
 ) -> Manifest:
     """Write the verified portable graphs of `checkpoint` (a folder, or `demo`) to the folder `out`.
 
-    `scheme` is the name of a recipe, or the path of one; `calibration` a folder of pictures for one that is calibrated
-    (by default, built-in ones); no stage may take more than `max_memory` bytes. Raises CheckpointError, TokenizerError, GraphError, ParityError, StorageError, or UsageError if `out` must not be
-    replaced. `out` is complete or untouched.
+    `scheme` is the name of a recipe, or the path of one; `adapter` a folder with a LoRA adapter in PEFT's format, merged
+    while weights are read; `calibration` a folder of pictures for a recipe that is calibrated (by default, built-in ones);
+    no stage may take more than `max_memory` bytes. Raises CheckpointError, TokenizerError, GraphError, ParityError,
+    StorageError, or UsageError if `out` must not be replaced. `out` is complete or untouched.
     """
     pictures = None if calibration is None else Path(calibration)
-    source = Source(Checkpoint(resolve_checkpoint(checkpoint)), resolve(scheme), max_memory, pictures)
+    source = Source(_opened(checkpoint, adapter), resolve(scheme), max_memory, pictures)
     total = export_stages.STAGES + source.recipe.is_calibrated + 2
     with Staging(Path(out), total=total, report=report, limit=Limit(max_memory)) as staging:
         staging.require(source.graph_bytes + source.calibrated_bytes + source.table_bytes + MARGIN_BYTES)
@@ -110,6 +113,7 @@ def build(
     out: str | Path,
     *,
     scheme: str = "f32",
+    adapter: str | Path | None = None,
     calibration: str | Path | None = None,
     max_memory: int | None = None,
     report: Report | None = None,
@@ -121,7 +125,7 @@ def build(
     `compile_graphs` do. `out` is complete or untouched.
     """
     pictures = None if calibration is None else Path(calibration)
-    source = Source(Checkpoint(resolve_checkpoint(checkpoint)), resolve(scheme), max_memory, pictures)
+    source = Source(_opened(checkpoint, adapter), resolve(scheme), max_memory, pictures)
     check_supported(source.specs, source.schemes, targets)
     total = export_stages.STAGES + source.recipe.is_calibrated + (compile_stages.STAGES + 1) * len(targets) + 2
     with Staging(Path(out), total=total, report=report, limit=Limit(max_memory)) as staging:
@@ -145,6 +149,12 @@ def build(
         return staging.publish(lambda folder: write_manifest(folder, manifest))
 
 
+def _opened(checkpoint: str | Path, adapter: str | Path | None) -> Checkpoint | MergedCheckpoint:
+    """The checkpoint, with the adapter merged into it if there is one. Raises CheckpointError."""
+    opened = Checkpoint(resolve_checkpoint(checkpoint))
+    return opened if adapter is None else MergedCheckpoint(opened, Adapter(adapter))
+
+
 def resolve_checkpoint(name: str | Path) -> Path:
     """The folder that `name` means: `demo` is the checkpoint that is shipped with lensc."""
     if str(name) != "demo":
@@ -158,6 +168,8 @@ def _manifest(
     source: Source, exported: Exported, artifacts: tuple[Artifact, ...], staging: Staging, command: str
 ) -> Manifest:
     metadata = {} if source.recipe.is_float else {"recipe": source.recipe.to_toml()}
+    if isinstance(source.checkpoint, MergedCheckpoint):
+        metadata["adapter"] = f"{source.checkpoint.adapter.folder.name}, sha256 {source.checkpoint.adapter.sha256}"
     if source.calibration is not None:
         metadata["calibration"] = str(source.calibration)
     return Manifest(

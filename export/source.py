@@ -15,6 +15,7 @@ from lensc.backends.errors import TokenizerError, UsageError
 from lensc.runtime.prompt import Tokenizer
 
 from . import demo
+from .adapter import MergedCheckpoint
 from .calibration import CalibrationSet, calibration_set
 from .checkpoint import Checkpoint, WeightSource
 from .graph import GraphSpec
@@ -39,7 +40,11 @@ class Source:
     """A checkpoint, and what is made from it once, when the first stage needs it."""
 
     def __init__(
-        self, checkpoint: Checkpoint, recipe: Recipe, max_memory: int | None = None, calibration: Path | None = None
+        self,
+        checkpoint: Checkpoint | MergedCheckpoint,
+        recipe: Recipe,
+        max_memory: int | None = None,
+        calibration: Path | None = None,
     ) -> None:
         """Check what can be checked without reading weights. Raises CheckpointError, TokenizerError or UsageError.
 

@@ -165,6 +165,8 @@ def _memory(verb: Parser) -> None:
 
 
 def _scheme(verb: Parser) -> None:
+    text = "folder of a LoRA adapter in PEFT's format, merged into the checkpoint while it is read"
+    verb.add_argument("--adapter", metavar="FOLDER", help=text)
     text = "how weights are stored: f32 (the default), int8, int4, int4-g32, int4-asym, int4-gptq, int4-g32-gptq, or a "
     verb.add_argument("--scheme", metavar="SCHEME", default="f32", help=text + "recipe file (.toml)")
     text = "pictures for a scheme that is calibrated (gptq), with questions.json if there are questions and answers; "
@@ -205,6 +207,7 @@ def _export(options: argparse.Namespace) -> int:
             options.checkpoint,
             options.output,
             scheme=options.scheme,
+            adapter=options.adapter,
             calibration=options.calibration,
             max_memory=_bytes(options.max_memory),
             report=_reporter(progress),
@@ -238,6 +241,7 @@ def _build(options: argparse.Namespace) -> int:
             targets,
             options.output,
             scheme=options.scheme,
+            adapter=options.adapter,
             calibration=options.calibration,
             max_memory=_bytes(options.max_memory),
             report=_reporter(progress),

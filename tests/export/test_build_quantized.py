@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import lensc
 from lensc.backends.base import Target
 from lensc.backends.bundle import Manifest, load_manifest
-from lensc.backends.errors import GraphError, StorageError, UsageError
+from lensc.backends.errors import CheckpointError, GraphError, StorageError, UsageError
 from lensc.export import export_stages, writer
 from lensc.export.build import build, export_checkpoint
 from lensc.export.checkpoint import Checkpoint
@@ -220,3 +220,44 @@ def test_a_recipe_that_the_engine_cannot_run_says_the_nearest(checkpoint: Path, 
     arguments: dict[str, Any] = {"scheme": str(path)}
     with pytest.raises(GraphError, match="nearest are groups"):
         build(checkpoint, [ORT], tmp_path / "b", **arguments)
+
+
+def write_adapter(folder: Path, scale: float) -> Path:
+    """A LoRA adapter of rank 2 on the layer's q_proj, in PEFT's format; `scale` 0 changes nothing."""
+    generator = torch.Generator().manual_seed(0)
+    key = "base_model.model.llm.model.layers.0.self_attn.q_proj"
+    folder.mkdir()
+    factors = {
+        f"{key}.lora_A.weight": torch.randn(2, 256, generator=generator),
+        f"{key}.lora_B.weight": torch.randn(256, 2, generator=generator) * scale,
+    }
+    save_file(factors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none"}
+    config["target_modules"] = r"llm\..*q_proj"
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_an_adapter_is_merged_while_weights_stream(checkpoint: Path, recipe: str, graphs: Path, tmp_path: Path) -> None:
+    """Of all weights only the one it is for differs, and that is the merged one, rounded once."""
+    adapter = write_adapter(tmp_path / "lora", 0.1)
+    manifest = export_checkpoint(checkpoint, tmp_path / "g", scheme=recipe, adapter=adapter)
+    assert manifest.metadata["adapter"].startswith("lora, sha256 ")
+    assert manifest.provenance.checkpoint_sha256 != load_manifest(graphs).provenance.checkpoint_sha256
+    source = Checkpoint(checkpoint)
+    merged, plain = (
+        PortableWeights({name: folder / name / "model.onnx" for name in ("vision", "decoder")}, source)
+        for folder in (tmp_path / "g", graphs)
+    )
+    name = "llm.model.layers.0.self_attn.q_proj.weight"
+    assert [n for n in source.tensors if not torch.equal(merged.tensor(n), plain.tensor(n))] == [name]
+    stored = load_file(adapter / "adapter_model.safetensors")
+    a, b = (stored[f"base_model.model.{name.removesuffix('.weight')}.lora_{x}.weight"].double() for x in "AB")
+    wanted = (source.tensor(name).double() + 4 / 2 * b @ a).float()
+    assert torch.equal(merged.tensor(name), expected(name, wanted, recipe))
+
+
+def test_an_adapter_that_is_none_is_refused_before_any_work(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nothing"):
+        export_checkpoint(checkpoint, tmp_path / "g", adapter=tmp_path / "nothing")
+    assert list(tmp_path.iterdir()) == []
