@@ -16,7 +16,7 @@ import numpy.typing as npt
 from lensc.export.graph import GraphSpec
 
 from ._openvino_lower import BEAMS, PAST
-from ._openvino_session import bind, engine, engine_errors, readable, writeable
+from ._openvino_session import Weights, bind, engine, engine_errors, readable, writeable
 from .base import Array, Cache, check_feeds, check_out
 from .errors import ExecutionError, PromptError, UsageError
 
@@ -116,9 +116,10 @@ class OpenVINOCache:
 class OpenVINODecoderSession:
     """See `CachedSession`. `spec` is that of the portable graph; in the engine its states are no inputs."""
 
-    def __init__(self, spec: GraphSpec, compiled: Any, kv_precision: str) -> None:
+    def __init__(self, spec: GraphSpec, compiled: Any, weights: Weights, kv_precision: str) -> None:
         self.spec = spec
         self._compiled: Any = compiled
+        self._weights = weights
         self._kv_precision = kv_precision
         states = {name for pair in spec.states for name in (pair.input, pair.output)}
         self._step_spec = GraphSpec(
@@ -161,6 +162,7 @@ class OpenVINODecoderSession:
             cache.whole = False
             cache.request.infer()
         cache.whole = True
+        self._weights.used()
         cache.beams = np.arange(cache.batch, dtype=np.int32)
         cache.length += sizes["tokens"]
         return outputs

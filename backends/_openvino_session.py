@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +22,9 @@ NAME = "openvino"
 INSTALL = "pip install 'lensc[openvino]'"
 
 MESSAGE_LENGTH = 400
+
+MADV_DONTNEED = 4
+"""Linux's number, from its header mman-common.h."""
 
 _WHERE = re.compile(r"(?:Exception from|Check '[^']*' failed at) \S+:\d+:\s*|FrontEnd API failed with \w+:\s*")
 """Where in OpenVINO's source a message was made, which stands before it at every level."""
@@ -74,12 +81,39 @@ def writeable(spec: GraphSpec, shapes: Mapping[str, tuple[int, ...]], given: Map
     }
 
 
+class Weights:
+    """The files that a compiled model maps its weights from."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = {os.path.realpath(path) for path in paths}
+
+    def used(self) -> None:
+        """To be called after a run: gives the memory of the files back, once.
+
+        The first run packs weights into memory of the engine's own and never looks at the files again, but their pages
+        would stay in this process's memory: 4 GB of an 8 GB decoder. A page that is needed after all is read again.
+        Only Linux is told; elsewhere the system finds out by itself when memory is short.
+        """
+        paths, self._paths = self._paths, set()
+        if not paths or sys.platform != "linux":
+            return
+        advise = ctypes.CDLL(None).madvise
+        with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
+            for line in maps:
+                addresses, access, *_, name = line.rstrip("\n").split(maxsplit=5)
+                # what this process has written to is not in the file
+                if name in paths and "w" not in access:
+                    start, end = (int(address, 16) for address in addresses.split("-"))
+                    advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
+
+
 class OpenVINOSession:
     """A graph without states. Arrays are handed to the engine by address, in and out."""
 
-    def __init__(self, spec: GraphSpec, compiled: Any) -> None:
+    def __init__(self, spec: GraphSpec, compiled: Any, weights: Weights) -> None:
         self.spec = spec
         self._request: Any = compiled.create_infer_request()
+        self._weights = weights
 
     def run(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """Run once; see `Session.run`. Feeds that are not C-contiguous or read-only are copied."""
@@ -93,6 +127,7 @@ class OpenVINOSession:
             bind(self._request, inputs)
             bind(self._request, outputs)
             self._request.infer()
+        self._weights.used()
         return outputs
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ from lensc.profiles import probe
 from ._openvino_cache import OpenVINODecoderSession
 from ._openvino_fixed import FixedSession, cannot_be_fixed, shapes_at, sizes_of
 from ._openvino_lower import BEAMS, PAST, lower, read
-from ._openvino_session import NAME, OpenVINOSession, engine, engine_errors
+from ._openvino_session import NAME, OpenVINOSession, Weights, engine, engine_errors
 from .base import Artifact, Probe, Session, Target, check_compatibility, check_interface, file_record
 from .errors import ExecutionError, StorageError, UnavailableError, UnsupportedError
 
@@ -150,9 +150,10 @@ class OpenVINO:
             if artifact.target.processor == "npu":
                 return FixedSession(spec, functools.partial(_compile_at, ov, model, device, options))
             compiled = _core(ov).compile_model(model, device, options)
+        weights = Weights([bundle / record.path for record in artifact.files[1:]])
         if not model.get_variables():
-            return OpenVINOSession(spec, compiled)
-        return OpenVINODecoderSession(spec, compiled, options[KV_CACHE])
+            return OpenVINOSession(spec, compiled, weights)
+        return OpenVINODecoderSession(spec, compiled, weights, options[KV_CACHE])
 
 
 def _state(kind: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,6 +164,35 @@ def test_what_is_put_into_a_state_is_the_engines_own(session: OpenVINODecoderSes
         array[:] = np.nan
     got = step(session, cache, embeds[:, 5:])
     np.testing.assert_allclose(got, float_decoder.logits(embeds)[:, 5:], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone is told")
+def test_pages_of_the_weights_are_given_back_once(
+    float_decoder: Decoder, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the first run, which packs them; what is computed afterwards is the same."""
+    advised: list[tuple[int, int, int]] = []
+    real = ctypes.CDLL(None).madvise
+
+    class Libc:
+        def __init__(self, name: None) -> None:
+            pass
+
+        def madvise(self, start: ctypes.c_void_p, length: ctypes.c_size_t, advice: int) -> int:
+            advised.append((start.value or 0, length.value, advice))
+            return int(real(start, length, advice))
+
+    monkeypatch.setattr(ctypes, "CDLL", Libc)
+    session = open_graph(float_decoder.graph, bundle)
+    embeds = float_decoder.embeddings(1, 6)
+    cache = session.new_cache(6)
+    got = [step(session, cache, embeds[:, i : i + 2]) for i in range(0, 6, 2)]
+    np.testing.assert_allclose(np.concatenate(got, axis=1), float_decoder.logits(embeds), atol=2e-5, rtol=1e-5)
+    ((start, length, advice),) = advised
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    (mapping,) = (line.split() for line in maps if line.endswith(f"{bundle}/{TARGET.slug}/decoder.onnx.data"))
+    assert mapping[0] == f"{start:x}-{start + length:x}" and mapping[1].startswith("r-")
+    assert (length, advice) == (-(-float_decoder.graph.path.with_suffix(".onnx.data").stat().st_size // 4096) * 4096, 4)
 
 
 def test_full_context_is_a_prompt_error(session: OpenVINODecoderSession, float_decoder: Decoder) -> None:
