@@ -22,6 +22,9 @@ from lensc.backends.errors import InputError, LensError
 from . import record
 
 FILES = ("README.md", "docs/cli.md")
+ALLOWED_LOSS = 2.0
+"""Points of exact match that a scheme may lose on the demo model without a mark beside its name."""
+
 _PART = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -35,6 +38,32 @@ def demo_accuracy(root: Path) -> str:
         sign = "≤" if row["unit"] == "% errors" else "≥"
         goal = f"{sign} {row['limit']:g} %" if "limit" in row else ""
         lines.append(f"| {row['what']} | {row['lensc']:.1f} % | {interval} | {goal} |")
+    return "\n".join(lines) + f"\n\n{_reproduce(found)}"
+
+
+def schemes(root: Path) -> str:
+    """What each scheme costs on the demo model."""
+    found, rows = _rows(root, "demo_accuracy", "python -m lensc.bench.schemes")
+    table: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        scheme, what = row["what"].split(": ")
+        table.setdefault(scheme, {})[what] = row
+    lines = [
+        "| scheme | lines exact | page character errors | questions exact | size | decode | first token | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for scheme, of in table.items():
+        cells, lost = [], 0.0
+        for task in ("line", "page", "question"):
+            row = of[task]
+            change = row["lensc"] - row.get("rival_value", row["lensc"])
+            lost = max(lost, -change if row["unit"] == "%" else change)
+            cells.append(f"{row['lensc']:.1f} %" + (f" ({change:+.1f})" if "rival_value" in row else ""))
+        size, decode, first = (of[what]["lensc"] for what in ("size", "decode", "first token"))
+        mark = f"loses more than {ALLOWED_LOSS:g} points" if lost > ALLOWED_LOSS else ""
+        lines.append(
+            f"| `{scheme}` | {' | '.join(cells)} | {size:.1f} MB | {decode:.0f} tok/s | {first:.1f} ms | {mark} |"
+        )
     return "\n".join(lines) + f"\n\n{_reproduce(found)}"
 
 
@@ -82,6 +111,7 @@ def command_line(_: Path) -> str:
 PARTS: dict[str, Callable[[Path], str]] = {
     "demo_accuracy": demo_accuracy,
     "demo_speed": demo_speed,
+    "schemes": schemes,
     "startup": startup,
     "command_line": command_line,
 }
