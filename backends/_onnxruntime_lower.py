@@ -125,7 +125,7 @@ class _Lowering:
         """Whether any key of any slice has a bias: bool[]."""
         if bias.name not in self._masked:
             low = self._insert(before, self._node("", "ReduceMin", [bias], {"keepdims": 0}))
-            zero = self._constant(np.float32(0), "zero")
+            zero = self._constant(np.array(0, np.float32), "zero")
             self._masked[bias.name] = self._insert(before, self._node("", "Less", [low, zero]))
         return self._masked[bias.name]
 
