@@ -32,6 +32,7 @@ from lensc.export.memory import Limit, resident_bytes
 from lensc.export.models.config import ModelConfig
 from lensc.export.models.linears import LinearRows, linear_rows, linear_shapes, shared_input
 from lensc.export.models.streamed import HEAD_BYTES, StreamedModel
+from lensc.export.shards import listed
 from lensc.runtime.picture import vision_feeds
 
 from .calibrated import SUFFIX, block_path, is_complete, read_block, write_block
@@ -86,8 +87,12 @@ def calibrate(
 
     model = StreamedModel(weights, config, after_block=done)
     linears = {name: format for name, format in formats.items() if name != EMBEDDING}
+    for_decoder = [name for name in linears if name.startswith("llm.")]
+    for_vision = [name for name in linears if name not in for_decoder]
     picture, width = spec.picture, spec.decoder.hidden_size
     slices = [_SliceFeeds(pixels, sample, picture, width) for sample in data.samples for pixels in sample.slices]
+    if for_vision and not slices:
+        raise InputError("the calibration data have no picture, but the vision graph is to be calibrated")
     prompts = _decoder_feeds(data.samples, spec)
     wanted = [["logits"] if f"{HEAD}.weight" in linears else [] for _ in prompts]
     needed = footprint(model, slices, prompts, wanted, linears, linear_shapes(weights.tensors))
@@ -98,16 +103,19 @@ def calibrate(
         if not is_complete(path, key):
             path.unlink()
     rounder = _Rounder(linears, folder, key)
-    embeds: Iterator[Array] = iter([])
-    if slices:
-        hooks = rounder.hooks(name for name in linears if not name.startswith("llm."))
-        embeds = iter([outputs["image_embeds"][0] for outputs in model.run_vision(slices, **hooks)])
-    for sample, feeds in zip(data.samples, prompts, strict=True):
-        rows = _embedding_rows(weights, sample.ids, EMBEDDING in formats)
-        for start, stop in sample.image_bounds.tolist():
-            rows[start:stop] = next(embeds)
-        feeds["inputs_embeds"] = rows[None]
-    model.run_decoder(prompts, wanted, **rounder.hooks(name for name in linears if name.startswith("llm.")))
+    outputs = model.run_vision(slices, **rounder.hooks(for_vision)) if slices else []
+    if for_decoder:
+        embeds = iter([output["image_embeds"][0] for output in outputs])
+        for sample, feeds in zip(data.samples, prompts, strict=True):
+            rows = _embedding_rows(weights, sample.ids, EMBEDDING in formats)
+            for start, stop in sample.image_bounds.tolist():
+                rows[start:stop] = next(embeds)
+            feeds["inputs_embeds"] = rows[None]
+        del outputs, embeds
+        model.run_decoder(prompts, wanted, **rounder.hooks(for_decoder))
+    absent = [name for name in linears if name not in rounder.rounded]
+    if absent:
+        raise InputError(f"the calibration data never reach {listed(absent)}; calibrate with other data")
     return CalibrationRecord(data.source, data.pictures, data.slices, data.tokens, data.sha256), rounder.files
 
 
@@ -124,20 +132,24 @@ def footprint(
     shapes: (outputs, inputs) of every linear.
     """
     most = 0
-    runs = [
-        ("llm.", model.decoder_footprint(prompts, wanted), sum(feeds["inputs_embeds"].nbytes for feeds in prompts)),
-        *([("", model.vision_footprint(slices), sum(f["patches"].nbytes for f in slices))] if slices else []),
-    ]
-    for prefix, run, feeds in runs:
+    for is_decoder, run, feeds in (
+        (True, model.decoder_footprint(prompts, wanted), prompts),
+        (False, model.vision_footprint(slices) if slices else None, slices),
+    ):
+        if run is None:
+            continue
+        given = sum(feed["inputs_embeds" if is_decoder else "patches"].nbytes for feed in feeds)
+        held = run.activations + run.block + given + (0 if is_decoder else run.outputs)
+        most = max(most, held + run.working)
         blocks: dict[str, list[str]] = {}
         for name in formats:
-            if name.startswith("llm.") == bool(prefix):
+            if name.startswith("llm.") == is_decoder:
                 blocks.setdefault(_block_of(name), []).append(name)
-        held = run.activations + run.outputs + run.block + feeds
-        most = max(most, held + run.working)
-        for names in blocks.values():
+        for block, names in blocks.items():
             observing, rounding = _block_bytes(names, formats, shapes)
-            most = max(most, held + run.working + observing, held + rounding)
+            # logits are made behind the last layer
+            made = run.outputs if block == HEAD else 0
+            most = max(most, held + made + max(run.working + observing, rounding))
     return most
 
 
@@ -263,6 +275,7 @@ class _Rounder:
 
     def __init__(self, formats: Mapping[str, WeightFormat], folder: Path, key: str) -> None:
         self.files: list[Path] = []
+        self.rounded: set[str] = set()
         self._formats = formats
         self._folder = folder
         self._key = key
@@ -314,6 +327,7 @@ class _Rounder:
         self.files.append(path)
         for rows in linears:
             rows.weight.copy_(dequantize(made.pop(rows.name)))
+            self.rounded.add(rows.name)
 
     def _round(self, linears: Sequence[LinearRows]) -> dict[str, QuantizedWeight]:
         """Round a block's linears, small inputs first: their statistics are gone when the largest are factored."""

@@ -1,8 +1,8 @@
 """Quantized weights on disk, chosen before the graphs are written: a file for each block of the model.
 
 A file is safetensors: for a weight `W` the packed values `W` uint8[out, bytes] (see `weights.pack`), `W.scale`
-float32[out, groups] and, for asymmetric formats, `W.zero_point` uint8[out, groups]. Its metadata hold the key of all
-that the values follow from, and for each weight its format, its inputs, and the row that the file begins with.
+float32[out, groups] and, for asymmetric formats, `W.zero_point` uint8[out, groups]. Its metadata hold, as JSON,
+the key of all that the values follow from, and for each weight its format, its inputs, and the row that it begins with.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .linears import SCALE, ZERO_POINT
 from .weights import QuantizedWeight, WeightFormat, pack, unpack
 
 SUFFIX = ".calibrated.safetensors"
+METADATA = "calibrated"
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Calibrated:
 
 def block_path(folder: Path, block: str) -> Path:
     """The file of the block `block` of a `StreamedModel`."""
-    return folder / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', block).rstrip('-')}{SUFFIX}"
+    return folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', block).rstrip('-')}{SUFFIX}"
 
 
 def write_block(path: Path, weights: Mapping[str, QuantizedWeight], key: str, first: int = 0) -> None:
@@ -94,7 +95,8 @@ def write_block(path: Path, weights: Mapping[str, QuantizedWeight], key: str, fi
             tensors[name + ZERO_POINT] = weight.zero_points.contiguous().numpy()
         described[name] = {"format": str(weight.format), "inputs": weight.shape[1], "first": first}
     partial = path.with_name(path.name + PARTIAL)
-    save_file(tensors, partial, {"key": key, "weights": json.dumps(described)})
+    # one entry, as several come in an order of their own each time
+    save_file(tensors, partial, {METADATA: json.dumps({"key": key, "weights": described})})
     os.replace(partial, path)
 
 
@@ -115,13 +117,13 @@ def _header(path: Path) -> tuple[str, dict[str, _Piece]]:
     """The key, and what is in the file. Raises GraphError."""
     try:
         with safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
+            about = json.loads((file.metadata() or {})[METADATA])
             pieces = {}
-            for name, entry in json.loads(metadata["weights"]).items():
+            for name, entry in about["weights"].items():
                 count = file.get_slice(name).get_shape()[0]
                 format = WeightFormat.parse(entry["format"])
                 pieces[name] = _Piece(path, format, entry["inputs"], entry["first"], entry["first"] + count)
-            return metadata["key"], pieces
+            return about["key"], pieces
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise GraphError(f"{path}: not a file of calibrated weights ({error}); calibrate again") from error
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import lensc
 from lensc.backends.base import Target
-from lensc.backends.bundle import load_manifest, write_manifest
+from lensc.backends.bundle import Manifest, load_manifest, write_manifest
 from lensc.backends.errors import (
     CheckpointError,
     IntegrityError,
@@ -33,6 +34,10 @@ from lensc.export import compile_stages, engines, export_stages, stages, verify
 from lensc.export.build import build, compile_graphs, export_checkpoint, resolve_checkpoint
 from lensc.export.checkpoint import Checkpoint
 from lensc.export.models.session import torch_sessions
+from lensc.export.portable import PortableWeights
+from lensc.export.quantize import calibrate
+from lensc.export.quantize.calibrated import write_block
+from lensc.export.quantize.weights import WeightFormat, dequantize, quantize_rtn
 from lensc.export.stages import StageEvent
 from lensc.runtime.pipeline import VLM
 from lensc.runtime.prompt import Tokenizer
@@ -167,6 +172,54 @@ def test_space_is_checked_before_the_work(checkpoint: Path, tmp_path: Path, monk
     with pytest.raises(StorageError, match=r"about .* are needed, 1\.05 MB are free"):
         build(checkpoint, [ORT], tmp_path / "out", report=events.append)
     assert events == []
+
+
+def test_calibrated_weights_are_those_of_the_graphs_and_survive_an_interruption(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, pictures, out = tmp_path / "mine.toml", tmp_path / "pictures", tmp_path / "graphs"
+    recipe.write_text(
+        'format = 1\nmethod = "gptq"\n[weights]\n"vpm.*" = "w8"\n"resampler.*" = "w4-g64"\n"llm.*_proj.weight" = "w3-g32-asym"\n'
+        '"llm.lm_head.weight" = "w4-g128"'
+    )
+    pictures.mkdir()
+    Image.linear_gradient("L").resize((90, 60)).save(pictures / "a.png")
+    events: list[StageEvent] = []
+
+    def made() -> Manifest:
+        events.clear()
+        return export_checkpoint(checkpoint, out, scheme=str(recipe), calibration=pictures, report=events.append)
+
+    written: list[str] = []
+
+    def write(path: Path, *rest: Any) -> None:
+        if path.name.startswith("llm.lm_head") and not written.count("again"):
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write_block(path, *rest)
+
+    monkeypatch.setattr(calibrate, "write_block", write)
+    with pytest.raises(KeyboardInterrupt):
+        made()
+    assert "resampler.calibrated.safetensors" in written and "llm.model.layers.0.calibrated.safetensors" in written
+    written[:] = ["again"]
+    manifest = made()
+    assert written == ["again", "llm.lm_head-0-1280.calibrated.safetensors"]
+    assert [e.stage for e in events if e.state == "done"][:2] == ["calibrate", "golden probes"]
+    against = {record.against for record in manifest.parity if not record.tolerance.startswith("none")}
+    assert against == {"torch float32, quantized weights"} and all(record.passed for record in manifest.parity)
+    assert manifest.metadata["calibration"].startswith("folder pictures: 1 pictures, 1 slices, ")
+    portable = {name: out / str(record.file) for name, record in manifest.graphs.items()}
+    weights = PortableWeights(portable, Checkpoint(checkpoint))
+    name = "llm.model.layers.0.mlp.down_proj.weight"
+    stored = Checkpoint(checkpoint).tensor(name).float()
+    plain = dequantize(quantize_rtn(stored, WeightFormat(3, 32, symmetric=False)))
+    assert not torch.equal(weights.tensor(name), plain) and float((weights.tensor(name) - stored).abs().max()) < 0.1
+    # another picture, other values
+    Image.radial_gradient("L").resize((90, 60)).save(pictures / "a.png")
+    assert made().graphs["decoder"].sha256 != manifest.graphs["decoder"].sha256
+    with pytest.raises(UsageError, match="the recipe int8 rounds to the nearest and looks at no pictures"):
+        build(checkpoint, [ORT], tmp_path / "x", scheme="int8", calibration=pictures)
 
 
 def test_demo_is_the_shipped_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
