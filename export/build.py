@@ -58,6 +58,7 @@ def export_checkpoint(
     source = Source(_opened(checkpoint, adapter), resolve(scheme), max_memory, pictures)
     total = export_stages.STAGES + source.recipe.is_calibrated + 2
     with Staging(Path(out), total=total, report=report, limit=Limit(max_memory)) as staging:
+        staging.limit.require(source.memory_bytes, "the build")
         staging.require(source.graph_bytes + source.calibrated_bytes + source.table_bytes + MARGIN_BYTES)
         exported = export_graphs(staging, source, staging.tree)
         manifest = _manifest(source, exported, (), staging, command)
@@ -129,6 +130,7 @@ def build(
     check_supported(source.specs, source.schemes, targets)
     total = export_stages.STAGES + source.recipe.is_calibrated + (compile_stages.STAGES + 1) * len(targets) + 2
     with Staging(Path(out), total=total, report=report, limit=Limit(max_memory)) as staging:
+        staging.limit.require(source.memory_bytes, "the build")
         graphs = source.graph_bytes * (1 + len(targets)) + source.calibrated_bytes
         staging.require(graphs + source.table_bytes + MARGIN_BYTES)
         work = staging.folder / WORK

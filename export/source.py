@@ -30,10 +30,14 @@ from .quantize.calibrate import CalibrationRecord
 from .quantize.linears import TURNED
 from .quantize.recipe import EMBEDDING, Recipe
 from .quantize.weights import WeightFormat, dequantize
+from .verify import probe_feeds
 from .writer import Quantize, round_to_nearest
 
 HELD_BYTES = 1 << 30
 """What a build takes besides the reference model: torch, an engine, activations."""
+
+WORK_BYTES = 128 << 20
+"""Pieces of weights, read, rounded and packed."""
 
 
 class Source:
@@ -115,9 +119,23 @@ class Source:
     @cached_property
     def is_streamed(self) -> bool:
         """Whether the reference model is too large to be held twice, as it is and with the recipe's weights."""
-        held = 4 * sum(prod(record.shape) for record in self.checkpoint.tensors.values())
         room = available_bytes() // 2 if self._max_memory is None else self._max_memory
-        return HELD_BYTES + (1 if self.recipe.is_float else 2) * held > room
+        return HELD_BYTES + (1 if self.recipe.is_float else 2) * self._held_bytes > room
+
+    @property
+    def _held_bytes(self) -> int:
+        """Bytes of the reference model in memory."""
+        return 4 * sum(prod(record.shape) for record in self.checkpoint.tensors.values())
+
+    @property
+    def memory_bytes(self) -> int:
+        """What a build takes at least: this process, a piece of work, and the reference model or its largest block."""
+        if not self.is_streamed:
+            return resident_bytes() + WORK_BYTES + (1 if self.recipe.is_float else 2) * self._held_bytes
+        model = StreamedModel(self.checkpoint, self.checkpoint.config)
+        passes = (model.vision_footprint, model.decoder_footprint)
+        feeds = (probe_feeds(self.specs[name]) for name in ("vision", "decoder"))
+        return resident_bytes() + WORK_BYTES + max(of([feed]).total for of, feed in zip(passes, feeds, strict=True))
 
     def streamed(self, weights: WeightSource) -> StreamedModel:
         """The reference model on `weights`, a block at a time."""
