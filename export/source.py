@@ -50,7 +50,8 @@ class Source:
         max_memory: int | None = None,
         calibration: Path | None = None,
     ) -> None:
-        """Check what can be checked without reading weights. Raises CheckpointError, TokenizerError or UsageError.
+        """Check what can be checked without reading weights. Raises CheckpointError, TokenizerError, UsageError, and
+        InputError or PictureError for calibration pictures that do not do.
 
         `max_memory` bytes decide, and without them the memory that is free, whether the reference model is held in
         memory or streamed from its files. `calibration` is a folder of pictures, for a recipe that is calibrated.
@@ -76,6 +77,8 @@ class Source:
                 f"{checkpoint.tokenizer}: has {self.tokenizer.vocab_size} tokens, the embedding table has {rows} rows; "
                 "take both from the same checkpoint"
             )
+        if recipe.is_calibrated:
+            _ = self.calibration_data  # pictures that cannot be read are known before any work
 
     @property
     def graph_bytes(self) -> int:
@@ -95,7 +98,7 @@ class Source:
 
     @cached_property
     def calibration_data(self) -> CalibrationSet:
-        """What a recipe that is calibrated is shown. Raises InputError or PictureError for a folder that does not do."""
+        """What a recipe that is calibrated is shown."""
         is_demo = self.checkpoint.folder.resolve() == demo.CHECKPOINT.resolve()
         return calibration_set(self.spec, self.tokenizer, self._calibration_folder, is_demo=is_demo)
 

@@ -24,6 +24,7 @@ from lensc.backends.errors import (
     IntegrityError,
     ManifestError,
     ParityError,
+    PictureError,
     StorageError,
     TokenizerError,
     UnsupportedError,
@@ -218,6 +219,10 @@ def test_calibrated_weights_are_those_of_the_graphs_and_survive_an_interruption(
     # another picture, other values
     Image.radial_gradient("L").resize((90, 60)).save(pictures / "a.png")
     assert made().graphs["decoder"].sha256 != manifest.graphs["decoder"].sha256
+    (pictures / "b.png").write_bytes(b"no picture")
+    with pytest.raises(PictureError, match=r"1 of 2 pictures cannot be read: .*b\.png"):
+        build(checkpoint, [ORT], tmp_path / "x", scheme=str(recipe), calibration=pictures)
+    assert not (tmp_path / "x.partial").exists()
     with pytest.raises(UsageError, match="the recipe int8 rounds to the nearest and looks at no pictures"):
         build(checkpoint, [ORT], tmp_path / "x", scheme="int8", calibration=pictures)
 
