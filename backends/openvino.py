@@ -49,9 +49,9 @@ ATTENTION = "attention"
 
 LATENCY = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
 
-QUANTIZATION_GROUP, SMALLEST_GROUP = 128, 16
-"""Inputs of a product are quantized in groups of that many values. A product whose weights have smaller groups would
-silently be computed in float; a group is a multiple of a vector of 16."""
+QUANTIZATION_GROUPS = (384, 128, 64, 32, 16)
+"""Inputs of a product are quantized in groups of that many values: the first of these that fits, which is the fastest.
+A product whose weights have other groups, or fewer inputs, would silently be computed in float."""
 
 HELD = frozenset({"Const", "Input", "Output", "MemoryInput", "MemoryOutput"})
 """Nodes of OpenVINO's runtime graph that compute nothing."""
@@ -108,8 +108,8 @@ class OpenVINO:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             try:
-                names, smallest_group = _save(graph, folder)
-                options = _options(target, graph.scheme, smallest_group)
+                names, group = _save(graph, folder)
+                options = _options(target, graph.scheme, group)
                 with engine_errors(str(graph.path)):
                     model = read(folder / names[0], options[ATTENTION])
                     if target.processor == "npu":
@@ -180,8 +180,8 @@ def _full_name(ov: Any, device: str) -> str | None:
     return str(core.get_property(device, "FULL_DEVICE_NAME"))
 
 
-def _options(target: Target, scheme: str, smallest_group: int | None) -> dict[str, str]:
-    """Properties of a graph whose weights have groups of at least `smallest_group` inputs, and our own `ATTENTION`.
+def _options(target: Target, scheme: str, group: int) -> dict[str, str]:
+    """Properties of a graph whose inputs can be quantized in groups of `group`, and our own `ATTENTION`.
 
     What the scheme does not reduce is computed in float32, for which OpenVINO has to be told: on a CPU with bfloat16 it
     would choose that. Where products are in 8 bits, attention is in bfloat16 (a quarter of the time of a prefill of
@@ -194,10 +194,9 @@ def _options(target: Target, scheme: str, smallest_group: int | None) -> dict[st
     on_cpu, bits = target.processor == "cpu", parsed.activation_bits
     attention = "bf16" if on_cpu and bits == 8 else "f32"
     kv_bits = parsed.kv_bits or (16 if bits == 16 else None)
-    group = math.gcd(QUANTIZATION_GROUP, smallest_group or QUANTIZATION_GROUP) if bits == 8 else 0
     return LATENCY | {
         PRECISION: "f16" if bits == 16 and not on_cpu else "f32",
-        QUANTIZATION: str(group if group >= SMALLEST_GROUP else 0),
+        QUANTIZATION: str(group if bits == 8 else 0),
         KV_CACHE: {8: "u8", 16: "f16"}[kv_bits] if kv_bits else attention,
         ATTENTION: attention,
     }
@@ -208,10 +207,10 @@ def _properties(options: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in options.items() if name in (*LATENCY, PRECISION, QUANTIZATION, KV_CACHE)}
 
 
-def _save(graph: Graph, folder: Path) -> tuple[list[str], int | None]:
+def _save(graph: Graph, folder: Path) -> tuple[list[str], int]:
     """Write the lowered graph and its weights into `folder`.
 
-    Returns the files' names, the graph's first, and the smallest group of inputs that share a scale, None without any.
+    Returns the files' names, the graph's first, and the groups that inputs can be quantized in.
     Raises UnavailableError, ExecutionError, GraphError.
     """
     try:
@@ -224,7 +223,7 @@ def _save(graph: Graph, folder: Path) -> tuple[list[str], int | None]:
     except (OSError, DecodeError, ValueError) as error:
         raise ExecutionError(f"{graph.path}: onnx cannot read it: {' '.join(str(error).split())}") from error
     lower(model, graph.spec)
-    smallest_group = _smallest_group(model, graph.spec)
+    group = _quantization_group(model, graph.spec)
     entries = [e for tensor in model.graph.initializer for e in tensor.external_data if e.key == "location"]
     sources = sorted({entry.value for entry in entries})
     strange = [name for name in sources if Path(name).name != name or name == f"{graph.spec.name}.onnx"]
@@ -239,29 +238,30 @@ def _save(graph: Graph, folder: Path) -> tuple[list[str], int | None]:
         except OSError:
             shutil.copyfile(source, folder / name)
     (folder / f"{graph.spec.name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
-    return [f"{graph.spec.name}.onnx", *sources], smallest_group
+    return [f"{graph.spec.name}.onnx", *sources], group
 
 
-def _smallest_group(model: Any, spec: GraphSpec) -> int | None:
-    """How many inputs share a scale at least; the greatest common divisor where groups differ, None without any.
+def _quantization_group(model: Any, spec: GraphSpec) -> int:
+    """The largest of `QUANTIZATION_GROUPS` that divides all groups of weights and is in all inputs; 0 if none does.
 
     Raises UnsupportedError for groups that do not divide a weight's inputs, which OpenVINO cannot read.
     """
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    groups = set()
+    groups, smallest = [0], QUANTIZATION_GROUPS[0]
     for node in model.graph.node:
-        values = {attribute.name: attribute.i for attribute in node.attribute}
-        group, axis = values.get("block_size", 0), values.get("axis", 1)
-        if node.op_type != "DequantizeLinear" or not group or node.input[0] not in shapes:
+        if node.op_type != "DequantizeLinear" or len(shapes.get(node.input[0], ())) != 2:
             continue
-        inputs = shapes[node.input[0]][axis]
-        if inputs % group:
+        inputs = shapes[node.input[0]][1]
+        smallest = min(smallest, inputs)
+        group = next((attribute.i for attribute in node.attribute if attribute.name == "block_size"), 0)
+        if group and inputs % group:
             raise UnsupportedError(
                 f"graph {spec.name}: {node.input[0]} has {inputs} inputs in groups of {group}; openvino needs groups "
                 "that divide the inputs: choose such, or one per output"
             )
-        groups.add(group)
-    return math.gcd(*groups) if groups else None
+        groups.append(group)
+    divisor = math.gcd(*groups)
+    return next((size for size in QUANTIZATION_GROUPS if divisor % size == 0 and size <= smallest), 0)
 
 
 def _try(ov: Any, model: Any, target: Target, options: dict[str, str]) -> tuple[dict[str, int], dict[str, str]]:

@@ -15,6 +15,8 @@ import pytest
 ov = pytest.importorskip("openvino", reason="pip install 'lensc[openvino]'")
 onnx = pytest.importorskip("onnx", reason="the graphs are made with onnx: pip install 'lensc[export]'")
 
+from onnx import TensorProto, helper
+
 from lensc.backends import openvino as module
 from lensc.backends._openvino_cache import OpenVINOCache, OpenVINODecoderSession
 from lensc.backends.base import Array, Artifact, Target
@@ -27,7 +29,7 @@ from lensc.backends.errors import (
     UnsupportedError,
 )
 from lensc.backends.openvino import backend
-from lensc.export.graph import Graph
+from lensc.export.graph import Graph, GraphSpec
 
 TARGET = Target("openvino", "cpu")
 
@@ -184,25 +186,49 @@ def test_activations_are_quantized_only_where_the_scheme_says_so(int4_decoder: D
 
 
 @pytest.mark.parametrize(
-    ("scheme", "smallest", "expected"),
+    ("scheme", "expected"),
     [
-        ("f32", None, ("f32", "0", "f32", "f32")),
-        ("w4a32-g128", 128, ("f32", "0", "f32", "f32")),
-        ("w4a16-g128-kv8", 128, ("f32", "0", "u8", "f32")),
-        ("w4a16-g128", 128, ("f32", "0", "f16", "f32")),
-        ("w4a8-g128", 128, ("f32", "128", "bf16", "bf16")),
-        ("w8a8", None, ("f32", "128", "bf16", "bf16")),
-        ("w4a8-g32", 32, ("f32", "32", "bf16", "bf16")),
-        ("w4a8-g48", 48, ("f32", "16", "bf16", "bf16")),
-        ("w4a8-g8", 8, ("f32", "0", "bf16", "bf16")),
+        ("f32", ("f32", "0", "f32", "f32")),
+        ("w4a32-g128", ("f32", "0", "f32", "f32")),
+        ("w4a16-g128-kv8", ("f32", "0", "u8", "f32")),
+        ("w4a16-g128", ("f32", "0", "f16", "f32")),
+        ("w4a8-g128", ("f32", "64", "bf16", "bf16")),
+        ("w8a8", ("f32", "64", "bf16", "bf16")),
     ],
 )
-def test_options(scheme: str, smallest: int | None, expected: tuple[str, str, str, str]) -> None:
-    options = module._options(TARGET, scheme, smallest)
+def test_options(scheme: str, expected: tuple[str, str, str, str]) -> None:
+    options = module._options(TARGET, scheme, 64)
     names = (module.PRECISION, module.QUANTIZATION, module.KV_CACHE, module.ATTENTION)
     assert tuple(options[name] for name in names) == expected
     # OpenVINO knows all of them
     ov.Core().set_property("CPU", module._properties(options))
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ([(4096, 128)], 128),
+        ([(4096, 128), (4096, 32)], 32),
+        ([(4096, 0), (1152, 0)], 384),
+        ([(4096, 0), (256, 0)], 128),
+        ([(4096, 128), (100, 0)], 64),
+        ([(768, 48)], 16),
+        ([(768, 8)], 0),
+        ([], 384),
+    ],
+    ids=str,
+)
+def test_inputs_are_quantized_in_groups_that_fit_all_weights(weights: list[tuple[int, int]], expected: int) -> None:
+    """OpenVINO computes all others in float, without a word."""
+    nodes, tensors = [], []
+    for i, (inputs, group) in enumerate(weights):
+        tensors.append(helper.make_tensor(f"w{i}", TensorProto.INT8, [2, inputs], bytes(2 * inputs), raw=True))
+        options = {"axis": 1, "block_size": group} if group else {"axis": 0}
+        nodes.append(helper.make_node("DequantizeLinear", [f"w{i}", f"s{i}"], [f"y{i}"], **options))
+    # activations have no groups
+    nodes.append(helper.make_node("DequantizeLinear", ["x", "scale"], ["y"]))
+    model = helper.make_model(helper.make_graph(nodes, "graph", [], [], tensors))
+    assert module._quantization_group(model, GraphSpec("graph", (), (), (), {})) == expected
 
 
 def test_threads(float_decoder: Decoder, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
