@@ -27,6 +27,7 @@ from .models.streamed import StreamedModel
 from .onnx import THIRDS
 from .provenance import code_key
 from .quantize.calibrate import CalibrationRecord
+from .quantize.calibrated import is_calibrated
 from .quantize.linears import TURNED
 from .quantize.recipe import EMBEDDING, Recipe
 from .quantize.weights import WeightFormat, dequantize
@@ -117,7 +118,8 @@ class Source:
         """Bytes of the calibrated weights, which are held in files of their own until the graphs are written."""
         if not self.recipe.is_calibrated:
             return 0
-        return sum(format.bytes_for(self.linears[n]) for n, format in self.formats.items() if n != EMBEDDING)
+        kept = {n: format for n, format in self.formats.items() if n != EMBEDDING and is_calibrated(format)}
+        return sum(format.bytes_for(self.linears[n]) for n, format in kept.items())
 
     @cached_property
     def is_streamed(self) -> bool:

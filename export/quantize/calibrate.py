@@ -4,8 +4,8 @@ All samples go through a block once to see the inputs of its linears, the weight
 least on them (`gptq`), and the samples go through the rounded block: later blocks make up for the errors of earlier ones.
 The vision graph comes first; what it makes of the pictures, rounded as it is by then, is what the decoder is shown.
 
-Weights of eight bits are rounded to nearest, with errors weighed by the mean square of each input: 40 dB below the
-weights, there is nothing left to gain.
+Weights of eight bits are rounded to nearest: their error is 41 dB below the outputs of the demo model's vision graph, and
+weighing it by the mean square of each input gains nothing.
 
 Each block is a file (`calibrated`). An interrupted calibration goes on behind the last of them, but the samples have to
 pass through the finished blocks again, which takes less than half of the time that rounding them took.
@@ -35,7 +35,7 @@ from lensc.export.models.streamed import HEAD_BYTES, StreamedModel
 from lensc.export.shards import listed
 from lensc.runtime.picture import vision_feeds
 
-from .calibrated import SUFFIX, block_path, is_complete, read_block, write_block
+from .calibrated import SUFFIX, block_path, is_calibrated, is_complete, read_block, write_block
 from .gptq import Factor, Hessian, quantize_gptq
 from .recipe import EMBEDDING
 from .weights import QuantizedWeight, WeightFormat, dequantize, quantize_rows_int8, quantize_rtn
@@ -72,7 +72,7 @@ def calibrate(
     limit: Limit,
     after_block: Callable[[str], None] | None = None,
 ) -> tuple[CalibrationRecord, list[Path]]:
-    """Write the quantized weights of all linears named in `formats` into `folder`; return what was shown, and the files.
+    """Write the linears named in `formats` that are calibrated into `folder`; return what was shown, and the files.
 
     Files made with the same `key`, which stands for all arguments, are kept. `formats` may name `EMBEDDING`: then the
     decoder is shown rows of eight bits. `after_block` is called with the name of each block that is done. Raises
@@ -156,21 +156,20 @@ def footprint(
 def _block_bytes(
     names: Sequence[str], formats: Mapping[str, WeightFormat], shapes: Mapping[str, tuple[int, int]]
 ) -> tuple[int, int]:
-    """Bytes of the statistics of a block while its inputs are seen, and of all that is held while it is rounded."""
+    """Bytes of a block's Hessians, and of all that is held while it is rounded."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(shared_input(name), []).append(name)
+        if is_calibrated(formats[name]):
+            groups.setdefault(shared_input(name), []).append(name)
     order = sorted(groups.values(), key=lambda group: shapes[group[0]][1])
-    sizes = [
-        4 * shapes[group[0]][1] ** (2 if any(_needs_hessian(formats[name]) for name in group) else 1) for group in order
-    ]
+    sizes = [4 * shapes[group[0]][1] ** 2 for group in order]
     made, most = 0, 0
     for i, group in enumerate(order):
         for name in group:
             outputs, inputs = shapes[name]
             if name.startswith(HEAD):
                 outputs = min(outputs, HEAD_BYTES // (4 * inputs))
-            # the factor; errors and values while rounding, the dequantized weight after it; packed bytes
+            # the factor beside the Hessians; errors and values while rounding, packed bytes after it
             most = max(most, sum(sizes[i:]) + sizes[i] + made + 6 * outputs * inputs)
             made += outputs * inputs
     return sum(sizes), most
@@ -248,28 +247,6 @@ def _block_of(name: str) -> str:
 # --- rounding ------------------------------------------------------------------------------------------------------
 
 
-class _MeanSquare:
-    """The mean square of each input over all activations that were added: what rounding to nearest needs."""
-
-    def __init__(self, inputs: int) -> None:
-        self._sum = torch.zeros(inputs)
-        self.tokens = 0
-
-    def add(self, activations: Tensor) -> None:
-        """Add activations: float[tokens, in]."""
-        self._sum += activations.float().square().sum(0)
-        self.tokens += activations.shape[0]
-
-    @property
-    def diagonal(self) -> Tensor:
-        """float32[in]."""
-        return self._sum / max(1, self.tokens)
-
-
-def _needs_hessian(format: WeightFormat) -> bool:
-    return format.bits < 8
-
-
 class _Rounder:
     """What a `StreamedModel` calls: sees the inputs of all linears, and rounds a block when all samples were seen."""
 
@@ -279,58 +256,60 @@ class _Rounder:
         self._formats = formats
         self._folder = folder
         self._key = key
-        self._with_hessian = {shared_input(name) for name, format in formats.items() if _needs_hessian(format)}
         self._finished: set[str] = set()
-        self._seen: dict[str, Hessian | _MeanSquare] = {}
+        self._seen: dict[str, Hessian] = {}
         self._owners: dict[str, str] = {}
         """Of an input that several linears share: which of them reports it."""
-        self._head: Factor | Tensor | None = None
+        self._head: Factor | None = None
         """What is made of the inputs of lm_head, whose rows come in pieces."""
 
     def hooks(self, names: Iterable[str]) -> dict[str, Callable[..., None]]:
-        """What to pass to a run whose graph has the linears `names`; nothing is observed where all is finished."""
-        blocks = {_block_of(name) for name in names}
-        if not blocks:
+        """What to pass to a run whose graph has the linears `names`; nothing is observed where nothing is calibrated,
+        or all of it is finished.
+        """
+        names = list(names)
+        if not names:
             return {}
+        blocks = {_block_of(name) for name in names if is_calibrated(self._formats[name])}
         self._finished = {block for block in blocks if is_complete(block_path(self._folder, block), self._key)}
         if self._finished == blocks:
             return {"replace": self._replace}
         return {"on_linear": self._on_linear, "replace": self._replace}
 
     def _on_linear(self, name: str, x: Tensor) -> None:
-        if name not in self._formats or _block_of(name) in self._finished:
+        if name not in self._formats or not is_calibrated(self._formats[name]) or _block_of(name) in self._finished:
             return
         place = shared_input(name)
         if self._owners.setdefault(place, name) != name:
             return
-        if place not in self._seen:
-            self._seen[place] = Hessian(x.shape[1]) if place in self._with_hessian else _MeanSquare(x.shape[1])
         try:
-            self._seen[place].add(x)
+            self._seen.setdefault(place, Hessian(x.shape[1])).add(x)
         except InputError as error:
             raise InputError(f"weight {name}: {error}") from error
 
     def _replace(self, block: str, state: dict[str, Tensor]) -> None:
         linears = [rows for name, weight in state.items() for rows in linear_rows(name, weight)]
         linears = [rows for rows in linears if rows.name in self._formats]
-        if not linears:
-            return
-        path = block_path(self._folder, block)
-        if is_complete(path, self._key):
-            made = read_block(path)
-        else:
-            made = self._round(linears)
-            try:
-                write_block(path, made, self._key, _first_row(block))
-            except OSError as error:
-                raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
-        self.files.append(path)
+        calibrated = [rows for rows in linears if is_calibrated(self._formats[rows.name])]
+        made: dict[str, QuantizedWeight] = {}
+        if calibrated:
+            path = block_path(self._folder, block)
+            if is_complete(path, self._key):
+                made = read_block(path)
+            else:
+                made = self._round(calibrated)
+                try:
+                    write_block(path, made, self._key, _first_row(block))
+                except OSError as error:
+                    raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
+            self.files.append(path)
         for rows in linears:
-            rows.weight.copy_(dequantize(made.pop(rows.name)))
+            weight = made.pop(rows.name, None) or quantize_rtn(rows.weight, self._formats[rows.name])
+            rows.weight.copy_(dequantize(weight))
             self.rounded.add(rows.name)
 
     def _round(self, linears: Sequence[LinearRows]) -> dict[str, QuantizedWeight]:
-        """Round a block's linears, small inputs first: their statistics are gone when the largest are factored."""
+        """Round a block's linears, small inputs first: their Hessians are gone when the largest are factored."""
         made = {}
         groups: dict[str, list[LinearRows]] = {}
         for rows in sorted(linears, key=lambda rows: rows.weight.shape[1]):
@@ -338,30 +317,24 @@ class _Rounder:
         for place, group in groups.items():
             name = group[0].name
             try:
-                seen = self._statistics(place)
+                factor = self._factor(place)
                 for rows in group:
-                    name, format = rows.name, self._formats[rows.name]
-                    if isinstance(seen, Factor) and _needs_hessian(format):
-                        made[name] = quantize_gptq(rows.weight, seen, format)
-                    else:
-                        importance = seen.diagonal if isinstance(seen, Factor) else seen
-                        made[name] = quantize_rtn(rows.weight, format, importance=importance)
+                    name = rows.name
+                    made[name] = quantize_gptq(rows.weight, factor, self._formats[name])
             except InputError as error:
                 raise InputError(f"weight {name}: {error}") from error
         return made
 
-    def _statistics(self, place: str) -> Factor | Tensor:
-        """The factored Hessian or the mean squares of the inputs `place`, which are forgotten, unless lm_head needs more."""
-        is_head = place.startswith(HEAD)
-        if is_head and self._head is not None:
+    def _factor(self, place: str) -> Factor:
+        """The factored Hessian of the inputs `place`, which are forgotten, but for those of lm_head."""
+        if place.startswith(HEAD) and self._head is not None:
             return self._head
-        seen = self._seen.pop(place, None)
-        if seen is None or not seen.tokens:
+        if place not in self._seen:
             raise InputError("the calibration data never reach it; calibrate with other data")
-        made = seen.factor() if isinstance(seen, Hessian) else seen.diagonal
-        if is_head:
-            self._head = made
-        return made
+        factor = self._seen.pop(place).factor()
+        if place.startswith(HEAD):
+            self._head = factor
+        return factor
 
 
 def _first_row(block: str) -> int:

@@ -25,7 +25,7 @@ from lensc.backends.bundle import PARTIAL
 from lensc.backends.errors import GraphError
 
 from .linears import SCALE, ZERO_POINT
-from .weights import QuantizedWeight, WeightFormat, pack, unpack
+from .weights import QuantizedWeight, WeightFormat, pack, quantize_rtn, unpack
 
 SUFFIX = ".calibrated.safetensors"
 METADATA = "calibrated"
@@ -42,6 +42,11 @@ class _Piece:
     last: int
 
 
+def is_calibrated(format: WeightFormat) -> bool:
+    """Whether weights of `format` are calibrated; those of eight bits are rounded to nearest and not stored."""
+    return format.bits < 8
+
+
 class Calibrated:
     """A `writer.Quantize` that gives the stored values of a weight, whatever the rows given are."""
 
@@ -56,8 +61,10 @@ class Calibrated:
     def __call__(self, name: str, rows: Tensor, format: WeightFormat, start: int) -> QuantizedWeight:
         """The values of rows `start` on, as many as `rows: float[count, inputs]` has.
 
-        Raises GraphError for a weight, rows or a format that are not there.
+        Formats of eight bits round the rows. Raises GraphError for a weight, rows or a format that are not there.
         """
+        if not is_calibrated(format):
+            return quantize_rtn(rows, format)
         stop = start + rows.shape[0]
         pieces = [p for p in self._pieces.get(name, []) if p.first < stop and p.last > start]
         found = [_read(p, name, max(start, p.first), min(stop, p.last)) for p in sorted(pieces, key=lambda p: p.first)]

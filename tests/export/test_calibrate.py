@@ -97,7 +97,11 @@ def folder(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stored(folder: Path, case: Case, name: str) -> QuantizedWeight:
-    return Calibrated(folder)(name, torch.empty(case.shapes[name]), case.formats[name], 0)
+    """The values of a weight; `plain` are rounded where nothing is stored."""
+    plain = {
+        rows.name: rows.weight for n in case.checkpoint.tensors for rows in linear_rows(n, case.checkpoint.tensor(n))
+    }
+    return Calibrated(folder)(name, plain[name].float(), case.formats[name], 0)
 
 
 # --- the values -----------------------------------------------------------------------------------------------------
@@ -197,24 +201,19 @@ def assert_same_values(case: Case, folder: Path, name: str, seen: list[Tensor], 
     assert float((plain.values != got.values).float().mean()) > 0.05
 
 
-def test_eight_bits_are_rounded_to_nearest_by_what_their_inputs_weigh(case: Case, folder: Path) -> None:
-    for name, path in (
-        ("vpm.encoder.layers.0.mlp.fc1.weight", "vpm.encoder.layers.0.mlp.fc1"),
-        ("llm.model.layers.0.self_attn.v_proj.weight", "llm.model.layers.0.self_attn.v_proj"),
-    ):
-        memory = InMemory(case, folder, name.rpartition(".weight")[0].rpartition(".")[0].rpartition(".")[0])
-        linear = part(memory.model, path)
-        importance = torch.cat(memory.seen(linear)).square().mean(0)
-        weight = linear.weight
-        assert isinstance(weight, Tensor)
-        expected, got = quantize_rtn(weight, case.formats[name], importance=importance), stored(folder, case, name)
-        assert float((expected.values != got.values).float().mean()) < 1e-3
-        torch.testing.assert_close(got.scales, expected.scales, rtol=1e-3, atol=0)
+def test_eight_bits_are_rounded_to_nearest(case: Case, folder: Path) -> None:
+    calibrated = Calibrated(folder)
+    for name in ("vpm.encoder.layers.0.mlp.fc1.weight", "llm.model.layers.0.self_attn.v_proj.weight"):
+        weight, format = case.checkpoint.tensor(name).float(), case.formats[name]
+        whole, rows = calibrated(name, weight, format, 0), calibrated(name, weight[3:9], format, 3)
+        assert torch.equal(whole.values, quantize_rtn(weight, format).values)
+        assert torch.equal(whole.values[3:9], rows.values) and torch.equal(whole.scales[3:9], rows.scales)
 
 
 def test_all_linears_are_there_and_other_weights_are_not(case: Case, folder: Path) -> None:
     calibrated = Calibrated(folder)
-    assert set(calibrated._pieces) == set(case.shapes) == set(case.formats) - {EMBEDDING}
+    assert set(case.shapes) == set(case.formats) - {EMBEDDING}
+    assert set(calibrated._pieces) == {n for n, f in case.formats.items() if f.bits < 8}
     assert "vpm.embeddings.patch_embedding.weight" not in case.shapes
 
 
@@ -274,7 +273,7 @@ def test_an_interrupted_calibration_goes_on_at_the_first_missing_block(
         with pytest.raises(Stopped):
             case.run(tmp_path, after_block=stop_after(last))
         done.append({path.name for path in tmp_path.iterdir()})
-    assert len(done[0]) == 2 and "llm.model.layers.0.calibrated.safetensors" in done[1] and done[0] < done[1]
+    assert len(done[0]) == 1 and "llm.model.layers.0.calibrated.safetensors" in done[1] and done[0] < done[1]
     # a write that was cut off
     (tmp_path / "llm.model.layers.1.calibrated.safetensors.partial").write_bytes(b"half")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.name in done[1]}
