@@ -167,8 +167,8 @@ def _memory(verb: Parser) -> None:
 def _scheme(verb: Parser) -> None:
     text = "folder of a LoRA adapter in PEFT's format, merged into the checkpoint while it is read"
     verb.add_argument("--adapter", metavar="FOLDER", help=text)
-    text = "how weights are stored: f32 (the default), int8, int4, int4-g32, int4-asym, int4-gptq, int4-g32-gptq, or a "
-    verb.add_argument("--scheme", metavar="SCHEME", default="f32", help=text + "recipe file (.toml)")
+    text = "how weights are stored: f32 (the default), int8, int4, int4-g32, int4-asym, int4-gptq, int4-g32-gptq, "
+    verb.add_argument("--scheme", metavar="SCHEME", default="f32", help=text + "int3-gptq, or a recipe file (.toml)")
     text = "pictures for a scheme that is calibrated (gptq), with questions.json if there are questions and answers; "
     verb.add_argument("--calibration", metavar="FOLDER", help=text + "default: built-in ones")
 

@@ -179,6 +179,8 @@ PRESETS: dict[str, Recipe] = {
         _whole("int4-asym", "w4-g128-asym", "w4-g128-asym"),
         _whole("int4-gptq", "w4-g128", "w4-g128", "gptq"),
         _whole("int4-g32-gptq", "w4-g32", "w4-g32", "gptq"),
+        # three bits lie in four, in files and in both engines: as large as int4-g32 until an engine takes them packed
+        _whole("int3-gptq", "w3-g32", "w4-g128", "gptq"),
         Recipe("int4-decoder", ((LAYERS, "w4-g128"), (HEAD, "w4-g128"), (EMBEDDING, "w8")), {"decoder": 8}),
         Recipe("w8a8-vision", tuple((p, "w8") for p in VISION), {"vision": 8}),
     )
