@@ -49,7 +49,7 @@ ATTENTION = "attention"
 
 LATENCY = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
 
-QUANTIZATION_GROUPS = (384, 128, 64, 32, 16)
+QUANTIZATION_GROUPS = (128, 64, 32, 16)
 """Inputs of a product are quantized in groups of that many values: the first of these that fits, which is the fastest.
 A product whose weights have other groups, or fewer inputs, would silently be computed in float."""
 
