@@ -11,9 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, cast, overload
 
-from lensc.backends.base import Array, Session
+from lensc.backends.base import Array, Cache, CachedSession, Session
 from lensc.backends.bundle import ModelSpec
 from lensc.backends.errors import GraphError, PromptError, UsageError
 
@@ -55,7 +55,7 @@ class VLM:
         if missing:
             raise GraphError(f"model {spec.name}: no graph {', '.join(missing)}; expected vision and decoder")
         self._closed = False
-        self._sessions = {name: _SharedSession(session) for name, session in sessions.items()}
+        self._sessions = {name: _shared(session) for name, session in sessions.items()}
         self._table = EmbeddingTable.of(embed_table)
         width = spec.decoder.hidden_size
         vision.check_graph(sessions["vision"].spec, spec.picture, width)
@@ -305,15 +305,36 @@ class _SharedSession:
 
     def run(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
         with self._lock:
-            if self._session is None:
-                raise UsageError(CLOSED)
-            return self._session.run(feeds, out)
+            return self._opened().run(feeds, out)
 
     def close(self) -> None:
         with self._lock:
             session, self._session = self._session, None
         if session is not None:
             session.close()
+
+    def _opened(self) -> Session:
+        if self._session is None:
+            raise UsageError(CLOSED)
+        return self._session
+
+
+class _SharedCachedSession(_SharedSession):
+    """The same for an engine that keeps the KV cache; each generation has a cache of its own."""
+
+    def new_cache(self, capacity: int, batch: int = 1) -> Cache:
+        with self._lock:
+            return cast(CachedSession, self._opened()).new_cache(capacity, batch)
+
+    def step(
+        self, feeds: Mapping[str, Array], cache: Cache, out: Mapping[str, Array] | None = None
+    ) -> dict[str, Array]:
+        with self._lock:
+            return cast(CachedSession, self._opened()).step(feeds, cache, out)
+
+
+def _shared(session: Session) -> Session:
+    return _SharedCachedSession(session) if isinstance(session, CachedSession) else _SharedSession(session)
 
 
 def _pictures(images: Sequence[PictureSource]) -> Sequence[PictureSource]:

@@ -15,7 +15,7 @@ from lensc.backends.errors import ExecutionError, GraphError, PictureError, Prom
 from lensc.runtime import decoder as decoder_module
 from lensc.runtime import sampling
 from lensc.runtime.beam import BeamSearch
-from lensc.runtime.decoder import scatter
+from lensc.runtime.decoder import HostCachedSession, scatter
 from lensc.runtime.embedding import EmbeddingTable
 from lensc.runtime.options import resolve
 from lensc.runtime.pipeline import VLM
@@ -127,6 +127,35 @@ def test_generated_rows_are_written_in_place(tiny: Any) -> None:
     vlm.generate(QUESTION, max_new_tokens=60)
     assert all(np.shares_memory(a, b) for a, b in itertools.pairwise(decoder.past[1:]))
     assert len(decoder.past) == 60
+
+
+def test_an_engine_that_keeps_the_cache_is_given_it(tiny: Any) -> None:
+    """Rows stay with the engine: nothing is fed to `run`, which would copy the whole past in and out at each step."""
+
+    class Keeping(HostCachedSession):
+        steps = 0
+
+        def step(self, *arguments: Any) -> Any:
+            self.steps += 1
+            return super().step(*arguments)
+
+        def run(self, *arguments: Any) -> Any:
+            raise AssertionError("the past was fed")
+
+    decoder = Keeping(tiny.FakeDecoder(), tiny.SPEC.decoder)
+    plain, pictures = tiny.make()[0], [tiny.picture(56, 30)]
+    vlm = VLM(tiny.SPEC, tiny.TOKENIZER, {"vision": tiny.FakeVision(), "decoder": decoder}, tiny.TABLE)
+    answer = vlm.generate("What?", pictures)
+    assert answer.token_ids == plain.generate("What?", pictures).token_ids
+    prefill = -(-answer.metrics.prompt_tokens // 64)  # the graph takes at most 64 tokens
+    assert decoder.steps == prefill + len(answer.token_ids) - 1
+    ways: tuple[dict[str, Any], ...] = ({"num_beams": 3}, {"do_sample": True, "seed": 3})
+    for more in ways:
+        assert vlm.generate("What?", pictures, **more).token_ids == plain.generate("What?", pictures, **more).token_ids
+    stream = vlm.generate("What?", stream=True)
+    vlm.close()
+    with pytest.raises(UsageError, match="the model is closed"):
+        list(stream)
 
 
 def test_chat_is_generate_with_turns(tiny: Any) -> None:
