@@ -1,9 +1,13 @@
-"""A loaded graph of ONNX Runtime, and its exceptions as ours."""
+"""A loaded graph of ONNX Runtime, the weights that it borrows, and its exceptions as ours."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import mmap
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +19,71 @@ from .errors import ExecutionError
 
 MESSAGE_LENGTH = 400
 
+SWEEP_S = 0.05
+"""How often pages that were packed are given back while a graph is loaded: about 100 MB in between."""
+
+
+class Weights:
+    """The data files of a graph, mapped once and read only, for the engine to borrow: it copies none of them.
+
+    The engine packs most weights into memory of its own and never looks at the file again, but pages that were read stay
+    in this process's memory until somebody says that they are not needed: without that, loading takes twice the memory
+    of the weights. A page that is needed after all is read again.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        """Map `files`. Raises ExecutionError if one cannot be read."""
+        self._maps = {path: self._map(path) for path in files}
+
+    @staticmethod
+    def _map(path: Path) -> mmap.mmap:
+        try:
+            with open(path, "rb") as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # ValueError: an empty file
+            reason = error.strerror if isinstance(error, OSError) else "it is empty"
+            raise ExecutionError(f"{path}: cannot be read: {reason}; build the bundle again") from error
+
+    def lend(self, options: Any, model: Path) -> None:
+        """Let a session with these `options` use the maps for what `model` names by its external data's location."""
+        names = [Path(os.path.relpath(path, model.parent)).as_posix() for path in self._maps]
+        options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
+        options.add_external_initializers_from_files_in_memory(
+            names, list(self._maps.values()), [len(m) for m in self._maps.values()]
+        )
+
+    @contextmanager
+    def being_packed(self) -> Iterator[None]:
+        """Give pages back while, and after, the engine packs what is in them."""
+        done = threading.Event()
+
+        def sweep() -> None:
+            while not done.wait(SWEEP_S):
+                self._release()
+
+        sweeper = threading.Thread(target=sweep, name="lensc-weights", daemon=True)
+        sweeper.start()
+        try:
+            yield
+        finally:
+            done.set()
+            sweeper.join()
+            self._release()
+
+    def _release(self) -> None:
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            for mapped in self._maps.values():
+                mapped.madvise(mmap.MADV_DONTNEED)
+
 
 class OrtSession:
     """A loaded graph. Arrays are handed to the engine by address, in and out: nothing is copied at the border."""
 
-    def __init__(self, spec: GraphSpec, session: Any) -> None:
+    def __init__(self, spec: GraphSpec, session: Any, weights: Weights) -> None:
+        """`weights` must outlive `session`, which reads them in place."""
         self.spec = spec
         self._session: Any = session
+        self._weights: Weights | None = weights
         self._binding: Any = session.io_binding()
         self._dtypes = {t.name: np.dtype(t.dtype).type for t in (*spec.inputs, *spec.outputs)}
 
@@ -51,8 +113,9 @@ class OrtSession:
         return outputs
 
     def close(self) -> None:
-        """Free the engine's session."""
+        """Free the engine's session, then the weights that it borrows."""
         self._session = self._binding = None
+        self._weights = None
 
 
 @contextmanager
