@@ -7,6 +7,7 @@ graphs use operators private to ONNX Runtime, hence an artifact loads on the ver
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import shutil
@@ -61,6 +62,9 @@ class OnnxRuntime:
             return f"target {target}: backend {NAME} runs on the cpu; expected {NAME}:cpu"
         if target.arch:
             return f"target {target}: backend {NAME} takes no architecture; expected {NAME}:cpu"
+        if Scheme.parse(scheme).kv_bits is not None:
+            nearest = dataclasses.replace(Scheme.parse(scheme), kv_bits=None)
+            return f"scheme {scheme}: backend {NAME} keeps the KV cache in float32; the nearest is {nearest}"
         return None
 
     def compile(self, graph: Graph, target: Target, out: Path) -> Artifact:

@@ -6,6 +6,7 @@ The artifact is the portable graph itself, which shows that an artifact need not
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lensc.export.graph import Graph, GraphSpec
+from lensc.export.quantize.scheme import Scheme
 
 from .base import (
     Array,
@@ -51,6 +53,9 @@ class Reference:
         """Every graph of standard operators."""
         if (target.backend, target.processor, target.arch) != (NAME, "cpu", ""):
             return f"target {target} is not one of backend {NAME}; expected {NAME}:cpu"
+        if Scheme.parse(scheme).kv_bits is not None:
+            nearest = dataclasses.replace(Scheme.parse(scheme), kv_bits=None)
+            return f"scheme {scheme}: backend {NAME} keeps the KV cache in float32; the nearest is {nearest}"
         return None
 
     def compile(self, graph: Graph, target: Target, out: Path) -> Artifact:

@@ -169,7 +169,8 @@ def resolve_checkpoint(name: str | Path) -> Path:
 def _manifest(
     source: Source, exported: Exported, artifacts: tuple[Artifact, ...], staging: Staging, command: str
 ) -> Manifest:
-    metadata = {} if source.recipe.is_float else {"recipe": source.recipe.to_toml()}
+    is_plain = source.recipe.is_float and source.recipe.kv_bits is None
+    metadata = {} if is_plain else {"recipe": source.recipe.to_toml()}
     if isinstance(source.checkpoint, MergedCheckpoint):
         metadata["adapter"] = f"{source.checkpoint.adapter.folder.name}, sha256 {source.checkpoint.adapter.sha256}"
     if source.calibration is not None:

@@ -121,18 +121,18 @@ def calibration_set(
     """
     if folder is not None:
         items = [*_folder(folder), *_texts()]
-        return _prepare(f"folder {folder.name}", items, spec, tokenizer)
+        return prepare(f"folder {folder.name}", items, spec, tokenizer)
     if is_demo:
         try:
-            return _prepare("drawn for the demo model", list(_demo()), spec, tokenizer)
+            return prepare("drawn for the demo model", list(_demo()), spec, tokenizer)
         except UnavailableError:
             source = "built in, as the demo fonts are not installed (pip install 'lensc[demo]')"
-            return _prepare(source, list(_built_in(spec)), spec, tokenizer)
-    return _prepare("built in", list(_built_in(spec)), spec, tokenizer)
+            return prepare(source, list(_built_in(spec)), spec, tokenizer)
+    return prepare("built in", list(_built_in(spec)), spec, tokenizer)
 
 
-def _prepare(source: str, items: Sequence[Item], spec: ModelSpec, tokenizer: Tokenizer) -> CalibrationSet:
-    """Cut the pictures and make the prompts. Raises PictureError that lists all pictures with a problem."""
+def prepare(source: str, items: Sequence[Item], spec: ModelSpec, tokenizer: Tokenizer) -> CalibrationSet:
+    """The samples of `items`: pictures cut, prompts made. `source` says where they come from. Raises PictureError that lists all pictures with a problem."""
     samples, problems = [], []
     for item in items:
         try:

@@ -194,14 +194,14 @@ def _verify_streamed(
         answers = ask(sessions, *asked, ANSWER_TOKENS, probes=False)
     finally:
         close(sessions)
+    least = min((least for a in artifacts if (least := min_sqnr_db(a.scheme)) is not None), default=None)
     float_records = judge(
         compare(source.streamed(source.checkpoint), answers, source.spec, table),
         target=str(target),
-        least_sqnr_db=None if source.recipe.is_float else -math.inf,
+        least_sqnr_db=least if source.recipe.is_float else -math.inf,
     )
     if source.recipe.is_float:
         return float_records, []
-    least = min((least for a in artifacts if (least := min_sqnr_db(a.scheme)) is not None), default=None)
     evidence = compare(source.streamed(weights), answers, source.spec, table)
     records = judge(evidence, target=str(target), against=QUANTIZED, least_sqnr_db=least)
     return (*records, *(dataclasses.replace(record, tolerance=NOT_JUDGED) for record in float_records)), []

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lensc.backends import registry
-from lensc.backends.base import Artifact, Session, Target, file_record
+from lensc.backends.base import Array, Artifact, Session, Target, file_record
 from lensc.backends.bundle import GraphRecord, ParityRecord, ProbeRecord
 from lensc.backends.errors import CheckpointError, GraphError, UnavailableError
 from lensc.runtime.embedding import SCALES, TABLE, open_table
@@ -31,7 +31,7 @@ from .quantize.calibrate import CalibrationRecord, calibrate
 from .quantize.calibrated import Calibrated
 from .quantize.linears import find_linears
 from .quantize.recipe import EMBEDDING
-from .quantize.weights import quantize_rows_int8
+from .quantize.weights import packed_table, quantize_table
 from .questions import questions_for
 from .source import Source
 from .stages import Staging
@@ -132,37 +132,41 @@ def _probes(source: Source, weights: WeightSource | None, tree: Path) -> tuple[t
 
 
 def _table(source: Source, tree: Path) -> tuple[dict[str, str], Paths]:
-    """The embedding table: int8 where the recipe says so, as stored where that is float16, else in float32.
+    """The embedding table: as the recipe says, or as stored where that is float16, else in float32.
 
     Written some rows at a time: at full size it has 1 GB as stored.
     """
     checkpoint = source.checkpoint
     record = checkpoint.tensors[EMBEDDING]
     rows, width = record.shape
-    int8 = source.recipe.format_of(EMBEDDING) is not None
-    dtype = np.int8 if int8 else np.float16 if record.dtype == "F16" else np.float32
-    scales = np.empty(rows, np.float32)
+    format = source.recipe.format_of(EMBEDDING)
+    dtype: type[np.generic] = np.float16 if record.dtype == "F16" else np.float32
+    if format is not None:
+        dtype = np.int8 if format.bits == 8 else np.uint8
+    columns = width if format is None or format.bits == 8 else width // 2
+    scales: list[Array] = []
     step = max(1, TABLE_PIECE_BYTES // (4 * width))
     # written, not mapped: mapped pages count as memory; an interrupted file is not in the journal
     with open(tree / TABLES[TABLE], "wb") as file:
         header = {
             "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
             "fortran_order": False,
-            "shape": (rows, width),
+            "shape": (rows, columns),
         }
         np.lib.format.write_array_header_1_0(file, header)
         for start in range(0, rows, step):
             piece = checkpoint.rows(EMBEDDING, start, min(start + step, rows)).float()
             if not bool(torch.isfinite(piece).all()):
                 raise CheckpointError(f"{checkpoint.folder}: {EMBEDDING} holds NaN or Inf")
-            if int8:
-                values, scales[start : start + len(piece)] = (t.numpy() for t in quantize_rows_int8(piece))
+            if format is None:
+                values: Array = piece.numpy().astype(dtype)
             else:
-                values = piece.numpy().astype(dtype)
+                values, part = packed_table(quantize_table(piece, format))
+                scales.append(part)
             file.write(values.data)
     names = {TABLE: TABLES[TABLE]}
-    if int8:
-        np.save(tree / TABLES[SCALES], scales)
+    if format is not None:
+        np.save(tree / TABLES[SCALES], np.concatenate(scales))
         names[SCALES] = TABLES[SCALES]
     return names, [tree / name for name in names.values()]
 

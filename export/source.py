@@ -78,6 +78,9 @@ class Source:
                 f"{checkpoint.tokenizer}: has {self.tokenizer.vocab_size} tokens, the embedding table has {rows} rows; "
                 "take both from the same checkpoint"
             )
+        table, width = recipe.format_of(EMBEDDING), self.spec.decoder.hidden_size
+        if table is not None and table.bits < 8 and (width % 2 or width % table.group_of(width)):
+            raise UsageError(f"recipe {recipe.name}: {EMBEDDING} is {table}: its groups do not divide a row of {width}")
         if recipe.is_calibrated:
             _ = self.calibration_data  # pictures that cannot be read are known before any work
 

@@ -46,10 +46,10 @@ EPSILON = 1e-5
 TOLERANCE_TEXT = "f32: image_embeds, key, value 5e-05, logits 2e-04, times max(1, rms), + 1e-05 |ref|"
 
 MIN_SQNR_DB = 20.0
-"""Of every output, where products are computed with 8-bit inputs. Such noise is 30 to 40 dB below the signal in either
-of our graphs; zeros, other layers' weights or a wrong scale leave less than 5."""
+"""Of every output, where products are computed with 8-bit inputs or keys and values are stored in 8 bits. Such
+noise is 30 to 40 dB below the signal in either of our graphs; zeros, other layers' weights or a wrong scale leave less than 5."""
 
-INT8_TEXT = f"int8 products: SQNR of every output at least {MIN_SQNR_DB:.0f} dB"
+INT8_TEXT = f"int8 products or KV cache: SQNR of every output at least {MIN_SQNR_DB:.0f} dB"
 
 INT8_PROBE = 0.5
 """Largest absolute difference of a golden probe in int8, for outputs of a root mean square up to 1; above, in
@@ -189,7 +189,8 @@ class Question:
 
 def min_sqnr_db(scheme: str) -> float | None:
     """What outputs of a graph of `scheme` must reach in an engine; None where the tolerances of float32 apply."""
-    return MIN_SQNR_DB if Scheme.parse(scheme).activation_bits == 8 else None
+    parsed = Scheme.parse(scheme)
+    return MIN_SQNR_DB if parsed.activation_bits == 8 or parsed.kv_bits is not None else None
 
 
 def verify_graph(

@@ -16,11 +16,21 @@ F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 
 TABLE, SCALES = "embed_tokens", "embed_tokens.scale"
-"""Names in the manifest's `tables`; the scales are there only if the table is int8."""
+"""Names in the manifest's `tables`; the scales are there only if the table is quantized."""
+
+HALVES = np.stack([np.arange(256) % 16 - 8, np.arange(256) // 16 - 8], axis=1).astype(np.float32).view(np.uint64)[:, 0]
+"""uint64[256]: the two numbers, -8 to 7, that a byte of a 4-bit table stands for, each as float32. Looking up both at
+once is faster than shifting, masking and converting."""
 
 
 class EmbeddingTable:
-    """Rows [vocab, D] in float16 or float32, or int8 with `scales: float32[vocab]`, one per row."""
+    """Rows [vocab, D] in one of three forms:
+
+    float16 or float32 [vocab, D]
+    int8[vocab, D] with `scales: float32[vocab]`, one per row
+    uint8[vocab, D / 2], two numbers to a byte, the first in the low half and 8 above its value, with
+        `scales: float32[vocab, groups]`, one for D / groups neighbouring numbers
+    """
 
     def __init__(self, values: Array, scales: F32 | None = None) -> None:
         self._values = values
@@ -38,19 +48,35 @@ class EmbeddingTable:
                 f"token id {int(ids.max())} is outside the embedding table of {len(self._values)} rows: "
                 "the tokenizer belongs to another model; build the bundle again"
             )
-        rows: F32 = self._values[ids].astype(np.float32, copy=False)
-        return rows if self._scales is None else rows * self._scales[ids, None]
+        rows = self._values[ids]
+        if self._scales is None:
+            return rows.astype(np.float32, copy=False)
+        scales = self._scales[ids]
+        if rows.dtype == np.int8:
+            return rows.astype(np.float32) * scales[:, None]
+        floats: F32 = HALVES.take(rows).view(np.float32)
+        grouped = floats.reshape(*scales.shape, floats.shape[1] // scales.shape[1])
+        grouped *= scales[:, :, None]
+        return floats
 
     def check(self, decoder: DecoderSpec) -> None:
         """Raise GraphError if this is not the embedding table that `decoder` describes."""
-        shape, dtype = (decoder.vocab_size, decoder.hidden_size), self._values.dtype
-        if self._values.shape != shape or dtype not in (np.float16, np.float32, np.int8):
+        rows, width = decoder.vocab_size, decoder.hidden_size
+        shape, dtype = self._values.shape, self._values.dtype
+        packed = dtype == np.uint8
+        if shape != (rows, width // 2 if packed else width) or dtype not in (np.float16, np.float32, np.int8, np.uint8):
             raise GraphError(
-                f"embed_tokens is {dtype}{list(self._values.shape)}, expected float16, float32 or int8{list(shape)}; "
-                "build the bundle again"
+                f"embed_tokens is {dtype}{list(shape)}, expected float16, float32 or int8{[rows, width]}, or "
+                f"uint8{[rows, width // 2]}; build the bundle again"
             )
-        found = None if self._scales is None else (self._scales.dtype, self._scales.shape)
-        expected = (np.dtype(np.float32), shape[:1]) if dtype == np.int8 else None
+        scales = self._scales
+        found = None if scales is None else (scales.dtype, scales.shape)
+        expected: tuple[np.dtype[np.float32], tuple[int, ...]] | None = None
+        if dtype == np.int8:
+            expected = (np.dtype(np.float32), (rows,))
+        if packed:
+            groups = scales.shape[1] if scales is not None and scales.ndim == 2 else 1
+            expected = (np.dtype(np.float32), (rows, groups if groups and width % groups == 0 else 1))
         if found != expected:
             raise GraphError(
                 f"embed_tokens is {dtype}, its scales are {found}, expected {expected}; build the bundle again"

@@ -38,7 +38,7 @@ from lensc.runtime.picture import vision_feeds
 from .calibrated import SUFFIX, block_path, is_calibrated, is_complete, read_block, write_block
 from .gptq import Factor, Hessian, quantize_gptq
 from .recipe import EMBEDDING
-from .weights import QuantizedWeight, WeightFormat, dequantize, quantize_rows_int8, quantize_rtn
+from .weights import QuantizedWeight, WeightFormat, dequantize, quantize_rtn, quantize_table
 
 HEAD = "llm.lm_head"
 LOGIT_BYTES = 512 << 20
@@ -75,7 +75,7 @@ def calibrate(
     """Write the linears named in `formats` that are calibrated into `folder`; return what was shown, and the files.
 
     Files made with the same `key`, which stands for all arguments, are kept. `formats` may name `EMBEDDING`: then the
-    decoder is shown rows of eight bits. `after_block` is called with the name of each block that is done. Raises
+    decoder is shown rows of that format. `after_block` is called with the name of each block that is done. Raises
     StorageError, before any work, if `limit` is too low; InputError for data that leave a linear without inputs;
     CheckpointError for weights that cannot be read or hold NaN or Inf.
     """
@@ -107,7 +107,7 @@ def calibrate(
     if for_decoder:
         embeds = iter([output["image_embeds"][0] for output in outputs])
         for sample, feeds in zip(data.samples, prompts, strict=True):
-            rows = _embedding_rows(weights, sample.ids, EMBEDDING in formats)
+            rows = _embedding_rows(weights, sample.ids, formats.get(EMBEDDING))
             for start, stop in sample.image_bounds.tolist():
                 rows[start:stop] = next(embeds)
             feeds["inputs_embeds"] = rows[None]
@@ -226,13 +226,12 @@ def _decoder_feeds(samples: Sequence[Sample], spec: ModelSpec) -> list[dict[str,
     ]
 
 
-def _embedding_rows(weights: WeightSource, ids: Array, is_int8: bool) -> Array:
+def _embedding_rows(weights: WeightSource, ids: Array, format: WeightFormat | None) -> Array:
     """float32[n, D]: rows of the embedding table as the runtime gathers them. Only these are read."""
     found, places = np.unique(ids, return_inverse=True)
     rows = torch.cat([weights.rows(EMBEDDING, i, i + 1) for i in found.tolist()]).float()
-    if is_int8:
-        values, scales = quantize_rows_int8(rows)
-        rows = values.float() * scales[:, None]
+    if format is not None:
+        rows = dequantize(quantize_table(rows, format))
     gathered: Array = rows.numpy()[places]
     return gathered
 

@@ -7,12 +7,16 @@
     [activations]                       # bits in matrix products, by graph; 32 where it is not named
     vision = 8
 
+    [kv_cache]                          # bits of stored keys and values: 8, or the engine's own without this
+    bits = 8
+
     [weights]                           # pattern of names = format; the first that fits decides, f32 leaves it alone
     "llm.lm_head.weight" = "w8-g128"
     "llm.model.layers.*" = "w4-g128"
 
 Patterns are those of `fnmatch`, over the names of linears' weights (`lensc.export.quantize.linears`) and
-`llm.model.embed_tokens.weight`, whose format is `f32` (as stored) or `w8`.
+`llm.model.embed_tokens.weight`, whose format is `f32` (as stored), `w8` or like `w4-g64`, and which is always rounded to
+nearest.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ METHODS = ("rtn", "gptq")
 ACTIVATION_BITS = (8, 32)
 GRAPHS = ("vision", "decoder")
 EMBEDDING = "llm.model.embed_tokens.weight"
-EMBEDDING_FORMATS = (FLOAT, "w8")
+KV_BITS = (8,)
 RECIPE_BYTES = 1 << 20
 """A recipe that names each of 400 linears has 30 KB."""
 
@@ -49,6 +53,7 @@ class Recipe:
     weights: tuple[tuple[str, str], ...] = ()
     activations: Mapping[str, int] = field(default_factory=dict)
     method: str = "rtn"
+    kv_bits: int | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -64,10 +69,10 @@ class Recipe:
                 WeightFormat.parse(text) if text != FLOAT else None
             except UsageError as error:
                 problems.append(f"weights: {pattern!r}: {error}")
-        if self._text_of(EMBEDDING) not in EMBEDDING_FORMATS:
-            problems.append(
-                f"weights: {EMBEDDING} is {self._text_of(EMBEDDING)}, expected {' or '.join(EMBEDDING_FORMATS)}"
-            )
+        if self.kv_bits is not None and self.kv_bits not in KV_BITS:
+            problems.append(f"kv_cache: bits = {self.kv_bits}, expected {' or '.join(map(str, KV_BITS))}")
+        if not _suits_table(self._text_of(EMBEDDING)):
+            problems.append(f"weights: {EMBEDDING} is {self._text_of(EMBEDDING)}, expected f32, w8 or like w4-g64")
         if problems:
             raise UsageError(f"recipe {self.name}: " + "; ".join(problems))
 
@@ -86,16 +91,16 @@ class Recipe:
         counts = Counter(self._text_of(name) for name in names)
         text, count = counts.most_common(1)[0] if counts else (FLOAT, 0)
         activation_bits = self.activations.get(graph, 32)
+        kv_bits = self.kv_bits if graph == "decoder" else None
         if text == FLOAT:
-            return Scheme(mixed=len(counts) > 1)
+            return Scheme(kv_bits=kv_bits, mixed=len(counts) > 1)
         format = WeightFormat.parse(text)
-        return Scheme(
-            format.bits, format.group_size, format.symmetric, activation_bits, mixed=count < sum(counts.values())
-        )
+        mixed = count < sum(counts.values())
+        return Scheme(format.bits, format.group_size, format.symmetric, activation_bits, kv_bits, mixed)
 
     @property
     def is_float(self) -> bool:
-        """Whether nothing is quantized."""
+        """Whether no weight is quantized."""
         return all(text == FLOAT for _, text in self.weights)
 
     @property
@@ -107,6 +112,7 @@ class Recipe:
         """The recipe as a file."""
         lines = [f"format = {FORMAT}", f"name = {_quoted(self.name)}", f"method = {_quoted(self.method)}", ""]
         lines += ["[activations]", *(f"{graph} = {bits}" for graph, bits in self.activations.items()), ""]
+        lines += ["[kv_cache]", f"bits = {self.kv_bits}", ""] if self.kv_bits is not None else []
         lines += ["[weights]", *(f"{_quoted(pattern)} = {_quoted(text)}" for pattern, text in self.weights), ""]
         return "\n".join(lines)
 
@@ -125,7 +131,8 @@ def read_recipe(path: Path) -> Recipe:
     except ValueError as error:
         raise UsageError(f"{path}: not TOML: {error}") from None
     problems = [
-        f"{key!r} is not known" for key in document.keys() - {"format", "name", "method", "activations", "weights"}
+        f"{key!r} is not known"
+        for key in sorted(document.keys() - {"format", "name", "method", "activations", "kv_cache", "weights"})
     ]
     if document.get("format") != FORMAT:
         problems.append(f"format is {document.get('format')!r}, expected {FORMAT}")
@@ -136,10 +143,12 @@ def read_recipe(path: Path) -> Recipe:
         if not isinstance(value, str)
     ]
     activations = _table(document, "activations", int, problems)
+    kv_cache = _table(document, "kv_cache", int, problems)
+    problems += [f"kv_cache: {key!r} is not known" for key in sorted(kv_cache.keys() - {"bits"})]
     weights = _table(document, "weights", str, problems)
     if problems:
         raise UsageError(f"{path}: " + "; ".join(problems))
-    return Recipe(name, tuple(weights.items()), activations, method)
+    return Recipe(name, tuple(weights.items()), activations, method, kv_cache.get("bits"))
 
 
 def _table(document: Mapping[str, Any], key: str, kind: type, problems: list[str]) -> dict[str, Any]:
@@ -155,6 +164,15 @@ def _table(document: Mapping[str, Any], key: str, kind: type, problems: list[str
     return table
 
 
+def _suits_table(text: str) -> bool:
+    """Whether the embedding table can be stored so; what is no format at all is another problem."""
+    try:
+        format = None if text == FLOAT else WeightFormat.parse(text)
+    except UsageError:
+        return True
+    return format is None or (format.symmetric and (format.bits < 8 or format.group_size is None))
+
+
 def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
@@ -163,10 +181,12 @@ VISION = ("vpm.*", "resampler.*")
 LAYERS, HEAD = "llm.model.layers.*", "llm.lm_head.weight"
 
 
-def _whole(name: str, layers: str, head: str, method: str = "rtn") -> Recipe:
-    """Vision and table in eight bits, the decoder's layers and its head as named; products of 8-bit activations."""
-    weights = (*((pattern, "w8") for pattern in VISION), (LAYERS, layers), (HEAD, head), (EMBEDDING, "w8"))
-    return Recipe(name, weights, {"vision": 8, "decoder": 8}, method)
+def _whole(
+    name: str, layers: str, head: str, method: str = "rtn", table: str = "w8", kv_bits: int | None = None
+) -> Recipe:
+    """Vision in eight bits, the decoder's layers, its head and the table as named; products of 8-bit activations."""
+    weights = (*((pattern, "w8") for pattern in VISION), (LAYERS, layers), (HEAD, head), (EMBEDDING, table))
+    return Recipe(name, weights, {"vision": 8, "decoder": 8}, method, kv_bits)
 
 
 PRESETS: dict[str, Recipe] = {
@@ -179,6 +199,8 @@ PRESETS: dict[str, Recipe] = {
         _whole("int4-asym", "w4-g128-asym", "w4-g128-asym"),
         _whole("int4-gptq", "w4-g128", "w4-g128", "gptq"),
         _whole("int4-g32-gptq", "w4-g32", "w4-g32", "gptq"),
+        _whole("int4-small", "w4-g128", "w4-g128", "gptq", table="w4-g64"),
+        _whole("int4-kv8", "w4-g128", "w4-g128", kv_bits=8),
         # three bits lie in four, in files and in both engines: as large as int4-g32 until an engine takes them packed
         _whole("int3-gptq", "w3-g32", "w4-g128", "gptq"),
         Recipe("int4-decoder", ((LAYERS, "w4-g128"), (HEAD, "w4-g128"), (EMBEDDING, "w8")), {"decoder": 8}),

@@ -35,7 +35,7 @@ _EXAMPLES = "expected f32, f16 or like w4a16-g128 (see lensc.export.quantize.sch
 class Scheme:
     """How weights, activations and KV cache are stored. Raises UsageError for a combination that means nothing.
 
-    `group_size=None` is one scale per output channel. `kv_bits=None` stores the cache as the activations are.
+    `group_size=None` is one scale per output channel. `kv_bits=None` stores the cache in the precision of attention.
     `keep` names the parts that stay in float, e.g. `("lm_head",)`.
     """
 
@@ -70,8 +70,8 @@ class Scheme:
                 problems.append(f"group size {self.group_size}, expected at least 1")
         if self.kv_bits is not None and self.kv_bits not in KV_BITS:
             problems.append(f"KV bits {self.kv_bits} is not one of {_listed(KV_BITS)}")
-        if self.kv_bits is not None and self.kv_bits >= self.activation_bits:
-            problems.append(f"KV bits {self.kv_bits}, expected fewer than the activations' {self.activation_bits}")
+        if self.kv_bits is not None and self.kv_bits > self.activation_bits:
+            problems.append(f"KV bits {self.kv_bits}, expected at most the activations' {self.activation_bits}")
         if list(self.keep) != sorted(set(self.keep)):
             problems.append(f"keep: expected sorted names without repetition, {'+'.join(sorted(set(self.keep)))}")
         problems += [f"keep: {name!r} is no name" for name in self.keep if not re.fullmatch("[a-z0-9_.]+", name)]

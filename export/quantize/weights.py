@@ -267,13 +267,25 @@ def unpack(
     return QuantizedWeight(torch.from_numpy(halves)[:, :inputs].contiguous(), scales, zero_points, format)
 
 
-def quantize_rows_int8(table: Tensor) -> tuple[Tensor, Tensor]:
-    """A table [rows, in] as int8[rows, in] and float32[rows]: a row is `values * scale`, the form rows are read in.
+def quantize_table(rows: Tensor, format: WeightFormat) -> QuantizedWeight:
+    """Rows of an embedding table, which are looked up: eight bits cover each row's range, fewer are fitted to it.
 
-    Raises InputError for NaN or Inf.
+    Raises InputError for NaN or Inf, and for groups that do not divide a row of fewer than eight bits.
     """
-    quantized = quantize_rtn(table, WeightFormat(8), search=False)
-    return quantized.values, quantized.scales[:, 0]
+    width = rows.shape[1]
+    if format.bits < 8 and (width % 2 or width % format.group_of(width)):
+        raise InputError(f"embedding table {list(rows.shape)}: {format} needs an even width that its groups divide")
+    return quantize_rtn(rows, format, search=format.bits < 8)
+
+
+def packed_table(table: QuantizedWeight) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.float32]]:
+    """Values and scales as `lensc.runtime.embedding` reads them: int8[rows, in] and float32[rows], or uint8[rows, in / 2]
+    and float32[rows, groups], where zero stands at 8 whatever the bits.
+    """
+    if table.format.bits == 8:
+        return table.values.numpy(), table.scales[:, 0].contiguous().numpy()
+    raised = QuantizedWeight(table.values + (8 - table.format.zero_point), table.scales, None, table.format)
+    return pack(raised), table.scales.numpy()
 
 
 def check_weight(weight: Tensor) -> None:

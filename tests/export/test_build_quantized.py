@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import lensc
 from lensc.backends.base import Target
 from lensc.backends.bundle import Manifest, load_manifest
-from lensc.backends.errors import CheckpointError, GraphError, StorageError, UsageError
+from lensc.backends.errors import CheckpointError, GraphError, StorageError, UnsupportedError, UsageError
 from lensc.export import export_stages, writer
 from lensc.export.build import build, export_checkpoint
 from lensc.export.checkpoint import Checkpoint
@@ -27,6 +27,7 @@ from lensc.export.quantize.weights import QuantizedWeight, WeightFormat, dequant
 from lensc.export.source import Source
 from lensc.export.stages import StageEvent
 from lensc.export.writer import Quantize
+from lensc.runtime.embedding import open_table
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoint"
 ORT = Target("onnxruntime", "cpu")
@@ -220,6 +221,38 @@ def test_a_recipe_that_the_engine_cannot_run_says_the_nearest(checkpoint: Path, 
     arguments: dict[str, Any] = {"scheme": str(path)}
     with pytest.raises(GraphError, match="nearest are groups"):
         build(checkpoint, [ORT], tmp_path / "b", **arguments)
+
+
+def test_eight_bit_keys_and_values(checkpoint: Path, tmp_path: Path) -> None:
+    """OpenVINO stores them so, and the manifest says within what; onnxruntime refuses and names what it can."""
+    path = tmp_path / "r.toml"
+    path.write_text(RECIPE.replace("[weights]", "[kv_cache]\nbits = 8\n[weights]"))
+    with pytest.raises(UnsupportedError, match="keeps the KV cache in float32; the nearest is w4a8-g32-mixed"):
+        build(checkpoint, [ORT], tmp_path / "o", scheme=str(path))
+    pytest.importorskip("openvino", reason="pip install 'lensc[openvino]'")
+    manifest = build(checkpoint, [Target("openvino", "cpu")], tmp_path / "b", scheme=str(path))
+    (artifact,) = [a for a in manifest.artifacts if a.graph == "decoder"]
+    assert artifact.scheme == "w4a8-g32-kv8-mixed" and artifact.options["KV_CACHE_PRECISION"] == "u8"
+    judged = [r for r in manifest.parity if r.target == "openvino:cpu" and r.graph == "decoder"]
+    assert judged[0].tolerance.startswith("int8 products or KV cache: SQNR") and judged[0].sqnr_db > 20
+    with lensc.load(tmp_path / "b") as vlm:
+        result = vlm.generate("Read.", max_new_tokens=8)
+    # a byte for each value, and 8 for the range of each of 2 rows of 64, for a key and a value in one layer
+    assert result.metrics.kv_cache_bytes % (2 * 2 * (64 + 8)) == 0
+
+
+def test_a_table_of_four_bits_is_what_the_decoder_is_fed(checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    table = "llm.model.embed_tokens.weight"
+    path.write_text(RECIPE.replace(f'"{table}" = "w8"', f'"{table}" = "w4-g64"'))
+    manifest = export_checkpoint(checkpoint, tmp_path / "g", scheme=str(path))
+    rows = open_table(tmp_path / "g", manifest.tables).gather(np.arange(1280))
+    wanted = dequantize(quantize_rtn(Checkpoint(checkpoint).tensor(table).float(), WeightFormat(4, 64)))
+    np.testing.assert_allclose(rows, wanted.numpy(), rtol=1e-6)
+    assert sum(f.bytes for f in manifest.files if f.path in manifest.tables.values()) < 1280 * (128 + 16) + 1000
+    path.write_text(RECIPE.replace(f'"{table}" = "w8"', f'"{table}" = "w4-g96"'))
+    with pytest.raises(UsageError, match="w4-g96: its groups do not divide a row of 256"):
+        export_checkpoint(checkpoint, tmp_path / "h", scheme=str(path))
 
 
 def write_adapter(folder: Path, scale: float) -> Path:

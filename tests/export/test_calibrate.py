@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lensc.backends.bundle import ModelSpec
 from lensc.backends.errors import GraphError, InputError, StorageError
 from lensc.bench import checkpoint as published
-from lensc.export.calibration import CalibrationSet, Item, _prepare
+from lensc.export.calibration import CalibrationSet, Item, prepare
 from lensc.export.checkpoint import Checkpoint
 from lensc.export.memory import Limit
 from lensc.export.models.config import ModelConfig
@@ -69,7 +69,7 @@ class Case:
             Item("Which?", "a longer answer about the second one", (pictures[1],)),
             Item("Say something.", "A few words without any picture at all."),
         ]
-        self.data: CalibrationSet = _prepare("test", items, self.spec, self.tokenizer)
+        self.data: CalibrationSet = prepare("test", items, self.spec, self.tokenizer)
         self.shapes = linear_shapes(self.checkpoint.tensors)
         self.formats: Mapping[str, WeightFormat] = RECIPE.formats([*self.shapes, EMBEDDING])
 

@@ -21,10 +21,12 @@ from lensc.export.quantize.weights import (
     dequantize,
     pack,
     pack_zero_points,
-    quantize_rows_int8,
+    packed_table,
     quantize_rtn,
+    quantize_table,
     unpack,
 )
+from lensc.runtime.embedding import EmbeddingTable
 
 FORMATS = ["w8", "w8-g32", "w8-g32-asym", "w4-g128", "w4-g32", "w4-g32-asym", "w4", "w3-g32", "w2-g16-asym", "w2-g32"]
 
@@ -418,12 +420,25 @@ def test_matmul_nbits_reads_the_same_bytes(text: str, inputs: int, accuracy_leve
 def test_rows_of_a_table() -> None:
     table = normal(50, 24).half() * torch.logspace(-3, 1, 50)[:, None].half()
     table[7] = 0
-    values, scales = quantize_rows_int8(table)
-    assert values.dtype == torch.int8 and scales.dtype == torch.float32 and scales.shape == (50,)
-    found = values.float() * scales[:, None]
+    values, scales = packed_table(quantize_table(table, WeightFormat(8)))
+    assert values.dtype == np.int8 and scales.dtype == np.float32 and scales.shape == (50,)
+    found = torch.from_numpy(values * scales[:, None])
     size = table.float().abs().amax(1)
     assert bool(((found - table.float()).abs().amax(1) <= size / 254 * 1.001).all())
-    assert bool((values[size > 0].abs().amax(1) == 127).all())
+    assert bool((np.abs(values[size > 0]).max(1) == 127).all())
+
+
+@pytest.mark.parametrize("text", ("w4-g24", "w4", "w3-g16", "w2-g16"))
+def test_the_runtime_reads_a_table_of_few_bits_as_it_was_meant(text: str) -> None:
+    table, format = normal(50, 48), WeightFormat.parse(text)
+    quantized = quantize_table(table, format)
+    rows = EmbeddingTable(*packed_table(quantized)).gather(np.arange(50))
+    np.testing.assert_allclose(rows, dequantize(quantized).numpy(), rtol=1e-6)
+
+
+def test_groups_must_divide_the_rows_of_a_table() -> None:
+    with pytest.raises(InputError, match=r"w4-g32 needs an even width that its groups divide"):
+        quantize_table(normal(4, 48), WeightFormat(4, 32))
 
 
 def test_every_width_has_ranges() -> None:

@@ -49,6 +49,15 @@ def test_int4_is_int4_with_int8_vision() -> None:
     assert PRESETS["f32"].is_float and not recipe.is_float
 
 
+def test_the_scheme_of_the_decoder_names_the_bits_of_its_cache() -> None:
+    recipe = PRESETS["int4-kv8"]
+    assert str(recipe.scheme("decoder", [DOWN])) == "w4a8-g128-kv8"
+    assert str(recipe.scheme("vision", ["vpm.encoder.layers.0.mlp.fc1.weight"])) == "w8a8"
+    alone = Recipe("r", kv_bits=8)
+    assert alone.is_float and str(alone.scheme("decoder", [DOWN])) == "f32-kv8"
+    assert "[kv_cache]\nbits = 8\n" in recipe.to_toml()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -62,7 +71,11 @@ def test_int4_is_int4_with_int8_vision() -> None:
         ("format = 1\nweights = 4", "weights is 4, expected a table"),
         ("format = 1\n[activations]\nvision = 4", "vision = 4, expected 8 or 32"),
         ("format = 1\n[activations]\nsound = 8", "'sound' is not one of vision, decoder"),
-        (f"format = 1\n[weights]\n'{EMBEDDING}' = 'w4-g128'", "is w4-g128, expected f32 or w8"),
+        (f"format = 1\n[weights]\n'{EMBEDDING}' = 'w4-g128-asym'", "is w4-g128-asym, expected f32, w8 or like w4-g64"),
+        (f"format = 1\n[weights]\n'{EMBEDDING}' = 'w8-g128'", "is w8-g128, expected f32, w8 or like w4-g64"),
+        ("format = 1\n[kv_cache]\nbits = 4", "kv_cache: bits = 4, expected 8"),
+        ("format = 1\n[kv_cache]\nbytes = 1", "kv_cache: 'bytes' is not known"),
+        ("format = 1\nkv_cache = 8", "kv_cache is 8, expected a table"),
         ("format = 1\n[weights", "not TOML"),
     ],
 )

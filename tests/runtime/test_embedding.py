@@ -1,4 +1,4 @@
-"""The embedding table: floats as they are, int8 with a scale per row."""
+"""The embedding table: floats as they are, int8 with a scale per row, 4 bits with scales of groups."""
 
 from __future__ import annotations
 
@@ -31,6 +31,25 @@ def test_integers_are_scaled_by_their_row() -> None:
     np.testing.assert_allclose(rows, INTEGERS[[1, 4]] * np.array([[0.2], [0.5]], np.float32), rtol=1e-6)
 
 
+def packed(groups: int) -> tuple[Array, Array, Array]:
+    """A 4-bit table of 6 rows of 4, its scales, and what they stand for."""
+    values = np.arange(24, dtype=np.uint8).reshape(6, 4) % 16
+    scales = np.linspace(-0.3, 0.6, 6 * groups, dtype=np.float32).reshape(6, groups)
+    wanted = (values.astype(np.float32) - 8) * np.repeat(scales, 4 // groups, axis=1)
+    return values[:, ::2] | values[:, 1::2] << 4, scales, wanted
+
+
+@pytest.mark.parametrize("groups", (1, 2))
+def test_halves_of_bytes_are_scaled_by_their_group(groups: int) -> None:
+    values, scales, wanted = packed(groups)
+    table = EmbeddingTable(values, scales)
+    table.check(SPEC)
+    rows = table.gather(np.array([5, 0, 3, 3]))
+    assert rows.dtype == np.float32 and rows.flags.c_contiguous
+    np.testing.assert_allclose(rows, wanted[[5, 0, 3, 3]], rtol=1e-6)
+    assert table.gather(np.empty(0, np.int64)).shape == (0, 4)
+
+
 @pytest.mark.parametrize("ids", ([6], [-1], [0, 99]))
 def test_an_id_outside_is_refused(ids: list[int]) -> None:
     with pytest.raises(TokenizerError, match="outside the embedding table of 6 rows"):
@@ -46,6 +65,10 @@ def test_an_id_outside_is_refused(ids: list[int]) -> None:
         (INTEGERS, SCALES[:5], "expected"),
         (INTEGERS, SCALES.astype(np.float64), "expected"),
         (FLOATS, SCALES, "expected None"),
+        (packed(2)[0], None, "its scales are None"),
+        (packed(2)[0], SCALES, "expected"),
+        (packed(2)[0], np.zeros((6, 3), np.float32), r"expected \(dtype\('float32'\), \(6, 1\)\)"),
+        (packed(2)[0][:, :1], packed(2)[1], r"uint8\[6, 1\], expected .*uint8\[6, 2\]"),
     ],
 )
 def test_a_table_that_does_not_fit_is_refused(values: Array, scales: Array | None, message: str) -> None:
