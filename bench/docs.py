@@ -25,6 +25,14 @@ FILES = ("README.md", "docs/cli.md")
 ALLOWED_LOSS = 2.0
 """Points of exact match that a scheme may lose on the demo model without a mark beside its name."""
 
+REACH = {
+    "bandwidth_gb_s": "GB/s",
+    "int8_gemm_gop_s": "GOP/s in int8",
+    "bfloat16_gemm_gop_s": "in bfloat16",
+    "float32_gemm_gop_s": "in float32",
+}
+"""What `lensc.bench.limits` measures, as it is printed."""
+
 _PART = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -95,6 +103,31 @@ def startup(root: Path) -> str:
     return "\n".join(lines) + f"\n\n{_reproduce(found)}"
 
 
+def full_size(root: Path) -> str:
+    """The full-size model beside its rivals, section by section."""
+    path = root / record.RESULTS / "full_size.json"
+    parts = []
+    for found in record.read(path):
+        lines = [
+            "| | lensc | spread | beside it | | ratio | spread | of the limit |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in found["rows"]:
+            unit = row["unit"]
+            cells = [row["what"], f"{row['lensc']:.4g} {unit}", _spread(row, "spread")]
+            rival = f"{row['rival_value']:.4g} {unit}" if "rival" in row else ""
+            cells += [row.get("rival", ""), rival, f"{row['ratio']:.2f} ×" if "ratio" in row else ""]
+            limit = f"{row['of_limit']:.2f} of {row['limit']:.3g} {unit}" if "limit" in row else ""
+            lines.append(f"| {' | '.join([*cells, _spread(row, 'ratio_spread'), limit])} |")
+        reach = ", ".join(f"{found['machine'][name]:.0f} {label}" for name, label in REACH.items())
+        parts.append("\n".join([*lines, "", f"{_reproduce(found)} The machine reached {reach}."]))
+    return "\n\n".join(parts)
+
+
+def _spread(row: dict[str, Any], name: str) -> str:
+    return f"{row[name][0]:.3g}–{row[name][1]:.3g}" if name in row else ""
+
+
 def command_line(_: Path) -> str:
     """`--help` of every command."""
     from lensc.cli import parser as make_parser
@@ -111,6 +144,7 @@ def command_line(_: Path) -> str:
 PARTS: dict[str, Callable[[Path], str]] = {
     "demo_accuracy": demo_accuracy,
     "demo_speed": demo_speed,
+    "full_size": full_size,
     "schemes": schemes,
     "startup": startup,
     "command_line": command_line,

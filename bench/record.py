@@ -25,8 +25,8 @@ RESULTS = Path("bench/results")
 """Relative to the root of the source tree, from which benchmarks are run."""
 
 TOPICS = ("full_size", "native_cpu", "qnn", "gpu", "runtime", "demo_accuracy")
-HIGHER_IS_BETTER = frozenset({"tokens/s", "slices/s", "GB/s", "TOPS", "%"})
-LOWER_IS_BETTER = frozenset({"s", "ms", "MB", "errors", "% errors"})
+HIGHER_IS_BETTER = frozenset({"tokens/s", "slices/s", "GB/s", "TOPS", "%", "dB"})
+LOWER_IS_BETTER = frozenset({"s", "ms", "MB", "GB", "errors", "% errors"})
 PACKAGES = ("lensc", "numpy", "onnxruntime", "tokenizers", "pillow", "torch", "onnx", "openvino", "onnxruntime-qnn")
 
 
@@ -37,7 +37,8 @@ Parity = Literal["pass", "fail", "none"]
 class Row:
     """One measurement: the median in `lensc`, smallest and largest in `spread`, both in `unit`.
 
-    `rival` names the system measured beside it, `limit` is what the machine could reach at best or what must not be
+    `rival` names the system measured beside it, in turn in the same run; `ratio_spread` are the smallest and the largest
+    ratio of two runs that followed each other. `limit` is what the machine could reach at best or what must not be
     exceeded. `parity` says whether the same run computed the right thing; `none` where nothing is computed.
     Raises ParityError for a speed whose parity failed, InputError for a unit that has no better and worse.
     """
@@ -48,6 +49,8 @@ class Row:
     spread: tuple[float, float] | None = None
     rival: str | None = None
     rival_value: float | None = None
+    rival_spread: tuple[float, float] | None = None
+    ratio_spread: tuple[float, float] | None = None
     limit: float | None = None
     parity: Parity = "none"
 
@@ -69,7 +72,8 @@ class Row:
         return self._better_than(self.limit)
 
     def _better_than(self, other: float | None) -> float | None:
-        if not self.lensc or not other:
+        # decibels are a logarithm: their quotient says nothing
+        if not self.lensc or not other or self.unit == "dB":
             return None
         return self.lensc / other if self.unit in HIGHER_IS_BETTER else other / self.lensc
 

@@ -1,0 +1,74 @@
+"""The chart of `bench/results/full_size.json`: how many times better than the rival, for every row that has one.
+
+python -m lensc.bench.chart [-o docs/full_size.svg]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lensc.backends.errors import InputError, LensError, UnavailableError
+
+from . import record
+
+AHEAD, BEHIND = "#1b7f5c", "#b5502b"
+
+
+def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write the chart as SVG. Raises UnavailableError without matplotlib, InputError if no row has a rival."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UnavailableError("the chart needs matplotlib; pip install 'lensc[demo]'") from error
+    matplotlib.use("svg")
+    # names of elements are hashes of this: the same results give the same file
+    matplotlib.rcParams.update({"svg.hashsalt": "lensc", "svg.fonttype": "none", "font.size": 9})
+    from matplotlib.figure import Figure
+
+    rows = [row for found in records for row in found["rows"] if "ratio" in row]
+    if not rows:
+        raise InputError("no row of full_size.json has a rival; run python -m lensc.bench.full_size --results first")
+    figure = Figure(figsize=(8, 0.9 + 0.34 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        ratio = row["ratio"]
+        low, high = row.get("ratio_spread", (ratio, ratio))
+        colour = AHEAD if ratio >= 1 else BEHIND
+        axes.barh(place, ratio, color=colour, height=0.62)
+        axes.plot([low, high], [place, place], color="black", linewidth=1.2, marker="|", markersize=5)
+        text = f"{ratio:.2f}×  ({row['lensc']:.3g} against {row['rival_value']:.3g} {row['unit']})"
+        axes.text(max(ratio, high) + 0.03, place, text, va="center")
+    axes.set_yticks(range(len(rows)), [row["what"] for row in rows])
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=0.8)
+    widest = max(max(row["ratio"], row.get("ratio_spread", [0, 0])[1]) for row in rows)
+    axes.set_xlim(0, widest + 1.1)
+    axes.set_xlabel("times better than the rival in the same run (bar: median, line: smallest and largest)")
+    axes.spines[["top", "right"]].set_visible(False)
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, format="svg", metadata={"Date": None, "Creator": None})
+    partial.replace(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw the chart."""
+    parser = argparse.ArgumentParser(prog="python -m lensc.bench.chart", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs/full_size.svg"), help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    try:
+        draw(record.read(record.RESULTS / "full_size.json"), options.output)
+    except OSError as error:
+        print(f"error: {options.output}: cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
+    except LensError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,316 @@
+"""The model at full size beside its rivals: 8,537,092,336 random weights, in 4 bits, on this machine.
+
+    python -m lensc.bench.full_size [build onnxruntime openvino vision] [--folder build/full] [--repeat 5]
+
+Everything is made once in `--folder` (45 GB) and used again: the checkpoint, a bundle for both engines, an environment
+and a model for each rival, made by the rival's own tools (`lensc.bench.rivals`). Then, for each section:
+
+    build          checkpoint to bundle: time, peak memory, size
+    onnxruntime    the decoder beside ONNX Runtime GenAI
+    openvino       the decoder beside OpenVINO GenAI
+    vision         a slice of 448 x 448 on both engines, beside what their own tools make of the tower in 8 bits
+
+Ours and the rival's run in processes of their own and take turns, `--repeat` times; while one is asked, the other one is
+stopped. Ratios are of runs that followed each other. What the machine can reach at best is measured before and after.
+Ours has passed its golden probes on the engine when it is measured, or the benchmark ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from lensc.backends.bundle import load_manifest
+from lensc.backends.errors import ExecutionError, LensError, StorageError
+from lensc.profiles import probe
+
+from . import limits, record
+from .contender import Contender
+
+SCHEME, MAX_MEMORY = "int4", "4GiB"
+TARGETS = {"onnxruntime": "onnxruntime:cpu", "openvino": "openvino:cpu"}
+RIVALS = Path(__file__).parent / "rivals"
+
+ENVIRONMENTS = {
+    "onnxruntime": ("onnxruntime-genai==0.18.0", "onnxruntime==1.32.0", "onnx==1.23.2", "onnx-ir==1.1.0",
+                    "onnxscript==0.7.2", "transformers==5.23.0", "safetensors==0.8.0", "sentencepiece", "psutil", "pillow"),
+    "openvino": ("openvino==2026.4.1", "openvino-genai==2026.4.1.0", "nncf==3.4.0", "optimum-intel==2.2.0",
+                 "safetensors==0.8.0"),
+}  # fmt: skip
+"""What pip installs for a rival, torch's CPU build before it."""
+TORCH = "torch==2.13.0"
+
+SHORT, LONG, STEPS, LONG_STEPS = 32, 1024, 32, 16
+"""Tokens of a short and of a long prompt, and the tokens that are decoded after each."""
+
+FLOP_PER_TOKEN = 13.96e9
+"""Of a prefilled token in products with weights, the head left out: 2 for each of the 6.98 x 10^9 weights."""
+
+TIME_LIMIT_S, PEAK_LIMIT_GB, SIZE_LIMIT_GB, MEMORY_LIMIT_GB, LOAD_LIMIT_S = 900.0, 4.0, 5.2, 4.7, 2.5
+"""What we promised ourselves (the table of docs/full_size.md)."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where everything lies, and how it is run."""
+
+    folder: Path
+    threads: int
+    repeat: int
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint"
+
+    @property
+    def bundle(self) -> Path:
+        return self.folder / "bundle"
+
+    @property
+    def judge(self) -> Path:
+        """Pictures, and what the model gives for them in float32."""
+        return self.folder / "rivals" / "openvino-vision" / "judge.npz"
+
+    def python(self, rival: str) -> str:
+        """The interpreter of a rival's environment."""
+        return str(self.folder / f"env-{rival}" / "bin" / "python")
+
+    def ours(self, graph: str, engine: str) -> Contender:
+        """Our server of a graph."""
+        command = [sys.executable, "-P", "-m", "lensc.bench.serve", str(self.bundle), graph]
+        command += ["--target", TARGETS[engine], "--threads", str(self.threads)]
+        return Contender(f"lensc {graph} {engine}", command, self.folder)
+
+    def rival(self, engine: str, script: str) -> Contender:
+        """A rival's server."""
+        command = [self.python(engine), str(RIVALS / f"{script}.py"), "serve", str(self.model(script))]
+        return Contender(script, [*command, "--threads", str(self.threads)], self.folder, _outside())
+
+    def model(self, script: str) -> Path:
+        """What the rival runs."""
+        return self.folder / "rivals" / script.replace("_", "-")
+
+
+DECODERS = {"onnxruntime": ("ort_genai", "ONNX Runtime GenAI, int4 block 128"),
+            "openvino": ("openvino_decoder", "OpenVINO GenAI, int4_sym group 128")}  # fmt: skip
+TOWERS = {"onnxruntime": ("ort_vision", "onnxruntime.quantization, dynamic int8"),
+          "openvino": ("openvino_vision", "OpenVINO, NNCF int8")}  # fmt: skip
+
+
+def prepare(place: Place, sections: Sequence[str]) -> None:
+    """Make what the sections need and is not there yet. Raises ExecutionError if a step fails."""
+    place.folder.mkdir(parents=True, exist_ok=True)
+    (place.folder / "rivals").mkdir(exist_ok=True)
+    if not place.checkpoint.is_dir():
+        _run([sys.executable, "-P", "-m", "lensc.bench.checkpoint", "-o", str(place.checkpoint)])
+    if "build" not in sections and not place.bundle.is_dir():
+        _run(_build_command(place))
+    needed = [DECODERS[name] for name in DECODERS if name in sections]
+    needed += [TOWERS[name] for name in TOWERS if "vision" in sections]
+    for engine, table in (("onnxruntime", (DECODERS, TOWERS)), ("openvino", (DECODERS, TOWERS))):
+        scripts = [of[engine][0] for of in table if of[engine] in needed]
+        if scripts and not Path(place.python(engine)).exists():
+            environment = place.folder / f"env-{engine}"
+            _run([sys.executable, "-m", "venv", str(environment)])
+            _run([place.python(engine), "-m", "pip", "install", "-qq", TORCH])
+            _run([place.python(engine), "-m", "pip", "install", "-qq", TORCH, *ENVIRONMENTS[engine]])
+        for script in scripts:
+            if not place.model(script).is_dir():
+                command = [place.python(engine), str(RIVALS / f"{script}.py"), "build", str(place.checkpoint)]
+                _run([*command, str(place.model(script))], _outside())
+
+
+def build(place: Place) -> list[record.Row]:
+    """Checkpoint to bundle, from nothing."""
+    _run(["rm", "-rf", str(place.bundle), f"{place.bundle}.partial"])
+    started = time.perf_counter()
+    _run(_build_command(place))
+    seconds = time.perf_counter() - started
+    manifest = load_manifest(place.bundle)
+    peak = max(stage.peak_bytes for stage in manifest.stages)
+    size = sum(file.bytes for file in manifest.files)
+    return [
+        record.Row(f"checkpoint to bundle, {SCHEME}", "s", seconds, limit=TIME_LIMIT_S, parity="pass"),
+        record.Row("peak memory of export, quantize, compile", "GB", peak / 1e9, limit=PEAK_LIMIT_GB, parity="pass"),
+        record.Row("bundle for both engines", "GB", size / 1e9, limit=SIZE_LIMIT_GB, parity="pass"),
+    ]
+
+
+def decoder(place: Place, engine: str, reach: Mapping[str, float]) -> list[record.Row]:
+    """Load, prefill, decode and memory of the decoder on an engine, beside its own generator."""
+    script, label = DECODERS[engine]
+    starts: dict[str, Callable[[], Contender]] = {
+        "ours": lambda: place.ours("decoder", engine),
+        "theirs": lambda: place.rival(engine, script),
+    }
+    loads: dict[str, list[float]] = {who: [] for who in starts}
+    for _ in range(place.repeat):
+        for who, start in starts.items():
+            with start() as contender:
+                loads[who].append(contender.load_s)
+    rows = [_times(f"{engine}: load until ready", "s", loads, label, limit=LOAD_LIMIT_S)]
+    lines = [f"prefill {SHORT}", f"decode {STEPS}", "prefill 128", f"prefill {LONG}", f"decode {LONG_STEPS}"]
+    with starts["ours"]() as ours, starts["theirs"]() as theirs:
+        took = _in_turn({"ours": ours, "theirs": theirs}, lines, place.repeat)
+        memory = {
+            who: [contender.ask("memory")["peak_rss_bytes"] / 1e9]
+            for who, contender in (("ours", ours), ("theirs", theirs))
+        }
+    weights = sum(f.stat().st_size for f in _files(place, "decoder", engine))
+    decode_limit = reach["bandwidth_gb_s"] * 1e9 / weights
+    prefill_limit = reach["int8_gemm_gop_s"] * 1e9 / FLOP_PER_TOKEN
+    for what, line, tokens, limit in (
+        (f"decode, context {SHORT}", lines[1], STEPS, decode_limit),
+        (f"decode, context {LONG}", lines[4], LONG_STEPS, decode_limit),
+        ("prefill 128", lines[2], 128, prefill_limit),
+        (f"prefill {LONG}", lines[3], LONG, prefill_limit),
+    ):
+        speeds = {who: [tokens / seconds for seconds in of[line]] for who, of in took.items()}
+        rows.append(_times(f"{engine}: {what}", "tokens/s", speeds, label, limit=limit))
+    rows.append(_times(f"{engine}: peak memory, {LONG} tokens", "GB", memory, label, limit=MEMORY_LIMIT_GB))
+    return rows
+
+
+def vision(place: Place) -> list[record.Row]:
+    """One slice on both engines, each beside what its own tools make of the float tower."""
+    rows = []
+    for engine, (script, label) in TOWERS.items():
+        with place.ours("vision", engine) as ours, place.rival(engine, script) as theirs:
+            pair = {"ours": ours, "theirs": theirs}
+            # the first run with other inputs may still allocate
+            _in_turn(pair, ["vision"], 1)
+            took = _in_turn(pair, ["vision"], place.repeat)
+            quality = {who: [contender.ask(f"sqnr {place.judge}")["db"]] for who, contender in pair.items()}
+            memory = {who: [contender.ask("memory")["peak_rss_bytes"] / 1e9] for who, contender in pair.items()}
+        rows.append(_times(f"{engine}: slice of 448 x 448", "s", {w: t["vision"] for w, t in took.items()}, label))
+        rows.append(_times(f"{engine}: slice, SQNR against float32", "dB", quality, label))
+        rows.append(_times(f"{engine}: slice, peak memory", "GB", memory, label))
+    return rows
+
+
+def _in_turn(
+    contenders: Mapping[str, Contender], lines: Sequence[str], repeat: int
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of every line, by who and line; everybody answers a line before the next one is asked."""
+    took: dict[str, dict[str, list[float]]] = {who: {line: [] for line in lines} for who in contenders}
+    for _ in range(repeat):
+        for line in lines:
+            for who, contender in contenders.items():
+                took[who][line].append(contender.seconds(line))
+    return took
+
+
+def _times(
+    what: str, unit: str, values: Mapping[str, Sequence[float]], rival: str, limit: float | None = None
+) -> record.Row:
+    """The row of what both reached in turn."""
+    ours, theirs = values["ours"], values["theirs"]
+    up = unit in record.HIGHER_IS_BETTER
+    ratios = [a / b if up else b / a for a, b in zip(ours, theirs, strict=True)]
+    several = len(ours) > 1
+    return record.Row(
+        what,
+        unit,
+        median(ours),
+        (min(ours), max(ours)) if several else None,
+        rival=rival,
+        rival_value=median(theirs),
+        rival_spread=(min(theirs), max(theirs)) if several else None,
+        ratio_spread=(min(ratios), max(ratios)) if several else None,
+        limit=limit,
+        parity="pass",
+    )
+
+
+def _files(place: Place, graph: str, engine: str) -> list[Path]:
+    """Those of the bundle that the engine opens for a graph."""
+    manifest = load_manifest(place.bundle)
+    artifact = next(a for a in manifest.artifacts if a.graph == graph and str(a.target) == TARGETS[engine])
+    return [place.bundle / file.path for file in artifact.files]
+
+
+def _build_command(place: Place) -> list[str]:
+    command = [sys.executable, "-P", "-m", "lensc", "build", str(place.checkpoint), "--scheme", SCHEME]
+    for target in TARGETS.values():
+        command += ["--target", target]
+    return [*command, "--max-memory", MAX_MEMORY, "-o", str(place.bundle)]
+
+
+def _outside() -> dict[str, str]:
+    """The environment without what leads to our own packages; a script's own folder is on its path again."""
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+
+
+def _run(command: list[str], environment: dict[str, str] | None = None) -> None:
+    print("+ " + " ".join(command), file=sys.stderr, flush=True)
+    done = subprocess.run(command, env=environment, stdout=sys.stderr, check=False)
+    if done.returncode:
+        raise ExecutionError(f"{' '.join(command)}: ended with {done.returncode}")
+
+
+SECTIONS: dict[str, Callable[[Place, Mapping[str, float]], list[record.Row]]] = {
+    "build": lambda place, _: build(place),
+    "onnxruntime": lambda place, reach: decoder(place, "onnxruntime", reach),
+    "openvino": lambda place, reach: decoder(place, "openvino", reach),
+    "vision": lambda place, _: vision(place),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the tables, write a record for each section."""
+    parser = argparse.ArgumentParser(prog="python -m lensc.bench.full_size", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)} (default: all)")
+    parser.add_argument("--folder", type=Path, default=Path("build/full"), help="default: %(default)s")
+    parser.add_argument("--repeat", type=int, default=5, help="runs of each in turn (default 5)")
+    parser.add_argument("--threads", type=int, default=probe.machine().cores, help="default: the physical cores")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="write the records here (default: do not)")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.sections if name not in SECTIONS]
+    if unknown:
+        parser.error(f"{unknown[0]!r} is not one of {', '.join(SECTIONS)}")
+    for name in ("repeat", "threads"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: expected at least 1")
+    sections = options.sections or list(SECTIONS)
+    place = Place(options.folder.resolve(), options.threads, options.repeat)
+    try:
+        prepare(place, sections)
+        for section in sections:
+            reach = limits.measure(options.threads)
+            rows = SECTIONS[section](place, reach)
+            after = limits.measure(options.threads)
+            reach = {name: max(value, after[name]) for name, value in reach.items()}
+            _print(section, rows, reach)
+            if options.results:
+                command = f"python -m lensc.bench.full_size {section}"
+                record.write("full_size", command, rows, options.results, reach)
+    except OSError as error:
+        print(f"error: {StorageError(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
+        return 1
+    except LensError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _print(section: str, rows: Sequence[record.Row], reach: Mapping[str, float]) -> None:
+    print(f"\n{section}: " + ", ".join(f"{name} {value:.0f}" for name, value in reach.items()))
+    for row in rows:
+        value = f"{row.what:48} {row.lensc:8.3f} {row.unit}"
+        if row.ratio is not None and row.rival_value is not None:
+            spread = f" ({row.ratio_spread[0]:.2f} to {row.ratio_spread[1]:.2f})" if row.ratio_spread else ""
+            value += f"   {row.ratio:.2f}x of {row.rival}: {row.rival_value:.3f}{spread}"
+        if row.of_limit is not None:
+            value += f"   {row.of_limit:.2f} of the limit {row.limit:.3g}"
+        print(value, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

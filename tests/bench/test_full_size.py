@@ -1,0 +1,82 @@
+"""The benchmark at full size, on a bundle that is small: our server, taking turns, ratios, the chart."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lensc.backends.base import Target
+from lensc.backends.errors import ExecutionError, InputError
+from lensc.bench import chart, full_size, record
+from lensc.bench.contender import Contender
+from lensc.export.build import build
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench") / "bundle"
+    build(GOLDEN / "checkpoint", [Target.parse("onnxruntime:cpu")], folder)
+    return folder
+
+
+def start(bundle: Path, graph: str, folder: Path) -> Contender:
+    return Contender(graph, [sys.executable, "-P", "-m", "lensc.bench.serve", str(bundle), graph], folder)
+
+
+def test_servers_take_turns(bundle: Path, tmp_path: Path) -> None:
+    with start(bundle, "decoder", tmp_path) as decoder, start(bundle, "vision", tmp_path) as vision:
+        assert 0 < decoder.load_s < 60
+        for line in ("prefill 12", "decode 3"):
+            answer = decoder.ask(line)
+            assert answer["what"] == line and answer["seconds"] > 0
+        assert vision.seconds("vision") > 0
+        assert 1e6 < decoder.ask("memory")["peak_rss_bytes"] < 4e9
+
+
+def test_quality_is_judged_against_float_features(bundle: Path, tmp_path: Path) -> None:
+    """The bundle is float32: its own features are met to rounding, features with noise of a hundredth at 40 dB."""
+    import lensc
+
+    picture = np.random.default_rng(3).integers(0, 256, (2, 56, 56, 3), dtype=np.uint8)
+    with lensc.load(bundle) as vlm:
+        features = np.concatenate([vlm._vision.encode([p]).embeds for p in picture])
+    noise = np.random.default_rng(4).normal(size=features.shape)
+    noise *= 1e-2 * np.linalg.norm(features) / np.linalg.norm(noise)
+    for name, wanted in (("own", features), ("noisy", features + noise)):
+        np.savez(tmp_path / f"{name}.npz", pictures=picture, image_embeds=wanted)
+    with start(bundle, "vision", tmp_path) as vision:
+        assert vision.ask(f"sqnr {tmp_path / 'own.npz'}")["db"] > 80
+        assert math.isclose(vision.ask(f"sqnr {tmp_path / 'noisy.npz'}")["db"], 40, abs_tol=0.1)
+
+
+def test_a_server_that_ends_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ExecutionError, match=r"decoder: ended with 1: error: .*manifest\.json.*decoder\.log"):
+        start(tmp_path, "decoder", tmp_path)
+
+
+def test_ratios_are_of_runs_that_followed_each_other() -> None:
+    times = {"ours": [1.0, 2.0, 4.0], "theirs": [2.0, 2.0, 2.0]}
+    row = full_size._times("x", "s", times, "other")
+    assert (row.lensc, row.rival_value, row.ratio, row.ratio_spread) == (2.0, 2.0, 1.0, (0.5, 2.0))
+    assert full_size._times("x", "tokens/s", times, "other").ratio_spread == (0.5, 2.0)
+
+
+def test_decibels_have_no_quotient() -> None:
+    assert record.Row("x", "dB", 30.0, rival="other", rival_value=20.0).ratio is None
+
+
+def test_chart(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install 'lensc[demo]')")
+    rows = [{"what": "decode", "unit": "tokens/s", "lensc": 3.0, "rival_value": 2.0, "ratio": 1.5}]
+    for name in ("a.svg", "b.svg"):
+        chart.draw([{"rows": rows}], tmp_path / name)
+    text = (tmp_path / "a.svg").read_text()
+    assert "1.50×  (3 against 2 tokens/s)" in text and text == (tmp_path / "b.svg").read_text()
+    with pytest.raises(InputError, match="no row"):
+        chart.draw([{"rows": []}], tmp_path / "c.svg")
