@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import vision_tower
 
 
 def build(checkpoint: Path, out: Path) -> None:
     """Write a folder that `serve` opens."""
     import torch
+    import vision_tower
     from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic
 
     work = out.with_name(out.name + ".partial")
@@ -55,6 +55,7 @@ def build(checkpoint: Path, out: Path) -> None:
 def serve(folder: Path, threads: int) -> Iterator[dict[str, Any]]:
     """Answer the lines of stdin."""
     import onnxruntime as ort
+    import vision_tower
 
     started = time.perf_counter()
     options = ort.SessionOptions()
