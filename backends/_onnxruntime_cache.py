@@ -1,12 +1,13 @@
 """A lowered decoder on ONNX Runtime: GroupQueryAttention appends to its cache in place.
 
-Layout of the cache: per layer one key and one value array float32[batch, kv_heads, capacity, head_dim]. The same array
-is bound as past and as present, which tells the operator that both share a buffer; it then reads the rows below
-`seqlens_k` and writes behind them.
+Layout of the cache: per layer one key and one value array [batch, kv_heads, capacity, head_dim] of float32, or of int8
+with `OrtCache.scales`. The same array is bound as past and as present, which tells the operator that both share a buffer;
+it then reads the rows below `seqlens_k` and writes behind them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,8 @@ import numpy.typing as npt
 
 from lensc.export.graph import GraphSpec
 
-from ._onnxruntime_lower import LENGTHS, TOTAL, present_name
+from ._onnxruntime_kv import dequantize, quantize, scales_of
+from ._onnxruntime_lower import LENGTHS, NEW_SCALES, SCALES, TOTAL, WIDEN, present_name
 from ._onnxruntime_session import Weights, engine_errors
 from .base import Array, Cache, check_feeds, check_out
 from .errors import ExecutionError, PromptError, UsageError
@@ -28,7 +30,7 @@ F32 = npt.NDArray[np.float32]
 class OrtCache:
     """See `Cache`. Capacity doubles when it is full, up to `limit`; rows cost memory once they are written."""
 
-    def __init__(self, spec: GraphSpec, capacity: int, batch: int) -> None:
+    def __init__(self, spec: GraphSpec, capacity: int, batch: int, int8: bool = False) -> None:
         limit = spec.dims["past"].max
         if not 1 <= capacity <= limit:
             raise UsageError(f"KV cache: capacity {capacity}, expected 1 to {limit}")
@@ -42,7 +44,10 @@ class OrtCache:
         self.names = tuple(pair.input for pair in spec.states)
         self._spec = spec
         self._rows = tuple(int(d) for d in spec.input(self.names[0]).shape[2:])
-        self.arrays: list[F32] = [self._empty(capacity) for _ in self.names]
+        self._dtype = np.dtype(np.int8 if int8 else np.float32)
+        self.arrays: list[Array] = [self._empty(capacity) for _ in self.names]
+        self.scales: F32 | None = np.zeros((len(self.names), math.prod(self._rows)), np.float32) if int8 else None
+        """Of the channels of each array, set by the first tokens of a sequence; None in float32."""
 
     @property
     def capacity(self) -> int:
@@ -51,7 +56,7 @@ class OrtCache:
 
     @property
     def nbytes(self) -> int:
-        """See `Cache.nbytes`."""
+        """See `Cache.nbytes`; without the scales."""
         return sum(array.nbytes for array in self.arrays)
 
     @property
@@ -69,7 +74,9 @@ class OrtCache:
         """See `Cache.fork`."""
         if self.batch != 1:
             raise UsageError(f"KV cache: cannot fork a batch of {self.batch}, expected 1")
-        copy = OrtCache(self._spec, self.capacity, batch)
+        copy = OrtCache(self._spec, self.capacity, batch, self.scales is not None)
+        if self.scales is not None and copy.scales is not None:
+            copy.scales[:] = self.scales
         for mine, other in zip(self.arrays, copy.arrays, strict=True):
             other[:, :, : self.length] = mine[:, :, : self.length]
         copy.length = self.length
@@ -104,9 +111,24 @@ class OrtCache:
             new[:, :, : self.length] = old[:, :, : self.length]
             self.arrays[i] = new
 
-    def _empty(self, capacity: int) -> F32:
+    def fill(self, rows: Mapping[str, Array]) -> None:
+        """Hold the tokens of `rows`, float32[tokens, batch, kv_heads, head_dim] by name; scales become wide enough."""
+        for i, name in enumerate(self.names):
+            new = stored = rows[name]
+            if self.scales is not None and len(new):
+                self.scales[i] = np.maximum(self.scales[i], scales_of(new, is_key=name.startswith("past_key")))
+                stored = quantize(new, self.scales[i])
+            self.arrays[i][:, :, : len(new)] = stored.transpose(1, 2, 0, 3)
+            self.length = len(new)
+
+    def rows(self, i: int, start: int) -> F32:
+        """The rows of array i from `start` on: float32[tokens, batch, kv_heads, head_dim]."""
+        stored = self.arrays[i][:, :, start : self.length].transpose(2, 0, 1, 3)
+        return stored if self.scales is None else dequantize(stored, self.scales[i])
+
+    def _empty(self, capacity: int) -> Array:
         kv_heads, head_dim = self._rows
-        return np.empty((self.batch, kv_heads, capacity, head_dim), np.float32)
+        return np.empty((self.batch, kv_heads, capacity, head_dim), self._dtype)
 
 
 @dataclass(frozen=True)
@@ -119,6 +141,7 @@ class _Bound:
     binding: Any
     lengths: npt.NDArray[np.int32]
     total: npt.NDArray[np.int32]
+    widen: npt.NDArray[np.bool_]
     growths: int
 
 
@@ -134,6 +157,7 @@ class OrtDecoderSession:
         self._bound: WeakKeyDictionary[OrtCache, _Bound] = WeakKeyDictionary()
         states = {pair.input for pair in spec.states}
         self._fed = tuple(t for t in spec.inputs if t.name not in states and t.name in _names(session.get_inputs()))
+        self._int8 = SCALES in _names(session.get_inputs())
         self._names = tuple((pair.input, present_name(pair.input)) for pair in spec.states)
         self._step_spec = GraphSpec(
             spec.name,
@@ -145,12 +169,20 @@ class OrtDecoderSession:
 
     def new_cache(self, capacity: int, batch: int = 1) -> OrtCache:
         """See `CachedSession.new_cache`."""
-        return OrtCache(self.spec, capacity, batch)
+        return OrtCache(self.spec, capacity, batch, self._int8)
 
     def step(
         self, feeds: Mapping[str, Array], cache: Cache, out: Mapping[str, Array] | None = None
     ) -> dict[str, Array]:
         """See `CachedSession.step`. Positions must continue those in the cache."""
+        if isinstance(cache, OrtCache) and cache.length == 0 and cache.scales is not None:
+            cache.scales[:] = 0
+        return self._step(feeds, cache, out, widen=cache.length == 0)
+
+    def _step(
+        self, feeds: Mapping[str, Array], cache: Cache, out: Mapping[str, Array] | None, widen: bool
+    ) -> dict[str, Array]:
+        """`widen`: the scales of an int8 cache, which holds nothing that they stand for, become those of `feeds`."""
         if self._session is None:
             raise ExecutionError(f"graph {self.spec.name}: the session is closed")
         if not isinstance(cache, OrtCache):
@@ -169,9 +201,9 @@ class OrtDecoderSession:
         if cache.batch > 1 and tokens > 1 and past:
             # the operator takes several new tokens of several sequences only while the cache is empty
             for i in range(cache.batch):
-                self._run_one(i, inputs, outputs, cache, past + tokens)
+                self._run_one(i, inputs, outputs, cache, past + tokens, widen)
         else:
-            self._run(inputs, outputs, self._binding_of(cache), past + tokens)
+            self._run(inputs, outputs, self._binding_of(cache), past + tokens, widen)
         cache.length = past + tokens
         return outputs
 
@@ -179,31 +211,47 @@ class OrtDecoderSession:
         """What is bound to `cache`, made once: binding 64 arrays anew takes 0.4 ms, in every step."""
         bound = self._bound.get(cache)
         if bound is None or bound.growths != cache.growths:
-            bound = self._bound[cache] = self._bind(cache.arrays, cache.batch, cache.growths)
+            bound = self._bound[cache] = self._bind(cache.arrays, cache.scales, cache.growths)
         return bound
 
-    def _bind(self, caches: Sequence[F32], batch: int, growths: int = 0) -> _Bound:
-        bound = _Bound(self._session.io_binding(), np.empty(batch, np.int32), np.empty((), np.int32), growths)
-        for (past, present), array in zip(self._names, caches, strict=True):
+    def _bind(self, arrays: Sequence[Array], scales: F32 | None, growths: int = 0) -> _Bound:
+        batch = len(arrays[0])
+        lengths, total, widen = np.empty(batch, np.int32), np.empty((), np.int32), np.empty((), np.bool_)
+        bound = _Bound(self._session.io_binding(), lengths, total, widen, growths)
+        for (past, present), array in zip(self._names, arrays, strict=True):
             _bind_input(bound.binding, past, array)
             _bind_output(bound.binding, present, array)
+        if scales is not None:
+            # read at the start of a run, written at its end
+            _bind_input(bound.binding, SCALES, scales.reshape(-1))
+            _bind_output(bound.binding, NEW_SCALES, scales.reshape(-1))
+            _bind_input(bound.binding, WIDEN, bound.widen)
         _bind_input(bound.binding, LENGTHS, bound.lengths)
         _bind_input(bound.binding, TOTAL, bound.total)
         return bound
 
     def _run_one(
-        self, i: int, inputs: Mapping[str, Array], outputs: Mapping[str, Array], cache: OrtCache, total: int
+        self,
+        i: int,
+        inputs: Mapping[str, Array],
+        outputs: Mapping[str, Array],
+        cache: OrtCache,
+        total: int,
+        widen: bool,
     ) -> None:
         """Run sequence i of the batch alone."""
         of_batch = {t.name for t in self._step_spec.inputs + self._step_spec.outputs if t.shape[:1] == ("batch",)}
         mine = {n: a[i : i + 1] if n in of_batch else a for n, a in inputs.items()}
         made = {n: a[i : i + 1] for n, a in outputs.items()}
-        self._run(mine, made, self._bind([array[i : i + 1] for array in cache.arrays], 1), total)
+        self._run(mine, made, self._bind([array[i : i + 1] for array in cache.arrays], cache.scales), total, widen)
 
-    def _run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], bound: _Bound, total: int) -> None:
+    def _run(
+        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], bound: _Bound, total: int, widen: bool
+    ) -> None:
         """Run once; `total` tokens are in the cache afterwards."""
         bound.lengths[:] = total - 1
         bound.total[()] = total
+        bound.widen[()] = widen
         with engine_errors(f"graph {self.spec.name}"):
             for name, array in inputs.items():
                 _bind_input(bound.binding, name, array)
@@ -213,7 +261,10 @@ class OrtDecoderSession:
             self._session.run_with_iobinding(bound.binding, self._shrinking if is_prefill else None)
 
     def run(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
-        """See `Session.run`: the past is put into a new cache, the new rows are taken out of it."""
+        """See `Session.run`: the past is put into a new cache, the new rows are taken out of it.
+
+        In int8 it takes two runs if there is a past: what scales the new tokens need is known after one.
+        """
         if self._session is None:
             raise ExecutionError(f"graph {self.spec.name}: the session is closed")
         given = {} if out is None else out
@@ -221,15 +272,16 @@ class OrtDecoderSession:
         shapes = check_out(self.spec, sizes, given)
         past, tokens = sizes["past"], sizes["tokens"]
         cache = self.new_cache(past + tokens, sizes["batch"])
-        for name, array in zip(cache.names, cache.arrays, strict=True):
-            array[:, :, :past] = feeds[name].transpose(1, 2, 0, 3)
-        cache.length = past
         stateless = {t.name: feeds[t.name] for t in self._step_spec.inputs}
         wanted = {t.name: given[t.name] for t in self._step_spec.outputs if t.name in given}
-        outputs = self.step(stateless, cache, wanted)
-        for pair, array in zip(self.spec.states, cache.arrays, strict=True):
+        cache.fill(feeds)
+        if self._int8 and past:
+            self._step(stateless, cache, wanted, widen=True)
+            cache.fill(feeds)
+        outputs = self._step(stateless, cache, wanted, widen=past == 0)
+        for i, pair in enumerate(self.spec.states):
             rows = given[pair.output] if pair.output in given else np.empty(shapes[pair.output], np.float32)
-            rows[:] = array[:, :, past:].transpose(2, 0, 1, 3)
+            rows[:] = cache.rows(i, past)
             outputs[pair.output] = rows
         return {t.name: outputs[t.name] for t in self.spec.outputs}
 

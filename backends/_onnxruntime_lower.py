@@ -12,12 +12,14 @@ has other inputs and outputs than its `GraphSpec`: `_onnxruntime_cache` is the s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from lensc.export.graph import GraphSpec
 
+from ._onnxruntime_kv import scale_nodes
 from ._onnxruntime_quantized import lower_linears
 from .errors import GraphError
 
@@ -31,21 +33,34 @@ TOTAL = "total_sequence_length"
 """Input int32[]: tokens in the cache after the run."""
 
 
+SCALES = "kv_scales"
+"""Of an int8 cache, input and output float32[layers * 2 * channels]: the scales of each layer's keys, then values."""
+
+NEW_SCALES = "new_kv_scales"
+
+WIDEN = "widen_scales"
+"""Of an int8 cache, input bool[]: the scales fed are made as wide as the tokens of this run need."""
+
+
 def present_name(past: str) -> str:
     """The output that shares its buffer with the cache input `past`."""
     return past.replace("past_", "present_")
 
 
-def lower(model: Any, spec: GraphSpec, activation_bits: int = 32) -> Any:
-    """Rewrite an `onnx_ir.Model` in place and return it. Raises GraphError for what has no lowering."""
+def lower(model: Any, spec: GraphSpec, activation_bits: int = 32, kv_bits: int | None = None) -> Any:
+    """Rewrite an `onnx_ir.Model` in place and return it. Raises GraphError for what has no lowering.
+
+    `kv_bits` 8 stores keys and values in int8, None in float32.
+    """
     import onnx_ir as ir
     from onnx_ir.passes import common
 
     graph = model.graph
-    rewriting = _Lowering(ir, graph, spec)
+    rewriting = _Lowering(ir, graph, spec, kv_bits == 8)
     for node in list(graph):
         if node.domain == DOMAIN:
             rewriting.lower(node)
+    rewriting.end_scales()
     lower_linears(ir, graph, activation_bits)
     rewriting.fuse_silu()
     rewriting.fuse_skip_norms()
@@ -62,7 +77,10 @@ def lower(model: Any, spec: GraphSpec, activation_bits: int = 32) -> Any:
 class _Lowering:
     """The rewrites of one graph."""
 
-    def __init__(self, ir: Any, graph: Any, spec: GraphSpec) -> None:
+    def __init__(self, ir: Any, graph: Any, spec: GraphSpec, int8_cache: bool) -> None:
+        self._int8_cache = int8_cache
+        self._scales_in: Any = ()
+        self._scales_out: dict[int, Any] = {}
         self._ir = ir
         self._graph = graph
         self._spec = spec
@@ -145,6 +163,12 @@ class _Lowering:
             "scale": node.attributes["scale"].as_float(),
         }  # fmt: skip
         inputs = [query, key, value, *caches, lengths, total, cos, sin]
+        if self._int8_cache:
+            attributes |= {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
+            head_dim = node.attributes["head_dim"].as_int()
+            states = [pair.input for pair in self._spec.states]
+            places = [states.index(past.name) for past in (past_key, past_value)]
+            inputs += [None, None, None, *self._scales(node, (key, value), places, (kv_heads, head_dim))]
         new = self._node(CONTRIB, "GroupQueryAttention", inputs, attributes, outputs=3)
         for old, present, cache in zip(node.outputs[1:], new.outputs[1:], caches, strict=True):
             index = next(i for i, output in enumerate(self._graph.outputs) if output is old)
@@ -166,11 +190,67 @@ class _Lowering:
 
     def _cache_input(self, past: Any, kv_heads: int, head_dim: int) -> Any:
         """The cache in the place of the past rows, under the same name."""
+        kind = self._ir.TensorType(self._ir.DataType.INT8) if self._int8_cache else past.type
         cache = self._ir.Value(
-            name=past.name, type=past.type, shape=self._ir.Shape(["batch", kv_heads, "capacity", head_dim])
+            name=past.name, type=kind, shape=self._ir.Shape(["batch", kv_heads, "capacity", head_dim])
         )
         self._graph.inputs[next(i for i, value in enumerate(self._graph.inputs) if value is past)] = cache
         return cache
+
+    def _scales(self, before: Any, rows: tuple[Any, Any], places: list[int], sizes: tuple[int, int]) -> list[Any]:
+        """The scales of a layer's keys and values: those fed, widened for `rows` if this is asked for.
+
+        `places` is where they stand among those of all layers, `sizes` are kv_heads and head_dim.
+        """
+        ir, count, channels = self._ir, len(self._spec.states), sizes[0] * sizes[1]
+        if not self._scales_in:
+            whole = self._float(SCALES, count * channels)
+            self._widen = ir.Value(name=WIDEN, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
+            self._graph.inputs.extend([whole, self._widen])
+            split = self._node("", "Split", [whole], {"axis": 0, "num_outputs": count}, outputs=count)
+            self._insert(before, split)
+            self._scales_in = split.outputs
+
+        def make(kind: str, inputs: Any, attributes: dict[str, int]) -> Any:
+            values = [self._constant(x) if isinstance(x, np.ndarray) else x for x in inputs]
+            return self._node("", kind, values, attributes)
+
+        name = f"{before.outputs[0].name}/scales"
+        chains = {
+            "then": [
+                scale_nodes(make, new, self._scales_in[place], *sizes, is_key)
+                for new, place, is_key in zip(rows, places, (True, False), strict=True)
+            ],
+            "else": [[make("Identity", [self._scales_in[place]], {})] for place in places],
+        }
+        branches = []
+        for branch, made in chains.items():
+            nodes = [node for chain in made for node in chain]
+            for i, node in enumerate(nodes):
+                node.outputs[0].name = f"{name}/{branch}_{i}"
+            ends = [self._float(chain[-1].outputs[0].name, channels, chain[-1].outputs[0]) for chain in made]
+            branches.append(ir.AttrGraph(f"{branch}_branch", ir.Graph([], ends, nodes=nodes, name=f"{name}/{branch}")))
+        chosen = ir.Node("", "If", [self._widen], branches, num_outputs=2)
+        self._insert(before, chosen)
+        for place, output in zip(places, chosen.outputs, strict=True):
+            self._scales_out[place] = self._float(output.name, channels, output)
+        return list(chosen.outputs)
+
+    def end_scales(self) -> None:
+        """The scales of all layers as one output."""
+        if self._scales_out:
+            parts = [self._scales_out[place] for place in range(len(self._scales_out))]
+            join = self._node("", "Concat", parts, {"axis": 0})
+            self._graph.append(join)
+            size = sum(int(part.shape[0]) for part in parts)
+            self._graph.outputs.append(self._float(NEW_SCALES, size, join.outputs[0]))
+
+    def _float(self, name: str | None, size: int, value: Any = None) -> Any:
+        """`value`, or a new one, as float32[size] called `name`."""
+        ir = self._ir
+        value = ir.Value() if value is None else value
+        value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape([size])
+        return value
 
     def _rotary_tables(self, frequencies: Any) -> tuple[Any, Any]:
         """cos and sin of every position of the context, float32[context, head_dim / 2]."""
@@ -225,13 +305,15 @@ class _Lowering:
     # --- building -------------------------------------------------------------------------------------------------
 
     def _node(
-        self, domain: str, kind: str, inputs: Any, attributes: dict[str, int | float] | None = None, outputs: int = 1
+        self,
+        domain: str,
+        kind: str,
+        inputs: Any,
+        attributes: Mapping[str, int | float | str] | None = None,
+        outputs: int = 1,
     ) -> Any:
         ir = self._ir
-        made = [
-            ir.AttrFloat32(name, value) if isinstance(value, float) else ir.AttrInt64(name, value)
-            for name, value in (attributes or {}).items()
-        ]
+        made = [_attribute(ir, name, value) for name, value in (attributes or {}).items()]
         return ir.Node(domain, kind, list(inputs), made, num_outputs=outputs)
 
     def _insert(self, before: Any, node: Any) -> Any:
@@ -260,3 +342,9 @@ class _Lowering:
                 self._graph.outputs[index] = after
             before.replace_all_uses_with(after)
         self._graph.remove(old, safe=True)
+
+
+def _attribute(ir: Any, name: str, value: float | str) -> Any:
+    if isinstance(value, str):
+        return ir.AttrString(name, value)
+    return ir.AttrFloat32(name, value) if isinstance(value, float) else ir.AttrInt64(name, value)

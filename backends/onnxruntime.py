@@ -22,7 +22,7 @@ from lensc.export.quantize.scheme import Scheme
 from lensc.profiles import probe
 
 from ._onnxruntime_cache import OrtDecoderSession
-from ._onnxruntime_lower import LENGTHS, TOTAL, lower, present_name
+from ._onnxruntime_lower import LENGTHS, NEW_SCALES, SCALES, TOTAL, WIDEN, lower, present_name
 from ._onnxruntime_session import OrtSession, Weights, engine_errors, one_line
 from .base import Artifact, Probe, Session, Target, check_compatibility, check_interface, file_record
 from .errors import ExecutionError, StorageError, UnavailableError, UnsupportedError
@@ -62,9 +62,9 @@ class OnnxRuntime:
             return f"target {target}: backend {NAME} runs on the cpu; expected {NAME}:cpu"
         if target.arch:
             return f"target {target}: backend {NAME} takes no architecture; expected {NAME}:cpu"
-        if Scheme.parse(scheme).kv_bits is not None:
-            nearest = dataclasses.replace(Scheme.parse(scheme), kv_bits=None)
-            return f"scheme {scheme}: backend {NAME} keeps the KV cache in float32; the nearest is {nearest}"
+        if Scheme.parse(scheme).kv_bits not in (None, 8):
+            nearest = dataclasses.replace(Scheme.parse(scheme), kv_bits=8)
+            return f"scheme {scheme}: backend {NAME} keeps the KV cache in float32 or int8; the nearest is {nearest}"
         return None
 
     def compile(self, graph: Graph, target: Target, out: Path) -> Artifact:
@@ -125,7 +125,8 @@ class OnnxRuntime:
             check_interface(spec, inputs, outputs)
             return OrtSession(spec, session, weights)
         presents = {present_name(pair.input): pair.output for pair in spec.states}
-        check_interface(spec, set(inputs) - {LENGTHS, TOTAL} | {"position_ids"}, (presents.get(o, o) for o in outputs))
+        ours = {LENGTHS, TOTAL, SCALES, NEW_SCALES, WIDEN}
+        check_interface(spec, set(inputs) - ours | {"position_ids"}, (presents.get(o, o) for o in set(outputs) - ours))
         return OrtDecoderSession(spec, session, weights, _shrinking(ort))
 
 
@@ -174,6 +175,8 @@ def _options_of(scheme: Scheme) -> dict[str, str]:
     options = {"graph_optimization": LEVEL if scheme.weights_are_float else "lensc"}
     if not scheme.weights_are_float:
         options["products"] = "int8" if scheme.activation_bits == 8 else "float32"
+    if scheme.kv_bits == 8:
+        options["kv_cache"] = "int8, a scale per channel from the first tokens of a sequence"
     return options
 
 
@@ -185,7 +188,7 @@ def _lowered(graph: Graph, scheme: Scheme) -> Any:
         model = ir.load(graph.path)
     except Exception as error:  # protobuf's own, and whatever a damaged file makes of the reader
         raise ExecutionError(f"{graph.path}: cannot be read as ONNX: {one_line(error)}; export it again") from error
-    return lower(model, graph.spec, scheme.activation_bits)
+    return lower(model, graph.spec, scheme.activation_bits, scheme.kv_bits)
 
 
 def _save(model: Any, path: Path) -> None:
