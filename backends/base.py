@@ -163,6 +163,11 @@ class CachedSession(Session, Protocol):
     `run`, which is fed the past and returns the new rows, must compute the same: parity and golden probes use it.
     """
 
+    @property
+    def prefill_chunk(self) -> int:
+        """How many tokens of a prompt to feed at once: more take memory, or time, and gain nothing."""
+        ...
+
     def new_cache(self, capacity: int, batch: int = 1) -> Cache:
         """An empty cache with room for `capacity` tokens; it may grow up to the model's context."""
         ...

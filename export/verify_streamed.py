@@ -312,6 +312,10 @@ class _CachedDecoderRecorder(_DecoderRecorder):
         super().__init__(session)
         self._cached = session
 
+    @property
+    def prefill_chunk(self) -> int:
+        return self._cached.prefill_chunk
+
     def new_cache(self, capacity: int, batch: int = 1) -> Cache:
         return self._cached.new_cache(capacity, batch)
 

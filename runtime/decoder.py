@@ -19,7 +19,7 @@ F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 
 PREFILL_CHUNK = 512
-"""Most tokens fed in one run. An engine without fused attention makes a float32[heads, tokens, past + tokens] per
+"""Most tokens fed in one run where the host keeps the cache. An engine without fused attention makes a float32[heads, tokens, past + tokens] per
 layer: 512 MiB for 32 heads at a context of 8192, against 8 GiB if the whole prompt went in at once."""
 
 
@@ -41,7 +41,8 @@ class Decoder:
         self._last = np.zeros(1, np.int64)
         self._logits: F32 | None = None
         tokens = session.spec.dims.get("tokens")
-        self._chunk = PREFILL_CHUNK if tokens is None else min(PREFILL_CHUNK, tokens.max)
+        chunk = self._session.prefill_chunk
+        self._chunk = chunk if tokens is None else min(chunk, tokens.max)
 
     def prefill(self, embeds: F32, should_stop: Callable[[], bool] | None = None) -> F32:
         """Feed the prompt `embeds: float32[tokens, D]`; return float32[vocab], the logits of its last position."""
@@ -98,6 +99,7 @@ class HostCachedSession:
 
     def __init__(self, session: Session, decoder: DecoderSpec) -> None:
         self.spec = session.spec
+        self.prefill_chunk = PREFILL_CHUNK
         self._session = session
         self._decoder = decoder
 

@@ -322,6 +322,10 @@ class _SharedSession:
 class _SharedCachedSession(_SharedSession):
     """The same for an engine that keeps the KV cache; each generation has a cache of its own."""
 
+    def __init__(self, session: CachedSession) -> None:
+        super().__init__(session)
+        self.prefill_chunk = session.prefill_chunk
+
     def new_cache(self, capacity: int, batch: int = 1) -> Cache:
         with self._lock:
             return cast(CachedSession, self._opened()).new_cache(capacity, batch)

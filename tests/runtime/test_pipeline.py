@@ -149,6 +149,10 @@ def test_an_engine_that_keeps_the_cache_is_given_it(tiny: Any) -> None:
     assert answer.token_ids == plain.generate("What?", pictures).token_ids
     prefill = -(-answer.metrics.prompt_tokens // 64)  # the graph takes at most 64 tokens
     assert decoder.steps == prefill + len(answer.token_ids) - 1
+    decoder.prefill_chunk, decoder.steps = 5, 0
+    vlm = VLM(tiny.SPEC, tiny.TOKENIZER, {"vision": tiny.FakeVision(), "decoder": decoder}, tiny.TABLE)
+    assert vlm.generate("What?", pictures).token_ids == answer.token_ids
+    assert decoder.steps == -(-answer.metrics.prompt_tokens // 5) + len(answer.token_ids) - 1
     ways: tuple[dict[str, Any], ...] = ({"num_beams": 3}, {"do_sample": True, "seed": 3})
     for more in ways:
         assert vlm.generate("What?", pictures, **more).token_ids == plain.generate("What?", pictures, **more).token_ids
