@@ -19,10 +19,11 @@ class Stream(Iterator[str]):
 
     def __init__(self, generation: Generation, answer: AnswerStream) -> None:
         self._generation = generation
-        self._answer = answer
-        self._pieces = self._run()
+        self._results: list[Result] = []
+        # The pieces know nothing of the stream: one that is dropped halfway frees its KV cache at once, which a circle of
+        # references would hold until the collector comes by.
+        self._pieces = _pieces(generation, answer, self._results)
         self._cancelled = False
-        self._result: Result | None = None
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -35,23 +36,25 @@ class Stream(Iterator[str]):
     @property
     def result(self) -> Result:
         """The whole answer, once the last piece was read or the stream was cancelled. Raises UsageError before."""
-        if self._result is None and self._cancelled:
+        if not self._results and self._cancelled:
             for _ in self._pieces:
                 pass
-        if self._result is None:
+        if not self._results:
             raise UsageError(
                 "the stream has not ended: read it to its end, or cancel() it, before asking for its result"
             )
-        return self._result
+        return self._results[0]
 
-    def _run(self) -> Iterator[str]:
-        text = ""
-        for token in self._generation.tokens():
-            piece = self._answer.push(token)
-            if piece:
-                text += piece
-                yield piece
-        piece = self._answer.finish()
-        self._result = self._generation.result(text + piece)
+
+def _pieces(generation: Generation, answer: AnswerStream, results: list[Result]) -> Iterator[str]:
+    """The answer piece by piece; its result goes into `results`, before the last piece."""
+    text = ""
+    for token in generation.tokens():
+        piece = answer.push(token)
         if piece:
+            text += piece
             yield piece
+    piece = answer.finish()
+    results.append(generation.result(text + piece))
+    if piece:
+        yield piece

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -83,3 +85,21 @@ def test_two_streams_can_be_read_in_turns(tiny: Any) -> None:
     for pair in itertools.zip_longest(*streams, fillvalue=""):
         texts = [t + p for t, p in zip(texts, pair, strict=True)]
     assert texts == expected
+
+
+@pytest.mark.parametrize("pieces", [0, 2], ids=["not begun", "halfway"])
+def test_a_dropped_stream_frees_its_cache_at_once(tiny: Any, pieces: int) -> None:
+    """And not when the collector of circles comes by, which counts objects and not the gigabytes that they hold."""
+    vlm, _, _ = tiny.make()
+    gc.collect()
+    gc.disable()
+    try:
+        stream = vlm.generate("What is it?", [tiny.picture()], stream=True)
+        for _ in range(pieces):
+            next(stream)
+        cache = weakref.ref(stream._generation.decoder.cache)
+        assert cache() is not None
+        del stream
+        assert cache() is None
+    finally:
+        gc.enable()
