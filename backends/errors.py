@@ -17,7 +17,8 @@ LensError
 │   ├── UnsupportedError  the engine is here, but not for this graph, scheme or target
 │   ├── CompatibilityError  an artifact was built for another engine version, chip or shape
 │   └── ExecutionError    the engine failed while it compiled, loaded or ran
-└── StorageError          the disk is full, read-only or a path is not writable
+├── StorageError          the disk is full, read-only or a path is not writable
+└── MemoryLimitError      work needs, or took, more memory than the machine has or --max-memory allows
 
 A message is one line: what was asked, what was found, what is accepted or what to do next.
 """
@@ -94,4 +95,8 @@ class ExecutionError(BackendError):
 
 
 class StorageError(LensError):
+    pass
+
+
+class MemoryLimitError(LensError):
     pass

@@ -52,7 +52,7 @@ def export_checkpoint(
     `scheme` is the name of a recipe, or the path of one; `adapter` a folder with a LoRA adapter in PEFT's format, merged
     while weights are read; `calibration` a folder of pictures for a recipe that is calibrated (by default, built-in ones);
     no stage may take more than `max_memory` bytes. Raises CheckpointError, TokenizerError, GraphError, ParityError,
-    StorageError, or UsageError if `out` must not be replaced. `out` is complete or untouched.
+    StorageError, MemoryLimitError, or UsageError if `out` must not be replaced. `out` is complete or untouched.
     """
     pictures = None if calibration is None else Path(calibration)
     source = Source(_opened(checkpoint, adapter), resolve(scheme), max_memory, pictures)

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lensc.backends.errors import StorageError, UnavailableError, UsageError
+from lensc.backends.errors import MemoryLimitError, UnavailableError, UsageError
 
 UNITS = {"B": 1}
 UNITS |= {f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", 1)}
@@ -58,6 +58,13 @@ def peak_bytes() -> int:
 def resident_bytes() -> int:
     """The resident size of this process now; where the system does not tell, its largest. Raises UnavailableError."""
     return _status("self", "VmRSS") or _rusage(children=False)
+
+
+def anonymous_bytes() -> int:
+    """The resident size without the pages of files, which the system takes away and brings back as it likes; where it
+    does not tell, the resident size. Raises UnavailableError.
+    """
+    return _status("self", "RssAnon") or resident_bytes()
 
 
 def reset_peak() -> bool:
@@ -119,21 +126,21 @@ class Limit:
         return None if self.max_bytes is None else max(0, self.max_bytes - resident_bytes())
 
     def require(self, nbytes: int, stage: str) -> None:
-        """Raise StorageError, before any work, if a `stage` that peaks at `nbytes` cannot keep the promise."""
+        """Raise MemoryLimitError, before any work, if a `stage` that peaks at `nbytes` cannot keep the promise."""
         if self.max_bytes is not None and nbytes > self.max_bytes:
-            raise StorageError(
+            raise MemoryLimitError(
                 f"{stage}: needs about {shown(nbytes)} of memory, --max-memory is {shown(self.max_bytes)}; raise it"
             )
         free = available_bytes() + resident_bytes()
         if nbytes > free:
-            raise StorageError(
+            raise MemoryLimitError(
                 f"{stage}: needs about {shown(nbytes)} of memory, this machine has {shown(free)} free; "
                 "end other programs or take a larger machine"
             )
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measure what is done inside as the stage `name`; raise StorageError at its end if it took too much."""
+        """Measure what is done inside as the stage `name`; raise MemoryLimitError at its end if it took too much."""
         self._note(peak_bytes())
         before, self._stage = self._stage, name
         reset_peak()
@@ -145,7 +152,7 @@ class Limit:
             self._stage = before
 
     def check(self) -> None:
-        """Raise StorageError if the stage took more than it may. To be called between pieces of work."""
+        """Raise MemoryLimitError if the stage took more than it may. To be called between pieces of work."""
         peak = peak_bytes()
         self._note(peak)
         self._judge(peak, "")
@@ -153,7 +160,7 @@ class Limit:
     def watch(self, process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> int:
         """Wait for a child process and return its peak in bytes, which counts as the stage's.
 
-        A child that takes more than the limit is killed. Raises StorageError then. Its output must not be a pipe that
+        A child that takes more than the limit is killed. Raises MemoryLimitError then. Its output must not be a pipe that
         somebody has to empty.
         """
         peak, before, own = 0, _rusage(children=True), peak_bytes()
@@ -181,7 +188,7 @@ class Limit:
 
     def _judge(self, peak: int, who: str) -> None:
         if self.max_bytes is not None and peak > self.max_bytes:
-            raise StorageError(
+            raise MemoryLimitError(
                 f"{self._stage}: {who}took {shown(peak)} of memory, --max-memory is {shown(self.max_bytes)}; raise it"
             )
 

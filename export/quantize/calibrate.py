@@ -76,7 +76,7 @@ def calibrate(
 
     Files made with the same `key`, which stands for all arguments, are kept. `formats` may name `EMBEDDING`: then the
     decoder is shown rows of that format. `after_block` is called with the name of each block that is done. Raises
-    StorageError, before any work, if `limit` is too low; InputError for data that leave a linear without inputs;
+    MemoryLimitError, before any work, if `limit` is too low; InputError for data that leave a linear without inputs;
     CheckpointError for weights that cannot be read or hold NaN or Inf.
     """
 

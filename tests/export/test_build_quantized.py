@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import lensc
 from lensc.backends.base import Target
 from lensc.backends.bundle import Manifest, load_manifest
-from lensc.backends.errors import CheckpointError, GraphError, StorageError, UnsupportedError, UsageError
+from lensc.backends.errors import CheckpointError, GraphError, MemoryLimitError, UnsupportedError, UsageError
 from lensc.export import export_stages, writer
 from lensc.export.build import build, export_checkpoint
 from lensc.export.checkpoint import Checkpoint
@@ -203,7 +203,9 @@ def test_an_interrupted_quantization_goes_on_at_the_next_weight(
 
 
 def test_more_memory_than_allowed_ends_the_build(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"the build: needs about .* of memory, --max-memory is 50 MiB; raise it"):
+    with pytest.raises(
+        MemoryLimitError, match=r"the build: needs about .* of memory, --max-memory is 50 MiB; raise it"
+    ):
         export_checkpoint(checkpoint, tmp_path / "g", scheme="int8", max_memory=50 << 20)
     assert not (tmp_path / "g").exists()
 

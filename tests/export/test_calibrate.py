@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lensc.backends.bundle import ModelSpec
-from lensc.backends.errors import GraphError, InputError, StorageError
+from lensc.backends.errors import GraphError, InputError, MemoryLimitError
 from lensc.bench import checkpoint as published
 from lensc.export.calibration import CalibrationSet, Item, prepare
 from lensc.export.checkpoint import Checkpoint
@@ -350,7 +350,7 @@ def test_a_damaged_file_is_an_error(folder: Path, tmp_path: Path) -> None:
 
 def test_too_little_memory_is_known_before_the_work(case: Case, tmp_path: Path) -> None:
     with pytest.raises(
-        StorageError, match=r"calibrate on \d+ slices and \d+ tokens: needs about .* --max-memory is 90 MiB"
+        MemoryLimitError, match=r"calibrate on \d+ slices and \d+ tokens: needs about .* --max-memory is 90 MiB"
     ):
         case.run(tmp_path / "x", limit=Limit(90 << 20))
     assert not (tmp_path / "x").exists()

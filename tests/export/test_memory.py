@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import mmap
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from lensc.backends.errors import StorageError, UsageError
+from lensc.backends.errors import MemoryLimitError, UsageError
 from lensc.export import memory
-from lensc.export.memory import Limit, available_bytes, parse_bytes, peak_bytes, reset_peak, resident_bytes, shown
+from lensc.export.memory import (
+    Limit,
+    anonymous_bytes,
+    available_bytes,
+    parse_bytes,
+    peak_bytes,
+    reset_peak,
+    resident_bytes,
+    shown,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoint"
 
@@ -75,6 +85,17 @@ def test_peak_and_resident_size() -> None:
     assert peak_bytes() - before > 60 * MIB > resident_bytes() - before
     reset_peak()
     assert peak_bytes() - before < 30 * MIB
+
+
+@LINUX
+def test_pages_of_files_are_not_anonymous(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(64 * MIB))
+    anonymous, resident = anonymous_bytes(), resident_bytes()
+    with open(tmp_path / "file", "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert sum(mapped[:: 4 << 10]) == 0
+        assert resident_bytes() - resident > 60 * MIB > 20 * MIB > anonymous_bytes() - anonymous
+    block = bytearray(b"x") * (64 * MIB)
+    assert anonymous_bytes() - anonymous > 60 * MIB and block
 
 
 def test_peak_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +167,7 @@ def test_a_stage_that_takes_too_much() -> None:
         limit.check()
         del block
     with (
-        pytest.raises(StorageError, match=r"^large: took \d.*iB of memory, --max-memory is \d.*iB; raise it$"),
+        pytest.raises(MemoryLimitError, match=r"^large: took \d.*iB of memory, --max-memory is \d.*iB; raise it$"),
         limit.stage("large"),
     ):
         block = bytearray(b"x") * (150 * MIB)
@@ -160,7 +181,7 @@ def test_a_stage_that_takes_too_much() -> None:
 @LINUX
 def test_the_end_of_a_stage_is_checked() -> None:
     limit = Limit(resident_bytes() + 50 * MIB)
-    with pytest.raises(StorageError, match=r"^once: took"), limit.stage("once"):
+    with pytest.raises(MemoryLimitError, match=r"^once: took"), limit.stage("once"):
         bytearray(b"x") * (100 * MIB)
 
 
@@ -180,10 +201,12 @@ def test_needs_are_refused_before_work() -> None:
     limit = Limit(resident_bytes() + 100 * MIB)
     limit.require(resident_bytes(), "quantize")
     with pytest.raises(
-        StorageError, match=r"^quantize: needs about 3\.00 GiB of memory, --max-memory is .*; raise it$"
+        MemoryLimitError, match=r"^quantize: needs about 3\.00 GiB of memory, --max-memory is .*; raise it$"
     ):
         limit.require(3 << 30, "quantize")
-    with pytest.raises(StorageError, match=r"^quantize: needs about 1024\.00 GiB of memory, this machine has .* free"):
+    with pytest.raises(
+        MemoryLimitError, match=r"^quantize: needs about 1024\.00 GiB of memory, this machine has .* free"
+    ):
         Limit().require(1 << 40, "quantize")
     room = limit.room
     assert room is not None and 0 < room <= 101 * MIB and Limit().room is None
@@ -208,7 +231,7 @@ def test_child_that_takes_too_much_is_killed() -> None:
     limit = Limit(resident_bytes() + 300 * MIB)
     process = child(mib := (limit.max_bytes or 0) // MIB + 100, seconds=60)
     with (
-        pytest.raises(StorageError, match=r"^convert: a child process took .*, --max-memory is .*; raise it$"),
+        pytest.raises(MemoryLimitError, match=r"^convert: a child process took .*, --max-memory is .*; raise it$"),
         limit.stage("convert"),
     ):
         limit.watch(process)
@@ -229,7 +252,7 @@ limit.watch(subprocess.Popen([sys.executable, "-I", "-S", "-c", "bytearray(b'x')
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert 200 * MIB < int(result.stdout) < 250 * MIB
-    assert "StorageError: start: a child process took 4" in result.stderr
+    assert "MemoryLimitError: start: a child process took 4" in result.stderr
 
 
 # --- the streamed reference ---------------------------------------------------------------------------------------
