@@ -1,10 +1,11 @@
 """A checkpoint with random weights in the official layout: what the speed and memory of the full model are measured on.
 
-    python -m lensc.bench.checkpoint -o build/full [--size full|mid|small] [--seed 1]
+    python -m lensc.bench.checkpoint -o build/full [--size full|mid|wide|small] [--seed 1]
 
 `full` has the published model's 741 tensors and 8,537,092,336 parameters in 7 shards of exactly the published sizes,
-17.1 GB of float16. `mid`, about 430 MB, is for tests of peak memory: the true vision width, a narrower decoder. `small`,
-5 MB, is for tests of everything else.
+17.1 GB of float16. `mid`, about 430 MB, is for tests of peak memory: the true vision width, a narrower decoder. `wide`,
+1.1 GB, is for tests of what depends on the size of a layer: true widths everywhere, two decoder layers, one vision layer.
+`small`, 5 MB, is for tests of everything else.
 
 Every weight is drawn on its own: 16 random bits choose one of 65,536 quantiles of a normal distribution from a table.
 That takes about 1 ns, and no two rows are related, as they would be if one block of random numbers were used again and
@@ -80,6 +81,7 @@ SIZES = {
         {"num_hidden_layers": 2},
         200_000_000,
     ),
+    "wide": Size({"num_hidden_layers": 2, "vocab_size": 4096}, {"num_hidden_layers": 1}, 5_000_000_000),
     "small": Size(
         {
             "hidden_size": 256,
