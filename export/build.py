@@ -55,7 +55,7 @@ def export_checkpoint(
     StorageError, MemoryLimitError, or UsageError if `out` must not be replaced. `out` is complete or untouched.
     """
     pictures = None if calibration is None else Path(calibration)
-    source = Source(_opened(checkpoint, adapter), resolve(scheme), max_memory, pictures)
+    source = Source(opened(checkpoint, adapter), resolve(scheme), max_memory, pictures)
     total = export_stages.STAGES + source.recipe.is_calibrated + 2
     with Staging(Path(out), total=total, report=report, limit=Limit(max_memory)) as staging:
         staging.limit.require(source.memory_bytes, "the build")
@@ -126,7 +126,7 @@ def build(
     `compile_graphs` do. `out` is complete or untouched.
     """
     pictures = None if calibration is None else Path(calibration)
-    source = Source(_opened(checkpoint, adapter), resolve(scheme), max_memory, pictures)
+    source = Source(opened(checkpoint, adapter), resolve(scheme), max_memory, pictures)
     check_supported(source.specs, source.schemes, targets)
     total = export_stages.STAGES + source.recipe.is_calibrated + (compile_stages.STAGES + 1) * len(targets) + 2
     with Staging(Path(out), total=total, report=report, limit=Limit(max_memory)) as staging:
@@ -151,7 +151,7 @@ def build(
         return staging.publish(lambda folder: write_manifest(folder, manifest))
 
 
-def _opened(checkpoint: str | Path, adapter: str | Path | None) -> Checkpoint | MergedCheckpoint:
+def opened(checkpoint: str | Path, adapter: str | Path | None) -> Checkpoint | MergedCheckpoint:
     """The checkpoint, with the adapter merged into it if there is one. Raises CheckpointError."""
     opened = Checkpoint(resolve_checkpoint(checkpoint))
     return opened if adapter is None else MergedCheckpoint(opened, Adapter(adapter))

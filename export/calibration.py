@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -48,6 +48,9 @@ DESCRIBE = "Describe the picture."
 
 DEMO_SAMPLES = {"line": 16, "page": 16, "question": 24}
 """How many pictures of each task are drawn for the demo checkpoint."""
+
+DEMO_HELD_OUT = {"line": 80, "page": 40, "question": 80}
+"""The same for judging what a calibration came to, on pictures that it has not seen."""
 
 PAGE_CELLS = (1.0, 2.5, 4.0, 6.0)
 """Areas of the drawn pages, in slices."""
@@ -129,6 +132,14 @@ def calibration_set(
             source = "built in, as the demo fonts are not installed (pip install 'lensc[demo]')"
             return prepare(source, list(_built_in(spec)), spec, tokenizer)
     return prepare("built in", list(_built_in(spec)), spec, tokenizer)
+
+
+def held_out_set(spec: ModelSpec, tokenizer: Tokenizer) -> CalibrationSet | None:
+    """Pictures of the demo model's tasks that are in no calibration; None where they cannot be drawn."""
+    try:
+        return prepare("drawn anew for the demo model", list(_demo(DEMO_HELD_OUT, "judge")), spec, tokenizer)
+    except UnavailableError:
+        return None
 
 
 def prepare(source: str, items: Sequence[Item], spec: ModelSpec, tokenizer: Tokenizer) -> CalibrationSet:
@@ -232,14 +243,14 @@ def _questions(path: Path, names: set[str]) -> dict[str, tuple[str, str]]:
 # --- the demo -----------------------------------------------------------------------------------------------------
 
 
-def _demo() -> Iterator[Item]:
+def _demo(counts: Mapping[str, int] = DEMO_SAMPLES, seed: str = "calibration") -> Iterator[Item]:
     """Pictures of the tasks that the demo model was trained for, of a fixed seed. Raises UnavailableError."""
     from .demo.samples import Sample as Drawn
     from .demo.samples import line, page, question
 
     makers: dict[str, Callable[[Random, bool], Drawn]] = {"line": line, "page": page, "question": question}
-    for task, count in DEMO_SAMPLES.items():
-        rng = Random(f"calibration {task}")
+    for task, count in counts.items():
+        rng = Random(f"{seed} {task}")
         for _ in range(count):
             sample = makers[task](rng, False)
             yield Item(sample.question, sample.answer, (sample.image,))

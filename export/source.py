@@ -190,12 +190,16 @@ class Source:
     @property
     def schemes(self) -> dict[str, str]:
         """The scheme of each graph."""
+        return self.schemes_of(self.recipe)
+
+    def schemes_of(self, recipe: Recipe) -> dict[str, str]:
+        """The scheme of each graph by another recipe."""
         with torch.device("meta"):
             model = MiniCPMV(self.checkpoint.config)
         found = {}
         for graph, (module, _) in graph_modules(model).items():
             linears = [r.name for n, p in module.state_dict().items() for r in linear_rows(n, p)]
-            found[graph] = str(self.recipe.scheme(graph, linears))
+            found[graph] = str(recipe.scheme(graph, linears))
         return found
 
     def _bytes_of(self, name: str, shape: tuple[int, ...]) -> int:

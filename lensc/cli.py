@@ -123,6 +123,32 @@ def parser() -> argparse.ArgumentParser:
     _memory(build)
     _output(build, "bundle/")
 
+    quantize = verb(
+        "quantize",
+        _quantize,
+        "search the smallest recipe that keeps to a loss",
+        "Measures what each group of weights costs in each format, and writes a recipe for lensc build --scheme. The loss "
+        "of a recipe is measured with the answers of the calibration pictures: how many of 100 the float model gives "
+        "right and the recipe does not; where the float model gives fewer than 20 right, how many of 100 tokens of the "
+        "answers are chosen otherwise.",
+    )
+    quantize.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or demo for the one that is shipped"
+    )
+    quantize.add_argument("--search", action="store_true", help="search a recipe (this is all that quantize does)")
+    text = "the most points of 100 that the recipe may lose (default: 1)"
+    quantize.add_argument("--max-loss", metavar="POINTS", type=float, default=1.0, help=text)
+    text = "how weights of 4 bits are chosen: gptq (the default), or rtn, which is much faster"
+    quantize.add_argument("--method", metavar="METHOD", default="gptq", help=text)
+    quantize.add_argument("--scheme", metavar="SCHEME", help="of lensc build; a search makes one")
+    text = "folder of a LoRA adapter in PEFT's format, merged into the checkpoint while it is read"
+    quantize.add_argument("--adapter", metavar="FOLDER", help=text)
+    text = "pictures with questions.json; default: built-in ones"
+    quantize.add_argument("--calibration", metavar="FOLDER", help=text)
+    _targets(quantize)
+    _memory(quantize)
+    quantize.add_argument("-o", "--output", metavar="FILE", required=True, help="recipe to write, e.g. recipe.toml")
+
     inspect = verb("inspect", _inspect, "show what a bundle or a folder of graphs holds")
     inspect.add_argument("bundle", metavar="BUNDLE")
     inspect.add_argument("--verify", action="store_true", help="compute the SHA-256 of every file, too")
@@ -250,6 +276,35 @@ def _build(options: argparse.Namespace) -> int:
             command=options.command,
         )
     return _made(options, manifest)
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    if not options.search or options.scheme is not None:
+        scheme = options.scheme or "int4-gptq"
+        raise UsageError(
+            "lensc quantize searches a recipe: give --search and no --scheme; to quantize by one that exists: "
+            + shlex.join(["lensc", "build", options.checkpoint, "--scheme", scheme, "-o", "bundle/"])
+        )
+    with _needs_export_packages():
+        from lensc.export import search
+    with console.Progress() as progress:
+        found = search.search_recipe(
+            options.checkpoint,
+            options.output,
+            max_loss=options.max_loss,
+            targets=_parsed(options.target),
+            method=options.method,
+            adapter=options.adapter,
+            calibration=options.calibration,
+            max_memory=_bytes(options.max_memory),
+            report=lambda text, step, total: progress.show(text, (step, total)),
+            command=options.command,
+        )
+    if options.json:
+        console.print_json({"recipe": options.output, **search.as_json(found)})
+    else:
+        print(search.summary(found, options.output))
+    return 0
 
 
 def _inspect(options: argparse.Namespace) -> int:

@@ -11,12 +11,15 @@ Blocks come in this order, under these names:
     vision    vpm.embeddings, vpm.encoder.layers.<i>, vpm.post_layernorm, resampler
     decoder   llm.model.layers.<i>, llm.model.norm, llm.lm_head[<start>:<stop>] (rows of its weight)
 
-Quantization hooks in at two places. `on_linear(name, x)` is called with the checkpoint's name of a linear's weight and
+Quantization hooks in at four places. `on_linear(name, x)` is called with the checkpoint's name of a linear's weight and
 its input, float[tokens, in], for every linear of every sample, before it computes; x must be copied to be kept.
 `replace(block, state)` is called once per block, after all samples were seen, with the block's weights by full name in
 float32. It may overwrite them in place, which takes no second copy, or return those that it changed; the outputs of the
-block, which are the inputs of the next, are then computed with them. Given both, a block computes twice. The names that
-are not simply a linear's weight:
+block, which are the inputs of the next, are then computed with them. Given both, a block computes twice.
+`change_input(name, x)` is called for every linear while the outputs are computed, and returns what the linear is given
+instead. `on_block(name, module, x, run)` is called once per block, filled with its weights as they are stored and after
+`on_linear` has seen all samples: `run(i, y)` computes the block's output for input y in the place of sample i's, x[i].
+The names that are not simply a linear's weight:
 
     vpm.embeddings.patch_embedding.weight   a convolution without overlap: x are the patches, in the order of
                                             weight.flatten(1)
@@ -29,8 +32,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -38,7 +40,6 @@ from math import prod
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lensc.backends.base import Array, Session, check_feeds, check_out
 from lensc.backends.errors import CheckpointError, ExecutionError, GraphError, UsageError
@@ -48,12 +49,16 @@ from lensc.export.memory import shown, trim
 from lensc.export.shards import listed
 
 from .config import ModelConfig
-from .minicpmv import Decoder, Resampler, ResamplerAttention, VisionEmbeddings, VisionTower
+from .hooks import ChangeInput, OnLinear, observed
+from .minicpmv import Decoder, Resampler, VisionTower
 from .session import decoder_spec, vision_spec
 
 Feeds = Mapping[str, Array]
-OnLinear = Callable[[str, Tensor], None]
 Replace = Callable[[str, dict[str, Tensor]], Mapping[str, Tensor] | None]
+Run = Callable[[int, Tensor], Tensor]
+OnBlock = Callable[[str, nn.Module, Sequence[Tensor], Run], None]
+
+_BLOCK = re.compile(r"vpm\.encoder\.layers\.\d+|llm\.model\.layers\.\d+|(?:vpm|llm)\.\w+|resampler")
 
 CHUNK_TOKENS = 512
 """Most tokens that go through a decoder layer at once: attention makes three float32[heads, tokens, past + tokens], which
@@ -119,7 +124,13 @@ class StreamedModel:
 
     @torch.no_grad()
     def run_vision(
-        self, feeds: Sequence[Feeds], *, on_linear: OnLinear | None = None, replace: Replace | None = None
+        self,
+        feeds: Sequence[Feeds],
+        *,
+        on_linear: OnLinear | None = None,
+        replace: Replace | None = None,
+        change_input: ChangeInput | None = None,
+        on_block: OnBlock | None = None,
     ) -> list[dict[str, Array]]:
         """Run all calls `feeds` of the graph `vision`, block by block; return the outputs of each.
 
@@ -136,7 +147,7 @@ class StreamedModel:
         def given(i: int, name: str) -> Tensor:
             return self._tensor(feeds[i][name])
 
-        through = partial(self._through, x=x, on_linear=on_linear, replace=replace)
+        through = partial(self._through, x=x, hooks=_Hooks(on_linear, replace, change_input, on_block))
         through("vpm.embeddings", embed, lambda i: embed(given(i, "patches"), given(i, "position_ids")))
         for index in range(self.config.vision.num_hidden_layers - self.config.drop_vision_last_layer):
             through(f"vpm.encoder.layers.{index}", layer, lambda i: layer(x[i], given(i, "attention_bias")))
@@ -152,6 +163,8 @@ class StreamedModel:
         *,
         on_linear: OnLinear | None = None,
         replace: Replace | None = None,
+        change_input: ChangeInput | None = None,
+        on_block: OnBlock | None = None,
     ) -> list[dict[str, Array]]:
         """Run all calls `feeds` of the graph `decoder`, block by block; return the outputs of each.
 
@@ -178,14 +191,15 @@ class StreamedModel:
                     results[i][name] = made.float().numpy()
             return y
 
-        through = partial(self._through, on_linear=on_linear, replace=replace)
+        hooks = _Hooks(on_linear, replace, change_input, on_block)
+        through = partial(self._through, hooks=hooks)
         for index in range(self.config.num_hidden_layers):
             through(f"llm.model.layers.{index}", layer, partial(compute, index=index), x=x)
         asking = [i for i, names in enumerate(wanted) if "logits" in names]
         if asking:
             x = [x[i].index_select(1, self._tensor(feeds[i]["logit_positions"])) for i in asking]
             through("llm.model.norm", norm, lambda i: norm(x[i]), x=x)
-            for i, logits in zip(asking, self._head(x, on_linear, replace), strict=True):
+            for i, logits in zip(asking, self._head(x, hooks), strict=True):
                 results[i] = {"logits": logits, **results[i]}
         return results
 
@@ -233,25 +247,27 @@ class StreamedModel:
         module: nn.Module,
         compute: Callable[[int], Tensor],
         x: list[Tensor],
-        on_linear: OnLinear | None,
-        replace: Replace | None,
+        hooks: _Hooks,
     ) -> None:
         """Fill `module` with the weights of block `name`, set each x[i] to compute(i), and empty `module` again.
 
-        `compute` must not change x[i] itself: with both hooks it is called twice.
+        `compute` must not change x[i] itself: with hooks it is called more than once.
         """
         state = {f"{name}.{path}": self._read(f"{name}.{path}") for path, _ in module.named_parameters()}
         self._assign(name, module, state)
         try:
-            if replace is not None:
-                if on_linear is not None:
-                    with _observed(name, module, on_linear):
+            if hooks.before:
+                if hooks.on_linear is not None:
+                    with observed(name, module, hooks.on_linear):
                         for i in range(len(x)):
                             compute(i)
-                state |= _replaced(name, state, replace)
-                self._assign(name, module, state)
+                if hooks.on_block is not None:
+                    hooks.on_block(name, module, x, partial(_instead, x, compute))
+                if hooks.replace is not None:
+                    state |= _replaced(name, state, hooks.replace)
+                    self._assign(name, module, state)
             state.clear()
-            with _observed(name, module, None if replace else on_linear):
+            with observed(name, module, hooks.change_input or (None if hooks.before else hooks.on_linear)):
                 for i in range(len(x)):
                     x[i] = compute(i)
         finally:
@@ -285,24 +301,30 @@ class StreamedModel:
             )
         return y, key[past:], value[past:]
 
-    def _head(self, x: list[Tensor], on_linear: OnLinear | None, replace: Replace | None) -> list[Array]:
+    def _head(self, x: list[Tensor], hooks: _Hooks) -> list[Array]:
         """Logits float32[batch, rows, vocab] of each x[i], some rows of lm_head after the other."""
         weight, rows = "llm.lm_head.weight", self.config.vocab_size
         logits = [torch.empty((*hidden.shape[:2], rows)) for hidden in x]
         if not any(array.numel() for array in logits):
             return [array.numpy() for array in logits]
-        if on_linear is not None:
+        if hooks.on_linear is not None:
             for hidden in x:
-                on_linear(weight, hidden.flatten(0, -2))
+                hooks.on_linear(weight, hidden.flatten(0, -2))
         for start in range(0, rows, self._head_rows):
             stop = min(start + self._head_rows, rows)
             name = f"llm.lm_head[{start}:{stop}]"
             state = {weight: self._read(weight, start, stop)}
-            if replace is not None:
-                state |= _replaced(name, state, replace)
+            if hooks.on_block is not None:
+                with torch.device("meta"):
+                    head = nn.Linear(self.config.hidden_size, stop - start, bias=False)
+                head.load_state_dict({"weight": state[weight].to(self._dtype)}, assign=True)
+                hooks.on_block(name, head.requires_grad_(False), x, partial(_apply, head))
+            if hooks.replace is not None:
+                state |= _replaced(name, state, hooks.replace)
             part = state.pop(weight).to(self._dtype)
             for hidden, array in zip(x, logits, strict=True):
-                array[..., start:stop] = nn.functional.linear(hidden, part)
+                given = hidden if hooks.change_input is None else hooks.change_input(weight, hidden.flatten(0, -2))
+                array[..., start:stop] = nn.functional.linear(given.view_as(hidden), part)
             del part
             self._after_block(name)
         return [array.numpy() for array in logits]
@@ -411,45 +433,32 @@ def streamed_sessions(model: StreamedModel) -> dict[str, Session]:
 
 # --- hooks --------------------------------------------------------------------------------------------------------
 
-_BLOCK = re.compile(r"vpm\.encoder\.layers\.\d+|llm\.model\.layers\.\d+|(?:vpm|llm)\.\w+|resampler")
+
+@dataclass(frozen=True)
+class _Hooks:
+    on_linear: OnLinear | None
+    replace: Replace | None
+    change_input: ChangeInput | None
+    on_block: OnBlock | None
+
+    @property
+    def before(self) -> bool:
+        """Whether something happens before the outputs are computed: then inputs are observed before it, too."""
+        return self.replace is not None or self.on_block is not None or self.change_input is not None
 
 
-@contextmanager
-def _observed(name: str, module: nn.Module, on_linear: OnLinear | None) -> Iterator[None]:
-    """Report the inputs of all linears of the block `name` to `on_linear` while it runs.
+def _apply(head: nn.Linear, _: int, hidden: Tensor) -> Tensor:
+    logits: Tensor = head(hidden)
+    return logits
 
-    Hooks leave the definition of the model as it is, and see what goes in before it is used.
-    """
-    handles: list[RemovableHandle] = []
 
-    def watch(weight: str, position: int, target: nn.Module) -> None:
-        def hook(target: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            report(weight, inputs[position])
-
-        handles.append(target.register_forward_pre_hook(hook))
-
-    def report(weight: str, x: Tensor) -> None:
-        assert on_linear is not None
-        on_linear(weight, x.flatten(0, -2))
-
-    def watch_output(weight: str, target: nn.Module) -> None:
-        handles.append(target.register_forward_hook(lambda target, inputs, output: report(weight, output)))
-
+def _instead(x: list[Tensor], compute: Callable[[int], Tensor], i: int, given: Tensor) -> Tensor:
+    """What `compute` makes of `given` in the place of x[i]."""
+    held, x[i] = x[i], given
     try:
-        for path, part in module.named_modules(prefix=name) if on_linear is not None else ():
-            if isinstance(part, nn.Linear):
-                watch(f"{path}.weight", 0, part)
-            elif isinstance(part, VisionEmbeddings):
-                watch(f"{path}.patch_embedding.weight", 0, part)
-            elif isinstance(part, ResamplerAttention):
-                for position, third in enumerate("qkv"):
-                    watch(f"{path}.in_proj_weight.{third}", position, part)
-            elif isinstance(part, Resampler):
-                watch_output(f"{path}.proj", part.ln_post)
-        yield
+        return compute(i)
     finally:
-        for handle in handles:
-            handle.remove()
+        x[i] = held
 
 
 def _replaced(block: str, state: Mapping[str, Tensor], replace: Replace) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,10 +91,10 @@ def calibrate(
     for_decoder = [name for name in linears if name.startswith("llm.")]
     for_vision = [name for name in linears if name not in for_decoder]
     picture, width = spec.picture, spec.decoder.hidden_size
-    slices = [_SliceFeeds(pixels, sample, picture, width) for sample in data.samples for pixels in sample.slices]
+    slices = [SliceFeeds(pixels, sample, picture, width) for sample in data.samples for pixels in sample.slices]
     if for_vision and not slices:
         raise InputError("the calibration data have no picture, but the vision graph is to be calibrated")
-    prompts = _decoder_feeds(data.samples, spec)
+    prompts = decoder_feeds(data.samples, spec)
     wanted = [["logits"] if f"{HEAD}.weight" in linears else [] for _ in prompts]
     needed = footprint(model, slices, prompts, wanted, linears, linear_shapes(weights.tensors))
     limit.require(resident_bytes() + needed, f"calibrate on {len(slices)} slices and {data.tokens} tokens")
@@ -107,7 +108,7 @@ def calibrate(
     if for_decoder:
         embeds = iter([output["image_embeds"][0] for output in outputs])
         for sample, feeds in zip(data.samples, prompts, strict=True):
-            rows = _embedding_rows(weights, sample.ids, formats.get(EMBEDDING))
+            rows = embedding_rows(weights, sample.ids, formats.get(EMBEDDING))
             for start, stop in sample.image_bounds.tolist():
                 rows[start:stop] = next(embeds)
             feeds["inputs_embeds"] = rows[None]
@@ -178,7 +179,7 @@ def _block_bytes(
 # --- what is fed ---------------------------------------------------------------------------------------------------
 
 
-class _SliceFeeds(Mapping[str, Array]):
+class SliceFeeds(Mapping[str, Array]):
     """The feeds of one slice, as `runtime.vision` makes them. `key_pos_embed`, as large as all activations of a block,
     is computed when it is asked for.
     """
@@ -208,7 +209,7 @@ class _SliceFeeds(Mapping[str, Array]):
         return {name: array[:1].copy() for name, array in batch.feeds.items()}
 
 
-def _decoder_feeds(samples: Sequence[Sample], spec: ModelSpec) -> list[dict[str, Array]]:
+def decoder_feeds(samples: Sequence[Sample], spec: ModelSpec) -> list[dict[str, Array]]:
     """One call per sample; `inputs_embeds` are zeros without memory. Logits are asked where an answer is chosen."""
     decoder = spec.decoder
     nothing = np.empty((0, 1, decoder.num_kv_heads, decoder.head_dim), np.float32)
@@ -226,7 +227,7 @@ def _decoder_feeds(samples: Sequence[Sample], spec: ModelSpec) -> list[dict[str,
     ]
 
 
-def _embedding_rows(weights: WeightSource, ids: Array, format: WeightFormat | None) -> Array:
+def embedding_rows(weights: WeightSource, ids: Array, format: WeightFormat | None) -> Array:
     """float32[n, D]: rows of the embedding table as the runtime gathers them. Only these are read."""
     found, places = np.unique(ids, return_inverse=True)
     rows = torch.cat([weights.rows(EMBEDDING, i, i + 1) for i in found.tolist()]).float()
@@ -262,7 +263,7 @@ class _Rounder:
         self._head: Factor | None = None
         """What is made of the inputs of lm_head, whose rows come in pieces."""
 
-    def hooks(self, names: Iterable[str]) -> dict[str, Callable[..., None]]:
+    def hooks(self, names: Iterable[str]) -> dict[str, Any]:
         """What to pass to a run whose graph has the linears `names`; nothing is observed where nothing is calibrated,
         or all of it is finished.
         """

@@ -108,12 +108,19 @@ class Recipe:
         """Whether values are chosen by what the model computes of real data."""
         return self.method == "gptq" and not self.is_float
 
-    def to_toml(self) -> str:
-        """The recipe as a file."""
-        lines = [f"format = {FORMAT}", f"name = {_quoted(self.name)}", f"method = {_quoted(self.method)}", ""]
+    def to_toml(self, header: Iterable[str] = (), notes: Mapping[str, str] | None = None) -> str:
+        """The recipe as a file, with the lines of `header` above it and `notes` behind their patterns, as comments."""
+        behind = {pattern: f"  # {note}" for pattern, note in (notes or {}).items()}
+        lines = [
+            *(f"# {line}" for line in header),
+            f"format = {FORMAT}",
+            f"name = {_quoted(self.name)}",
+            f"method = {_quoted(self.method)}",
+            "",
+        ]
         lines += ["[activations]", *(f"{graph} = {bits}" for graph, bits in self.activations.items()), ""]
         lines += ["[kv_cache]", f"bits = {self.kv_bits}", ""] if self.kv_bits is not None else []
-        lines += ["[weights]", *(f"{_quoted(pattern)} = {_quoted(text)}" for pattern, text in self.weights), ""]
+        lines += ["[weights]", *(f"{_quoted(p)} = {_quoted(text)}{behind.get(p, '')}" for p, text in self.weights), ""]
         return "\n".join(lines)
 
     def _text_of(self, name: str) -> str:

@@ -357,7 +357,7 @@ def test_too_little_memory_is_known_before_the_work(case: Case, tmp_path: Path) 
 
 
 def test_a_linear_that_no_data_reach_is_an_error(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = module._decoder_feeds
+    made = module.decoder_feeds
     words = dataclasses.replace(case.data, samples=case.data.samples[2:])
     with pytest.raises(
         InputError, match="the calibration data have no picture, but the vision graph is to be calibrated"
@@ -365,7 +365,7 @@ def test_a_linear_that_no_data_reach_is_an_error(case: Case, tmp_path: Path, mon
         case.run(tmp_path, data=words)
     # no answer, and no logits asked for: lm_head sees nothing
     monkeypatch.setattr(
-        module, "_decoder_feeds", lambda *given: [f | {"logit_positions": np.arange(0)} for f in made(*given)]
+        module, "decoder_feeds", lambda *given: [f | {"logit_positions": np.arange(0)} for f in made(*given)]
     )
     with pytest.raises(InputError, match=rf"the calibration data never reach {HEAD}; calibrate"):
         case.run(tmp_path)
@@ -395,7 +395,7 @@ def test_the_published_model_fits_four_gibibytes(case: Case) -> None:
     )
     # 71 slices of 1024 patches and 14,500 tokens: the built-in set at full size
     sample = dataclasses.replace(case.data.samples[0], ids=np.zeros(14500 // 24, np.int64))
-    prompts = module._decoder_feeds([sample] * 24, dataclasses.replace(spec, decoder=decoder))
+    prompts = module.decoder_feeds([sample] * 24, dataclasses.replace(spec, decoder=decoder))
     patches = np.broadcast_to(np.float32(0), (1, 1024, 588))
     formats = dict.fromkeys(linear_shapes(weights.tensors), WeightFormat(4, 128))
     model = StreamedModel(weights, weights.config)

@@ -307,6 +307,27 @@ def test_absurd_flags(flags: str, bundle: Path, cli: Cli) -> None:
     assert_refused(cli("run", bundle, "Hello", *flags.split()), 2, FLAGS[flags])
 
 
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        ("", ("give --search", "lensc build demo --scheme int4-gptq -o bundle/")),
+        ("--scheme int8", ("give --search", "lensc build demo --scheme int8 -o bundle/")),
+        ("--search --scheme int8", ("no --scheme", "lensc build demo --scheme int8")),
+        ("--search --max-loss much", ("argument --max-loss: invalid float value: 'much'",)),
+        ("--search --max-loss -3", ("--max-loss -3: expected 0 to 50 points of 100",)),
+        ("--search --max-loss inf", ("--max-loss inf: expected 0 to 50",)),
+        ("--search --method awq", ("--method 'awq': expected one of rtn, gptq",)),
+        ("--search --max-memory lots", ("'lots' is no amount of memory",)),
+        ("--search --target tpu", ("target 'tpu': expected backend:processor",)),
+    ],
+)
+def test_a_search_that_cannot_be_meant(flags: str, parts: tuple[str, ...], tmp_path: Path, cli: Cli) -> None:
+    out = tmp_path / "r.toml"
+    assert_refused(cli("quantize", "demo", *flags.split(), "-o", out), 2, *parts)
+    assert_refused(cli("quantize", "demo", "--search", "-o", tmp_path / "r.json"), 2, "a recipe is a .toml file")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_unknown_and_incomplete_commands(cli: Cli) -> None:
     assert_refused(cli("fly"), 2, "invalid choice: 'fly'", "see lensc --help")
     assert_refused(cli("run"), 2, "the following arguments are required: BUNDLE, PROMPT", "see lensc run --help")
