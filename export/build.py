@@ -56,7 +56,7 @@ def export_checkpoint(
     """
     pictures = None if calibration is None else Path(calibration)
     source = Source(opened(checkpoint, adapter), resolve(scheme), max_memory, pictures)
-    total = export_stages.STAGES + source.recipe.is_calibrated + 2
+    total = export_stages.STAGES + source.recipe.smooth + source.recipe.is_calibrated + 2
     with Staging(Path(out), total=total, report=report, limit=Limit(max_memory)) as staging:
         staging.limit.require(source.memory_bytes, "the build")
         staging.require(source.graph_bytes + source.calibrated_bytes + source.table_bytes + MARGIN_BYTES)
@@ -128,7 +128,13 @@ def build(
     pictures = None if calibration is None else Path(calibration)
     source = Source(opened(checkpoint, adapter), resolve(scheme), max_memory, pictures)
     check_supported(source.specs, source.schemes, targets)
-    total = export_stages.STAGES + source.recipe.is_calibrated + (compile_stages.STAGES + 1) * len(targets) + 2
+    total = (
+        export_stages.STAGES
+        + source.recipe.smooth
+        + source.recipe.is_calibrated
+        + (compile_stages.STAGES + 1) * len(targets)
+        + 2
+    )
     with Staging(Path(out), total=total, report=report, limit=Limit(max_memory)) as staging:
         staging.limit.require(source.memory_bytes, "the build")
         graphs = source.graph_bytes * (1 + len(targets)) + source.calibrated_bytes
@@ -171,8 +177,10 @@ def _manifest(
 ) -> Manifest:
     is_plain = source.recipe.is_float and source.recipe.kv_bits is None
     metadata = {} if is_plain else {"recipe": source.recipe.to_toml()}
-    if isinstance(source.checkpoint, MergedCheckpoint):
-        metadata["adapter"] = f"{source.checkpoint.adapter.folder.name}, sha256 {source.checkpoint.adapter.sha256}"
+    if isinstance(source.unsmoothed, MergedCheckpoint):
+        metadata["adapter"] = f"{source.unsmoothed.adapter.folder.name}, sha256 {source.unsmoothed.adapter.sha256}"
+    if source.smoothing is not None:
+        metadata["smoothing"] = str(source.smoothing)
     if source.calibration is not None:
         metadata["calibration"] = str(source.calibration)
     return Manifest(

@@ -33,6 +33,7 @@ from .quantize.linears import find_linears
 from .quantize.recipe import EMBEDDING
 from .quantize.weights import packed_table, quantize_table
 from .questions import questions_for
+from .smoothed import SmoothedCheckpoint, SmoothingRecord, find_smoothing
 from .source import Source
 from .stages import Staging
 from .verify import make_probes, min_sqnr_db, verify_model
@@ -48,10 +49,13 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 PROBES = "probe"
 GRAPHS = ("vision", "decoder")
 STAGES = len(GRAPHS) + 4
-"""How many stages `export_graphs` has, besides the calibration."""
+"""How many stages `export_graphs` has, besides smoothing and calibration."""
 
 CALIBRATED = "calibrated"
 """The folder of calibrated weights, which are not shipped."""
+
+FACTORS = "smoothing.safetensors"
+"""What smoothing divides norms by; not shipped, as it is in the weights."""
 
 QUANTIZED = "torch float32, quantized weights"
 """The name of `Source.quantized_reference` in parity records."""
@@ -77,7 +81,13 @@ class Exported:
 
 def export_graphs(staging: Staging, source: Source, folder: Path) -> Exported:
     """Write the graphs into `folder`, everything else that a bundle needs into the tree of `staging`."""
-    key, tree, checkpoint = source.key, staging.tree, source.checkpoint
+    key, tree = source.key, staging.tree
+    if source.recipe.smooth:
+        factors = staging.folder / FACTORS
+        run_smooth = partial(_smooth, source, factors, staging.limit)
+        source.smoothing = staging.stage("smooth", key, SmoothingRecord, run_smooth)
+        source.checkpoint = SmoothedCheckpoint(source.unsmoothed, factors)
+    checkpoint = source.checkpoint
     if source.recipe.is_calibrated:
         calibrated = staging.folder / CALIBRATED
         run = partial(_calibrate, source, calibrated, staging.limit)
@@ -104,6 +114,10 @@ def export_graphs(staging: Staging, source: Source, folder: Path) -> Exported:
         verify = partial(_verify, source, graphs, folder, tables, tree)
         parity = staging.stage("verify graphs", key, tuple[ParityRecord, ...], verify)
     return Exported(graphs, tables, probes, parity)
+
+
+def _smooth(source: Source, path: Path, limit: Limit) -> tuple[SmoothingRecord, Paths]:
+    return find_smoothing(source.unsmoothed, source.spec, source.calibration_data, path, limit.check), [path]
 
 
 def _calibrate(source: Source, folder: Path, limit: Limit) -> tuple[CalibrationRecord, Paths]:

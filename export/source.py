@@ -31,6 +31,7 @@ from .quantize.calibrated import is_calibrated
 from .quantize.linears import TURNED
 from .quantize.recipe import EMBEDDING, Recipe
 from .quantize.weights import WeightFormat, dequantize
+from .smoothed import SmoothedCheckpoint, SmoothingRecord
 from .verify import probe_feeds
 from .writer import Quantize, round_to_nearest
 
@@ -57,17 +58,21 @@ class Source:
         `max_memory` bytes decide, and without them the memory that is free, whether the reference model is held in
         memory or streamed from its files. `calibration` is a folder of pictures, for a recipe that is calibrated.
         """
-        self.checkpoint = checkpoint
+        self.unsmoothed = checkpoint
+        self.checkpoint: Checkpoint | MergedCheckpoint | SmoothedCheckpoint = checkpoint
+        """What weights are read from: smoothed, once the stage of that has run."""
         self.recipe = recipe
         self.quantize: Quantize = round_to_nearest
         """How weights are rounded. Where the recipe asks for calibration, its stage sets this."""
         self.calibration: CalibrationRecord | None = None
         """What the weights were calibrated with, once they are."""
+        self.smoothing: SmoothingRecord | None = None
+        """What smoothing was expected to gain, once `checkpoint` is smoothed."""
         self._calibration_folder = calibration
-        if calibration is not None and not recipe.is_calibrated:
+        if calibration is not None and not recipe.needs_data:
             raise UsageError(
                 f"--calibration {calibration}: the recipe {recipe.name} rounds to the nearest and looks at no pictures; "
-                "leave it out, or choose a recipe with method gptq, e.g. int4-gptq"
+                "leave it out, or choose a recipe with method gptq, e.g. int4-gptq, or with smooth = true"
             )
         self._max_memory = max_memory
         self.spec: ModelSpec = checkpoint.model_spec()
@@ -81,7 +86,7 @@ class Source:
         table, width = recipe.format_of(EMBEDDING), self.spec.decoder.hidden_size
         if table is not None and table.bits < 8 and (width % 2 or width % table.group_of(width)):
             raise UsageError(f"recipe {recipe.name}: {EMBEDDING} is {table}: its groups do not divide a row of {width}")
-        if recipe.is_calibrated:
+        if recipe.needs_data:
             _ = self.calibration_data  # pictures that cannot be read are known before any work
 
     @property
@@ -98,7 +103,7 @@ class Source:
     def key(self) -> dict[str, str]:
         """What every stage depends on."""
         key = {"checkpoint": self.checkpoint.sha256, "recipe": self.recipe.to_toml(), **code_key()}
-        return key | {"calibration": self.calibration_data.sha256} if self.recipe.is_calibrated else key
+        return key | {"calibration": self.calibration_data.sha256} if self.recipe.needs_data else key
 
     @cached_property
     def calibration_data(self) -> CalibrationSet:

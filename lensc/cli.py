@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 from lensc.backends.errors import LensError, UnavailableError, UsageError
+from lensc.export.quantize.scheme import MARKS, NAMED
 
 from . import console
 
@@ -193,9 +194,8 @@ def _memory(verb: Parser) -> None:
 def _scheme(verb: Parser) -> None:
     text = "folder of a LoRA adapter in PEFT's format, merged into the checkpoint while it is read"
     verb.add_argument("--adapter", metavar="FOLDER", help=text)
-    text = "how weights are stored: f32 (the default), int8, int4, int4-g32, int4-asym, int4-gptq, int4-g32-gptq, "
-    text += "int4-small (int4-gptq with a table of 4 bits), int4-kv8 (int4 with keys and values in 8 bits), "
-    text += "int3-gptq, or a recipe file (.toml)"
+    names = (name + (f" ({MARKS[name]})" if name in MARKS else "") for name in NAMED)
+    text = f"how weights are stored: {', '.join(names)}, or a recipe file (.toml); default: f32"
     verb.add_argument("--scheme", metavar="SCHEME", default="f32", help=text)
     text = "pictures for a scheme that is calibrated (gptq), with questions.json if there are questions and answers; "
     verb.add_argument("--calibration", metavar="FOLDER", help=text + "default: built-in ones")

@@ -11,6 +11,7 @@ from lensc.backends.base import Artifact, Probe
 from lensc.backends.bundle import Manifest, ParityRecord
 from lensc.backends.codec import encode
 from lensc.export.graph import GraphSpec
+from lensc.export.quantize.scheme import MARKS
 from lensc.profiles.probe import Machine
 
 from .console import printable, size, table
@@ -51,7 +52,7 @@ def details(manifest: Manifest, folder: Path, verified: bool) -> str:
         ("made by", f"lensc {made.lensc_version}, {made.created}: {made.command}"),
         ("with", versions or "unknown versions"),
         ("checkpoint", f"sha256 {made.checkpoint_sha256}"),
-        ("scheme", made.scheme),
+        ("scheme", made.scheme + (f": {MARKS[made.scheme]}" if made.scheme in MARKS else "")),
         ("pictures", f"{sides}, {picture.query_num} embeddings a slice, vision_padding {picture.vision_padding}"),
         ("decoder", f"{decoder.num_layers} layers, width {decoder.hidden_size}, {decoder.vocab_size} tokens"),
         ("context", f"{decoder.context_length} tokens, stop ids {stops}"),

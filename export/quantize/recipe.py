@@ -4,6 +4,8 @@
     name = "int4"
     method = "rtn"                      # how values are chosen: rtn rounds to nearest, gptq looks at real data
 
+    smooth = true                       # vision: move outlier channels of activations into the weights (`smooth`)
+
     [activations]                       # bits in matrix products, by graph; 32 where it is not named
     vision = 8
 
@@ -54,6 +56,7 @@ class Recipe:
     activations: Mapping[str, int] = field(default_factory=dict)
     method: str = "rtn"
     kv_bits: int | None = None
+    smooth: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -71,6 +74,8 @@ class Recipe:
                 problems.append(f"weights: {pattern!r}: {error}")
         if self.kv_bits is not None and self.kv_bits not in KV_BITS:
             problems.append(f"kv_cache: bits = {self.kv_bits}, expected {' or '.join(map(str, KV_BITS))}")
+        if self.smooth and self.activations.get("vision") != 8:
+            problems.append("smooth: is for products in 8 bits, expected activations: vision = 8 beside it")
         if not _suits_table(self._text_of(EMBEDDING)):
             problems.append(f"weights: {EMBEDDING} is {self._text_of(EMBEDDING)}, expected f32, w8 or like w4-g64")
         if problems:
@@ -105,8 +110,13 @@ class Recipe:
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether values are chosen by what the model computes of real data."""
+        """Whether values below 8 bits are chosen by what the model computes of real data."""
         return self.method == "gptq" and not self.is_float
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether anything is chosen by what the model computes of real data."""
+        return self.is_calibrated or self.smooth
 
     def to_toml(self, header: Iterable[str] = (), notes: Mapping[str, str] | None = None) -> str:
         """The recipe as a file, with the lines of `header` above it and `notes` behind their patterns, as comments."""
@@ -116,6 +126,7 @@ class Recipe:
             f"format = {FORMAT}",
             f"name = {_quoted(self.name)}",
             f"method = {_quoted(self.method)}",
+            *(["smooth = true"] if self.smooth else []),
             "",
         ]
         lines += ["[activations]", *(f"{graph} = {bits}" for graph, bits in self.activations.items()), ""]
@@ -139,7 +150,9 @@ def read_recipe(path: Path) -> Recipe:
         raise UsageError(f"{path}: not TOML: {error}") from None
     problems = [
         f"{key!r} is not known"
-        for key in sorted(document.keys() - {"format", "name", "method", "activations", "kv_cache", "weights"})
+        for key in sorted(
+            document.keys() - {"format", "name", "method", "smooth", "activations", "kv_cache", "weights"}
+        )
     ]
     if document.get("format") != FORMAT:
         problems.append(f"format is {document.get('format')!r}, expected {FORMAT}")
@@ -149,13 +162,16 @@ def read_recipe(path: Path) -> Recipe:
         for key, value in (("name", name), ("method", method))
         if not isinstance(value, str)
     ]
+    smooth = document.get("smooth", False)
+    if type(smooth) is not bool:
+        problems.append(f"smooth is {smooth!r}, expected true or false")
     activations = _table(document, "activations", int, problems)
     kv_cache = _table(document, "kv_cache", int, problems)
     problems += [f"kv_cache: {key!r} is not known" for key in sorted(kv_cache.keys() - {"bits"})]
     weights = _table(document, "weights", str, problems)
     if problems:
         raise UsageError(f"{path}: " + "; ".join(problems))
-    return Recipe(name, tuple(weights.items()), activations, method, kv_cache.get("bits"))
+    return Recipe(name, tuple(weights.items()), activations, method, kv_cache.get("bits"), smooth)
 
 
 def _table(document: Mapping[str, Any], key: str, kind: type, problems: list[str]) -> dict[str, Any]:

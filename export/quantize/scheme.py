@@ -22,6 +22,30 @@ ACTIVATION_BITS = (8, 16, 32)
 KV_BITS = (4, 8, 16)
 FLOATS = {"f32": 32, "f16": 16}
 
+NAMED = {
+    "f32": "float weights",
+    "int8": "8 bits throughout",
+    "int4": "decoder in 4 bits, groups of 128; vision tower and embedding table in 8",
+    "int4-g32": "the same in groups of 32",
+    "int4-asym": "the same with zero points",
+    "int4-gptq": "int4, calibrated",
+    "int4-g32-gptq": "int4-g32, calibrated",
+    "int4-small": "int4-gptq with an embedding table of 4 bits",
+    "int4-kv8": "int4 with keys and values in 8 bits",
+    "int3-gptq": "decoder in 3 bits, which lie in 4, head in 4; calibrated",
+    "int4-decoder": "decoder in 4 bits, vision tower in float",
+    "w8a8-vision": "vision tower in 8 bits, decoder in float",
+}
+"""The recipes with a name, in words. They stand in `recipe.PRESETS`, which needs torch."""
+
+MARKS: dict[str, str] = {}
+"""Of these, what a scheme loses on the demo model where it is more than `ALLOWED_LOSS`; shown wherever it is offered.
+Tests hold it against bench/results."""
+
+ALLOWED_LOSS = {"w8a8-vision": 1.0}
+"""Points of exact match, on the task that loses most, that a scheme may lose without a mark: by default `USUAL_LOSS`."""
+USUAL_LOSS = 2.0
+
 _SPELLING = re.compile(
     r"(?:(?P<float>f32|f16)|w(?P<weight>[1-9][0-9]?)a(?P<activation>[1-9][0-9]?))"
     r"(?:-g(?P<group>[1-9][0-9]{0,6}))?(?P<asym>-asym)?(?:-kv(?P<kv>[1-9][0-9]?))?(?P<mixed>-mixed)?"

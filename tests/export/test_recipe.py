@@ -10,7 +10,7 @@ pytest.importorskip("torch", reason="pip install 'lensc[export]'")
 
 from lensc.backends.errors import UsageError
 from lensc.export.quantize.recipe import EMBEDDING, PRESETS, Recipe, read_recipe, resolve
-from lensc.export.quantize.scheme import Scheme
+from lensc.export.quantize.scheme import MARKS, NAMED, Scheme
 from lensc.export.quantize.weights import WeightFormat
 
 DOWN, HEAD = "llm.model.layers.3.mlp.down_proj.weight", "llm.lm_head.weight"
@@ -21,6 +21,10 @@ def test_a_preset_survives_its_file(name: str, tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
     path.write_text(PRESETS[name].to_toml())
     assert read_recipe(path) == PRESETS[name] == resolve(name) and resolve(str(path)) == PRESETS[name]
+
+
+def test_every_preset_is_offered_in_words() -> None:
+    assert list(NAMED) == list(PRESETS) and MARKS.keys() <= NAMED.keys()
 
 
 def test_the_first_pattern_decides() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from lensc.backends.errors import InputError
 from lensc.bench import docs
+from lensc.export.quantize.scheme import MARKS, NAMED
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +43,15 @@ def test_stale_parts_are_made_anew(tmp_path: Path) -> None:
     assert "| page: character error rate | 4.5 % |  | ≤ 5 % |" in made
     assert made.startswith("before\n") and made.endswith("<!-- end -->\nafter\n")
     assert docs.fresh(made, tmp_path) == made
+
+
+def test_what_loses_more_than_it_may_is_marked_wherever_it_is_offered() -> None:
+    """The searched recipe, which has no name, is marked in the table alone."""
+    assert {name: text for name, text in docs.marks(ROOT).items() if name in NAMED} == MARKS
+    row = {"lensc": 95.0, "rival_value": 96.5}
+    kept = {"lensc": 90.0, "rival_value": 90.0}
+    of = {"line": row, "page exact": kept, "question": kept}
+    assert docs.mark("int4", of) is None and docs.mark("w8a8-vision", of) == "loses 1.5 points"
 
 
 def test_an_unknown_part_is_an_error(tmp_path: Path) -> None:
