@@ -29,7 +29,7 @@ from torch import Tensor
 from lensc.backends.base import Array
 from lensc.backends.errors import UsageError
 from lensc.export.calibration import CalibrationSet, Sample
-from lensc.export.memory import Limit, resident_bytes
+from lensc.export.memory import Limit, available_bytes, resident_bytes
 from lensc.export.models.linears import linear_rows
 from lensc.export.models.streamed import StreamedModel
 from lensc.export.source import Source
@@ -61,7 +61,7 @@ VALIDATIONS = 5
 CLOSE = 0.005
 """Share of the size by which the next larger recipe may be larger for the search to end."""
 
-MOST_TOKENS = 12_000
+MOST_TOKENS = 9_000
 """Of the samples that sensitivity is measured with: what a model in memory is shown."""
 STREAMED_TOKENS = 1_536
 """The same for a model that is streamed, whose every trajectory computes as long as all samples do."""
@@ -292,12 +292,15 @@ def _streamed(source: Source, limit: Limit) -> StreamedModel:
 def _affordable(
     source: Source, limit: Limit, data: CalibrationSet, groups: Sequence[Group], method: str, exact: bool
 ) -> list[Sample]:
-    """As many of the samples as the memory limit allows the trajectories of. Raises StorageError if it allows none."""
+    """As many of the samples as the memory limit, or half of what is free, allows the trajectories of. Raises
+    StorageError if it allows none.
+    """
     most = MOST_TOKENS if exact else STREAMED_TOKENS
+    allowed = resident_bytes() + available_bytes() // 2 if limit.max_bytes is None else limit.max_bytes
     while True:
         samples = _chosen(data.samples, most)
         needed = resident_bytes() + _footprint(source, samples, groups, method, exact)
-        if limit.max_bytes is None or needed <= limit.max_bytes or samples == _chosen(data.samples, most // 2):
+        if needed <= allowed or samples == _chosen(data.samples, most // 2):
             break
         most //= 2
     slices, tokens = sum(len(sample.slices) for sample in samples), sum(len(sample.ids) for sample in samples)

@@ -31,6 +31,7 @@ from lensc.export.quantize.search import descent, recipe_after
 from lensc.export.quantize.sensitivity import Cost, Group, find_groups, measure, pattern_of
 from lensc.export.quantize.weights import WeightFormat, dequantize, quantize_rtn, quantize_table
 from lensc.export.search import search_recipe
+from lensc.export.source import Source
 from lensc.runtime.embedding import EmbeddingTable
 from lensc.runtime.prompt import Tokenizer
 
@@ -268,6 +269,20 @@ def test_a_search_keeps_its_promise_and_spares_what_is_sensitive(small: Path, tm
     others = [kl for (pattern, format), kl in costs.items() if "down_proj" in pattern and format == "w4-g128"]
     assert costs[DOWN, "w4-g128"] == max(others)
     assert [step for _, step, _ in told] == sorted(step for _, step, _ in told) and told[-1][1] <= told[-1][2]
+
+
+@pytest.mark.usefixtures("few")
+def test_a_streamed_model_is_searched_by_the_proxy(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calibrated, and measured as a whole all the same."""
+    monkeypatch.setattr(Source, "is_streamed", True)
+    out = tmp_path / "found.toml"
+    found = search_recipe(small, out, max_loss=10, targets=[ORT], max_memory=2 << 30)
+    assert not found.exact and found.best.kept and found.best.loss.changed_percent <= 10
+    assert "in proportion to one trajectory of its block" in out.read_text() and resolve(str(out)).method == "gptq"
+    costs = {(cost.pattern, str(cost.format)): cost.kl for cost in found.costs}
+    assert costs[DOWN, "w4-g128"] > 3 * costs[DOWN.replace("0", "1"), "w4-g128"]
 
 
 @pytest.mark.usefixtures("few")
