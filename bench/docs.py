@@ -48,30 +48,30 @@ def demo_accuracy(root: Path) -> str:
 
 
 def schemes(root: Path) -> str:
-    """What each scheme costs on the demo model."""
+    """What each scheme costs on the demo model. Figures that no scheme of the record has take no column."""
     found, rows = _rows(root, "demo_accuracy", "python -m lensc.bench.schemes")
-    head = "| scheme | lines exact | page character errors | pages exact | questions exact | KL | size | decode |"
-    lines = [f"{head} first token | |", "|---|---|---|---|---|---|---|---|---|---|"]
-    for scheme, of in _by_scheme(rows).items():
-        cells = []
-        for task in ("line", "page", "page exact", "question"):
-            row = of.get(task)
-            if row is None:  # records of 2026-11-23 and before
-                cells.append("–")
-                continue
-            change = row["lensc"] - row.get("rival_value", row["lensc"])
-            cells.append(f"{row['lensc']:.1f} %" + (f" ({change:+.1f})" if "rival_value" in row else ""))
-        cells.append(f"{of['divergence']['lensc']:.2f}" if "divergence" in of else "–")
-        size, decode, first = (of[what]["lensc"] for what in ("size", "decode", "first token"))
-        lines.append(
-            f"| `{scheme}` | {' | '.join(cells)} | {size:.1f} MB | {decode:.0f} tok/s | {first:.1f} ms "
-            f"| {mark(scheme, of) or ''} |"
-        )
-    note = (
-        "KL: divergence of the next token from the float model's, fed the same pictures and right answers, in "
-        "thousandths of a nat a token."
-    )
-    return "\n".join(lines) + f"\n\n{note} {_reproduce(found)}"
+    table = _by_scheme(rows)
+    columns: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+        "line": ("lines exact", _percent),
+        "page": ("page character errors", _percent),
+        "page exact": ("pages exact", _percent),
+        "question": ("questions exact", _percent),
+        "divergence": ("KL, millinats", lambda row: f"{row['lensc']:.2f}"),
+        "size": ("size", lambda row: f"{row['lensc']:.1f} MB"),
+        "decode": ("decode", lambda row: f"{row['lensc']:.0f} tok/s"),
+        "first token": ("first token", lambda row: f"{row['lensc']:.1f} ms"),
+    }
+    columns = {what: column for what, column in columns.items() if any(what in of for of in table.values())}
+    lines = [f"| scheme | {' | '.join(head for head, _ in columns.values())} | |", "|---" * (len(columns) + 2) + "|"]
+    for scheme, of in table.items():
+        cells = [shown(of[what]) if what in of else "–" for what, (_, shown) in columns.items()]
+        lines.append(f"| `{scheme}` | {' | '.join(cells)} | {mark(scheme, of) or ''} |")
+    return "\n".join(lines) + f"\n\n{_reproduce(found)}"
+
+
+def _percent(row: dict[str, Any]) -> str:
+    change = f" ({row['lensc'] - row['rival_value']:+.1f})" if "rival_value" in row else ""
+    return f"{row['lensc']:.1f} %{change}"
 
 
 def mark(scheme: str, of: dict[str, dict[str, Any]]) -> str | None:

@@ -83,7 +83,7 @@ def build_bundle(scheme: str, target: str, work: Path) -> Path:
     from lensc.export.quantize.recipe import resolve
 
     folder = work / f"{Target.parse(target).slug}-{resolve(scheme).name}"
-    recipe = folder.with_suffix(".recipe")
+    recipe = work / f"{folder.name}.recipe"
     wanted = resolve(scheme).to_toml()
     if not folder.is_dir() or not recipe.is_file() or recipe.read_text(encoding="utf-8") != wanted:
         build("demo", [Target.parse(target)], folder, scheme=scheme)
@@ -99,7 +99,7 @@ def measure(scheme: str, bundle: Path, samples: dict[str, list[Sample]], forced:
 
     name, sha256 = resolve(scheme).name, sha256_file(bundle / "manifest.json")
     pictures = len(samples[TASKS[0]])
-    kept = bundle.with_suffix(f".{FIGURES}")
+    kept = bundle.parent / f"{bundle.name}.{FIGURES}"
     if kept.is_file():
         found = Figures(**json.loads(kept.read_text(encoding="utf-8")))
         if (found.bundle, found.pictures) == (sha256, pictures):
