@@ -46,7 +46,7 @@ def search_recipe(
     `method` chooses values below 8 bits: gptq or rtn; `calibration` is a folder of pictures for it. The loss is described
     in `quantize.search`. Raises UsageError for arguments that mean nothing, an `out` that exists, or a loss that no recipe
     keeps; UnsupportedError if a target cannot run what a search makes; what `Source` raises of checkpoint and pictures;
-    StorageError if memory or disk do not suffice. `out` is complete or not there.
+    MemoryLimitError or StorageError if memory or disk do not suffice. `out` is complete or not there.
     """
     path = Path(out)
     check(path, max_loss, method)

@@ -120,7 +120,7 @@ def search(
     """Search a recipe called `name` for the checkpoint of `source`, an f32 one, that is calibrated with `data`.
 
     The loss is measured on `held_out`, or where there is none on `data` itself. Raises UsageError if not even the first
-    step keeps within `max_loss`; StorageError if the memory limit is too low; what reading weights raises.
+    step keeps within `max_loss`; MemoryLimitError if the limit is too low; what reading weights raises.
     """
     say = report or (lambda text, step, total: None)
     total = 2 + VALIDATIONS
@@ -293,7 +293,7 @@ def _affordable(
     source: Source, limit: Limit, data: CalibrationSet, groups: Sequence[Group], method: str, exact: bool
 ) -> list[Sample]:
     """As many of the samples as the memory limit, or half of what is free, allows the trajectories of. Raises
-    StorageError if it allows none.
+    MemoryLimitError if it allows none.
     """
     most = MOST_TOKENS if exact else STREAMED_TOKENS
     allowed = resident_bytes() + available_bytes() // 2 if limit.max_bytes is None else limit.max_bytes

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lensc.backends.base import Target
-from lensc.backends.errors import PictureError, StorageError, UnsupportedError, UsageError
+from lensc.backends.errors import MemoryLimitError, PictureError, UnsupportedError, UsageError
 from lensc.export import calibration
 from lensc.export.calibration import CalibrationSet, Item, Sample, prepare
 from lensc.export.checkpoint import Checkpoint
@@ -308,7 +308,7 @@ def test_what_no_recipe_keeps_is_an_error_that_says_what_the_least_costs(
         ({"out": "there.toml"}, UsageError, "there.toml: exists; choose another name or remove it"),
         ({"out": "no/r.toml"}, UsageError, "is not there"),
         ({"calibration": "pictures"}, PictureError, "1 of 1 pictures cannot be read"),
-        ({"max_memory": 40 << 20}, StorageError, "--max-memory is 40 MiB; raise it"),
+        ({"max_memory": 40 << 20}, MemoryLimitError, "--max-memory is 40 MiB; raise it"),
         ({"targets": [Target("openvino", "npu")]}, UnsupportedError, "the NPU"),
     ],
 )
