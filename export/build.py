@@ -56,7 +56,7 @@ def export_checkpoint(
     """
     pictures = None if calibration is None else Path(calibration)
     source = Source(opened(checkpoint, adapter), resolve(scheme), max_memory, pictures)
-    total = export_stages.STAGES + source.recipe.smooth + source.recipe.is_calibrated + 2
+    total = export_stages.STAGES + source.recipe.smooth + source.recipe.is_calibrated + 1
     with Staging(Path(out), total=total, report=report, limit=Limit(max_memory)) as staging:
         staging.limit.require(source.memory_bytes, "the build")
         staging.require(source.graph_bytes + source.calibrated_bytes + source.table_bytes + MARGIN_BYTES)
@@ -133,7 +133,7 @@ def build(
         + source.recipe.smooth
         + source.recipe.is_calibrated
         + (compile_stages.STAGES + 1) * len(targets)
-        + 2
+        + 1
     )
     with Staging(Path(out), total=total, report=report, limit=Limit(max_memory)) as staging:
         staging.limit.require(source.memory_bytes, "the build")

@@ -116,6 +116,12 @@ def test_a_graph_that_fails_is_not_shipped_and_finished_stages_are_kept(exports:
     assert states == {**dict.fromkeys(EXPORT[:-1], "kept"), "verify graphs": "done"}
 
 
+def test_progress_counts_each_stage_once(exports: Exports) -> None:
+    """The last that is reported is the publication."""
+    totals = {e.total for e in exports.events}
+    assert sorted({e.index for e in exports.events}) == list(range(1, len(EXPORT) + 2)) and totals == {len(EXPORT) + 1}
+
+
 def test_folder_of_graphs(exports: Exports, checkpoint: Path) -> None:
     manifest = load_manifest(exports.folder, verify=True)
     assert manifest == exports.manifest
@@ -353,7 +359,7 @@ for line in sys.stdin:
     checkpoint, out, fatal = json.loads(line)
     events = []
     def report(event):
-        events.append([event.state, event.stage])
+        events.append([event.state, event.stage, event.index, event.total])
         if f"{event.state} {event.stage}" == fatal:
             os.kill(os.getpid(), signal.SIGKILL)
     child = os.fork()
@@ -408,7 +414,8 @@ def test_killed_after_every_stage_the_build_goes_on(builder: Builder, checkpoint
     assert not out.exists()
     assert builder.build(checkpoint, out) == 0
     events = json.loads((tmp_path / "events.json").read_text())
-    assert [(state, stage) for state, stage in events if stage in BUILD] == [("kept", stage) for stage in BUILD]
+    assert [(state, stage) for state, stage, *_ in events if stage in BUILD] == [("kept", stage) for stage in BUILD]
+    assert sorted({index for *_, index, _ in events}) == list(range(1, events[0][-1] + 1))
     manifest = load_manifest(out, verify=True)
     assert [(r.graph, r.target) for r in manifest.parity] == [
         ("vision", "onnx"),
