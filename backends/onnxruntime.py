@@ -37,6 +37,8 @@ where the graphs are matrix products and not convolutions."""
 EXTERNAL_BYTES = 1024
 """Tensors from this size on go to the external data file."""
 
+NEAREST = "the nearest are groups of 32 or 128 (w8-g128, w4-g32), or w8 with activations of 8 bits"
+
 PAGE = 4096
 """Tensors of the data file begin on a page, so that they can be mapped."""
 
@@ -55,7 +57,7 @@ class OnnxRuntime:
         return (Probe(NAME, "cpu", True, f"onnxruntime {ort.__version__}"),)
 
     def supports(self, spec: GraphSpec, scheme: str, target: Target) -> str | None:
-        """Every portable graph and scheme on the CPU: quantized weights are standard operators of the graph."""
+        """Every portable graph on the CPU, float or in groups of 16, 32, … inputs; a scale per output with int8 inputs."""
         if target.backend != NAME:
             return f"target {target} is not one of backend {NAME}"
         if target.processor != "cpu":
@@ -65,7 +67,7 @@ class OnnxRuntime:
         if Scheme.parse(scheme).kv_bits not in (None, 8):
             nearest = dataclasses.replace(Scheme.parse(scheme), kv_bits=8)
             return f"scheme {scheme}: backend {NAME} keeps the KV cache in float32 or int8; the nearest is {nearest}"
-        return None
+        return _no_kernel(Scheme.parse(scheme))
 
     def compile(self, graph: Graph, target: Target, out: Path) -> Artifact:
         """Optimize `graph` and save it as `<out>/<graph name>.onnx` with its data file."""
@@ -128,6 +130,18 @@ class OnnxRuntime:
         ours = {LENGTHS, TOTAL, SCALES, NEW_SCALES, WIDEN}
         check_interface(spec, set(inputs) - ours | {"position_ids"}, (presents.get(o, o) for o in set(outputs) - ours))
         return OrtDecoderSession(spec, session, weights, _shrinking(ort))
+
+
+def _no_kernel(scheme: Scheme) -> str | None:
+    """Why no kernel computes linears of `scheme`, with the nearest that one does; None if one does."""
+    size = scheme.group_size
+    if scheme.weights_are_float or scheme.is_float:
+        return None
+    if size is None and (scheme.weight_bits, scheme.symmetric, scheme.activation_bits) != (8, True, 8):
+        return f"scheme {scheme}: a scale per output needs symmetric 8-bit weights and activations; {NEAREST}"
+    if size is not None and (size < 16 or size & (size - 1)):
+        return f"scheme {scheme}: groups of {size}, expected a power of two from 16 on; {NEAREST}"
+    return None
 
 
 def _engine() -> Any:

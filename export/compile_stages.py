@@ -49,18 +49,21 @@ def portable_graphs(folder: Path, manifest: Manifest) -> dict[str, Graph]:
     }
 
 
-def check_supported(specs: Mapping[str, GraphSpec], schemes: Mapping[str, str], targets: Sequence[Target]) -> None:
-    """Raise before any work if a target is unknown or cannot take a graph, listing all reasons."""
+def check_supported(
+    specs: Mapping[str, GraphSpec], schemes: Mapping[str, Sequence[str]], targets: Sequence[Target]
+) -> None:
+    """Raise before any work if a target is unknown or cannot take a graph in one of its schemes, listing all reasons."""
     if not targets:
         raise UsageError("no target; give at least one, e.g. onnxruntime:cpu")
     reasons = [
         f"{name} for {target}: {reason}"
         for target in targets
         for name, spec in specs.items()
-        if (reason := registry.get(target.backend).supports(spec, schemes[name], target)) is not None
+        for scheme in schemes[name]
+        if (reason := registry.get(target.backend).supports(spec, scheme, target)) is not None
     ]
     if reasons:
-        raise UnsupportedError("; ".join(reasons))
+        raise UnsupportedError("; ".join(dict.fromkeys(reasons)))
 
 
 def compile_target(

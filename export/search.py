@@ -55,7 +55,7 @@ def search_recipe(
     with limit.stage("search"):
         source = Source(opened(checkpoint, adapter), PRESETS["f32"], max_memory)
         mixed = Recipe(path.stem, (("llm.*", "w4-g32"), ("*", "w8")), dict(ACTIVATIONS))
-        check_supported(source.specs, source.schemes_of(mixed), targets)
+        check_supported(source.specs, source.required_schemes(mixed), targets)
         is_demo = source.checkpoint.folder.resolve() == demo.CHECKPOINT.resolve()
         data = calibration_set(source.spec, source.tokenizer, pictures, is_demo=is_demo)
         held_out = held_out_set(source.spec, source.tokenizer) if is_demo and pictures is None else None

@@ -195,17 +195,21 @@ class Source:
     @property
     def schemes(self) -> dict[str, str]:
         """The scheme of each graph."""
-        return self.schemes_of(self.recipe)
+        return {graph: str(self.recipe.scheme(graph, names)) for graph, names in self._graph_linears.items()}
 
-    def schemes_of(self, recipe: Recipe) -> dict[str, str]:
-        """The scheme of each graph by another recipe."""
+    def required_schemes(self, recipe: Recipe) -> dict[str, list[str]]:
+        """The schemes that an engine must be able to run for `recipe`, by graph: that of each format in it."""
+        return {graph: [str(s) for s in recipe.schemes(graph, names)] for graph, names in self._graph_linears.items()}
+
+    @cached_property
+    def _graph_linears(self) -> dict[str, list[str]]:
+        """The names of each graph's linears."""
         with torch.device("meta"):
             model = MiniCPMV(self.checkpoint.config)
-        found = {}
-        for graph, (module, _) in graph_modules(model).items():
-            linears = [r.name for n, p in module.state_dict().items() for r in linear_rows(n, p)]
-            found[graph] = str(recipe.scheme(graph, linears))
-        return found
+        return {
+            graph: [r.name for n, p in module.state_dict().items() for r in linear_rows(n, p)]
+            for graph, (module, _) in graph_modules(model).items()
+        }
 
     def _bytes_of(self, name: str, shape: tuple[int, ...]) -> int:
         is_weight = len(shape) == 2 and (name == EMBEDDING or not name.endswith(NOT_LINEAR))

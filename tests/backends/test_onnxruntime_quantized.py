@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lensc.backends.base import Array, Artifact, CachedSession, Target
-from lensc.backends.errors import GraphError
+from lensc.backends.errors import GraphError, UnsupportedError
 from lensc.backends.onnxruntime import backend
 from lensc.export.graph import DimRange, Graph, GraphSpec, TensorSpec
 from lensc.export.quantize.weights import WeightFormat, dequantize, quantize_rtn
@@ -116,15 +116,25 @@ def test_a_scale_per_output_becomes_an_integer_product(turned: bool, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("text", "bits", "message"),
+    ("text", "bits", "known", "found"),
     [
-        ("w8", 32, "a scale per output with float activations has no kernel .* nearest are groups"),
-        ("w4-g24", 32, "groups of 24; onnxruntime takes powers of two"),
+        ("w8", 32, "scheme w8a32: a scale per output needs", "a scale per output with float activations has no kernel"),
+        (
+            "w4-g24",
+            32,
+            "scheme w4a32-g24: groups of 24, expected a power",
+            "groups of 24; onnxruntime takes powers of two",
+        ),
     ],
 )
-def test_what_has_no_kernel_is_refused(text: str, bits: int, message: str, tmp_path: Path) -> None:
-    with pytest.raises(GraphError, match=message):
-        compiled(write_linear(tmp_path / "g.onnx", WeightFormat.parse(text), bits), tmp_path)
+def test_what_has_no_kernel_is_refused(text: str, bits: int, known: str, found: str, tmp_path: Path) -> None:
+    """By the scheme, which is known before any work, or where a graph of several formats is lowered."""
+    graph = write_linear(tmp_path / "g.onnx", WeightFormat.parse(text), bits)
+    with pytest.raises(UnsupportedError, match=f"{known}.*the nearest are groups"):
+        compiled(graph, tmp_path)
+    (tmp_path / TARGET.slug).rmdir()
+    with pytest.raises(GraphError, match=found):
+        compiled(dataclasses.replace(graph, scheme=f"w4a{bits}-g32-mixed"), tmp_path)
     assert list((tmp_path / TARGET.slug).iterdir()) == []
 
 

@@ -218,11 +218,14 @@ def test_an_unknown_scheme_is_refused_before_any_work(checkpoint: Path, scheme: 
 
 
 def test_a_recipe_that_the_engine_cannot_run_says_the_nearest(checkpoint: Path, tmp_path: Path) -> None:
+    """Before any work, and for every format in the recipe, not the most frequent one of a graph only."""
     path = tmp_path / "r.toml"
-    path.write_text('format = 1\n[weights]\n"vpm.*" = "w8"\n')
-    arguments: dict[str, Any] = {"scheme": str(path)}
-    with pytest.raises(GraphError, match="nearest are groups"):
-        build(checkpoint, [ORT], tmp_path / "b", **arguments)
+    head = '"vpm.encoder.layers.0.self_attn.q_proj.weight"'
+    for text in (f'{head} = "w8"\n"vpm.*" = "w8-g32"', f'{head} = "w4-g24"\n"vpm.*" = "w8-g32"', '"vpm.*" = "w8"'):
+        path.write_text(f"format = 1\n[weights]\n{text}\n")
+        with pytest.raises(UnsupportedError, match=r"vision for onnxruntime:cpu: scheme w.a32.*the nearest are groups"):
+            build(checkpoint, [ORT], tmp_path / "b", scheme=str(path))
+        assert [entry.name for entry in tmp_path.iterdir()] == ["r.toml"]
 
 
 def eight_bit_keys(folder: Path) -> str:
