@@ -206,10 +206,17 @@ def _lowered(graph: Graph, scheme: Scheme) -> Any:
 
 
 def _save(model: Any, path: Path) -> None:
-    """Write the model. Its weights are copied as a file if all are bytes of one, else written anew, one at a time."""
+    """Write the model. Its weights are copied as a file if all are bytes of one, else written anew, one at a time.
+
+    Norms and biases go into the model itself. They are read in place in every run, and where the system keeps files in
+    large pages, each of them would bring in its neighbours, too: 48 MB at full size.
+    """
     import onnx_ir as ir
 
     initializers = model.graph.initializers.values()
+    for value in initializers:
+        if isinstance(value.const_value, ir.ExternalTensor) and len(value.const_value.shape) == 1:
+            value.const_value = ir.Tensor(value.const_value.numpy().copy(), name=value.name)
     outside = [value for value in initializers if isinstance(value.const_value, ir.ExternalTensor)]
     large = [v for v in initializers if v in outside or v.const_value.nbytes > EXTERNAL_BYTES]
     files = {Path(value.const_value.path) for value in outside}

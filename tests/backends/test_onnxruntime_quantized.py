@@ -144,6 +144,11 @@ def test_packed_weights_are_copied_byte_for_byte(small_decoder: Callable[[int], 
     artifact, kinds = compiled(graph, tmp_path)
     data = graph.path.with_name(f"{graph.path.name}.data").read_bytes()
     assert (tmp_path / artifact.files[1].path).read_bytes() == data
+    model = onnx.load(str(tmp_path / artifact.files[0].path), load_external_data=False)
+    outside = {t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
+    assert {"q.0.blocks", "q.0.scale", "head.blocks"} <= outside
+    # what is read in place at each run is not
+    assert not outside & {"norm", "norm.0", "norm.1"}
     assert kinds["MatMulNBits"] == 2 * 4 + 1 and kinds["GroupQueryAttention"] == 2 and "MatMul" not in kinds
     assert "DequantizeLinear" not in kinds
 
