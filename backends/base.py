@@ -8,7 +8,9 @@ imported inside functions, so that listing backends imports none of them.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -199,6 +201,8 @@ class Backend(Protocol):
     def compile(self, graph: Graph, target: Target, out: Path) -> Artifact:
         """Compile `graph` into the existing folder `out`, whose parent is the bundle (paths are relative to it).
 
+        All targets of a graph share `out`: files are named after the target, `<target.slug>.<suffix>`, except for the
+        portable graph's own data file, put there by `share_weights`, which every target may name among its files.
         Raises UnavailableError, UnsupportedError or ExecutionError.
         """
         ...
@@ -241,6 +245,23 @@ def check_feeds(spec: GraphSpec, feeds: Mapping[str, Array]) -> dict[str, int]:
 def file_record(path: Path, bundle: Path) -> FileRecord:
     """The record of the file `path` of the folder `bundle`, hashed now. Raises OSError."""
     return FileRecord(path.relative_to(bundle).as_posix(), path.stat().st_size, sha256_file(path))
+
+
+def share_weights(source: Path, out: Path) -> Path:
+    """Put the data file of a portable graph into `out` under its own name, unless it is there; return its path.
+
+    A hard link where the file system has them: a bundle's files are never written again. Raises OSError.
+    """
+    shared, partial = out / source.name, out / f"{source.name}.partial"
+    if shared.exists() and shared.samefile(source):
+        return shared
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(source, partial)
+    except OSError:
+        shutil.copyfile(source, partial)
+    os.replace(partial, shared)
+    return shared
 
 
 def sha256_file(path: Path) -> str:

@@ -8,7 +8,8 @@ A folder of portable graphs, as `lensc export` writes it, is a bundle without ar
 4. Every file is listed in `files` with size and SHA-256, and every file in the folder is listed. Only
    `manifest.json` is not, nor what a killed write left under a top-level name that ends in `.partial`.
 5. Files are plain files: no links, devices or pipes, and no linked folders.
-6. Every path mentioned elsewhere in the manifest is one of `files`, every graph mentioned is one of `graphs`.
+6. Every path mentioned elsewhere in the manifest is one of `files`, every graph mentioned is one of `graphs`. Several
+   artifacts may name one file: targets that take the same bytes share one copy of the weights.
 7. Free text lives only in `metadata`, string to string.
 8. Counts are at least 1, token ids lie in the vocabulary, penalties and temperature are positive, dates are ISO 8601.
 

@@ -24,7 +24,7 @@ from lensc.profiles import probe
 from ._onnxruntime_cache import OrtDecoderSession
 from ._onnxruntime_lower import LENGTHS, NEW_SCALES, SCALES, TOTAL, WIDEN, lower, present_name
 from ._onnxruntime_session import OrtSession, Weights, engine_errors, one_line
-from .base import Artifact, Probe, Session, Target, check_compatibility, check_interface, file_record
+from .base import Artifact, Probe, Session, Target, check_compatibility, check_interface, file_record, share_weights
 from .errors import ExecutionError, StorageError, UnavailableError, UnsupportedError
 
 NAME = "onnxruntime"
@@ -70,13 +70,13 @@ class OnnxRuntime:
         return _no_kernel(Scheme.parse(scheme))
 
     def compile(self, graph: Graph, target: Target, out: Path) -> Artifact:
-        """Optimize `graph` and save it as `<out>/<graph name>.onnx` with its data file."""
+        """Optimize `graph` and save it as `<out>/<target>.onnx`, with a data file of its own or the portable graph's."""
         reason = self.supports(graph.spec, graph.scheme, target)
         if reason:
             raise UnsupportedError(reason)
         ort = _engine()
-        names = (f"{graph.spec.name}.onnx", f"{graph.spec.name}.onnx.data")
-        folder = out / f"{graph.spec.name}.partial"
+        name = f"{target.slug}.onnx"
+        folder = out / f"{target.slug}.partial"
         with _writing(out):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
@@ -86,18 +86,18 @@ class OnnxRuntime:
                     if scheme.weights_are_float:
                         lowered = folder / "lowered"
                         lowered.mkdir()
-                        _save(_lowered(graph, scheme), lowered / names[0])
-                        _optimize(ort, lowered / names[0], folder / names[0])
+                        _save(_lowered(graph, scheme), lowered / name)
+                        _optimize(ort, lowered / name, folder / name)
+                        shutil.rmtree(lowered)
                     else:
-                        _save(_lowered(graph, scheme), folder / names[0])
-                placement = _placement(ort, folder / names[0])
+                        _save(_lowered(graph, scheme), folder / name)
+                placement = _placement(ort, folder / name)
                 # the data first: without its model it is never opened
-                for name in reversed(names):
-                    if (folder / name).exists():
-                        os.replace(folder / name, out / name)
+                data = [share_weights(path, out) for path in sorted(folder.iterdir()) if path.name != name]
+                os.replace(folder / name, out / name)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-            files = tuple(file_record(out / name, out.parent) for name in names if (out / name).exists())
+            files = tuple(file_record(path, out.parent) for path in (out / name, *data))
         return Artifact(
             graph=graph.spec.name,
             target=target,
@@ -206,7 +206,8 @@ def _lowered(graph: Graph, scheme: Scheme) -> Any:
 
 
 def _save(model: Any, path: Path) -> None:
-    """Write the model. Its weights are copied as a file if all are bytes of one, else written anew, one at a time.
+    """Write the model. If all its weights are bytes of one file, that file is put beside it; else they are written anew,
+    one at a time.
 
     Norms and biases go into the model itself. They are read in place in every run, and where the system keeps files in
     large pages, each of them would bring in its neighbours, too: 48 MB at full size.
@@ -220,12 +221,12 @@ def _save(model: Any, path: Path) -> None:
     outside = [value for value in initializers if isinstance(value.const_value, ir.ExternalTensor)]
     large = [v for v in initializers if v in outside or v.const_value.nbytes > EXTERNAL_BYTES]
     files = {Path(value.const_value.path) for value in outside}
-    data = path.with_name(path.name + ".data")
     if len(files) == 1 and not any(isinstance(value.const_value, ir.LazyTensor) for value in large):
-        shutil.copyfile(files.pop(), data)
+        data = share_weights(files.pop(), path.parent)
         for value in outside:
             value.const_value = _external(ir, value, data, value.const_value.offset)
     elif large:
+        data = path.with_name(path.name + ".data")
         with open(data, "wb") as file:
             for value in large:
                 file.seek(-(-file.tell() // PAGE) * PAGE)

@@ -26,7 +26,7 @@ from ._openvino_cache import OpenVINODecoderSession
 from ._openvino_fixed import FixedSession, cannot_be_fixed, shapes_at, sizes_of
 from ._openvino_lower import BEAMS, PAST, lower, read
 from ._openvino_session import NAME, OpenVINOSession, Weights, engine, engine_errors
-from .base import Artifact, Probe, Session, Target, check_compatibility, check_interface, file_record
+from .base import Artifact, Probe, Session, Target, check_compatibility, check_interface, file_record, share_weights
 from .errors import ExecutionError, StorageError, UnavailableError, UnsupportedError
 
 DEVICES = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
@@ -95,32 +95,29 @@ class OpenVINO:
         return None
 
     def compile(self, graph: Graph, target: Target, out: Path) -> Artifact:
-        """Save `graph`, lowered, as `<out>/<graph name>.onnx` with its weights; compile it once if the device is here.
-
-        The weights' file is a hard link where the file system has them, as a bundle's files are never written again.
-        """
+        """Save `graph`, lowered, as `<out>/<target>.onnx` with its weights; compile it once if the device is here."""
         reason = self.supports(graph.spec, graph.scheme, target)
         if reason:
             raise UnsupportedError(reason)
         ov = engine()
-        folder = out / f"{graph.spec.name}.partial"
+        name, folder = f"{target.slug}.onnx", out / f"{target.slug}.partial"
         with _writing(out):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             try:
-                names, group = _save(graph, folder)
+                sources, group = _save(graph, folder / name)
                 options = _options(target, graph.scheme, group)
                 with engine_errors(str(graph.path)):
-                    model = read(folder / names[0], options[ATTENTION])
+                    model = read(folder / name, options[ATTENTION])
                     if target.processor == "npu":
                         model.reshape(shapes_at(graph.spec, sizes_of(graph.spec)[0]))
                     placement, executed = _try(ov, model, target, options)
                 # the weights first: without its graph nobody opens them
-                for name in reversed(names):
-                    os.replace(folder / name, out / name)
+                data = [share_weights(source, out) for source in sources]
+                os.replace(folder / name, out / name)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-            files = tuple(file_record(out / name, out.parent) for name in names)
+            files = tuple(file_record(path, out.parent) for path in (out / name, *data))
         return Artifact(
             graph=graph.spec.name,
             target=target,
@@ -207,11 +204,11 @@ def _properties(options: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in options.items() if name in (*LATENCY, PRECISION, QUANTIZATION, KV_CACHE)}
 
 
-def _save(graph: Graph, folder: Path) -> tuple[list[str], int]:
-    """Write the lowered graph and its weights into `folder`.
+def _save(graph: Graph, path: Path) -> tuple[list[Path], int]:
+    """Write the lowered graph to `path`, with the files of its weights beside it.
 
-    Returns the files' names, the graph's first, and the groups that inputs can be quantized in.
-    Raises UnavailableError, ExecutionError, GraphError.
+    Returns those files, and the groups that inputs can be quantized in. Raises UnavailableError, ExecutionError,
+    GraphError.
     """
     try:
         import onnx
@@ -226,19 +223,13 @@ def _save(graph: Graph, folder: Path) -> tuple[list[str], int]:
     group = _quantization_group(model, graph.spec)
     entries = [e for tensor in model.graph.initializer for e in tensor.external_data if e.key == "location"]
     sources = sorted({entry.value for entry in entries})
-    strange = [name for name in sources if Path(name).name != name or name == f"{graph.spec.name}.onnx"]
+    strange = [name for name in sources if Path(name).name != name or name == path.name]
     missing = [name for name in sources if not (graph.path.parent / name).is_file()]
     if strange or missing:
         problem = "does not lie beside the graph" if strange else "is missing"
         raise ExecutionError(f"{graph.path}: its weights' file {(strange + missing)[0]!r} {problem}; export it again")
-    for name in sources:
-        source = graph.path.parent / name
-        try:
-            os.link(source, folder / name)
-        except OSError:
-            shutil.copyfile(source, folder / name)
-    (folder / f"{graph.spec.name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
-    return [f"{graph.spec.name}.onnx", *sources], group
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    return [share_weights(graph.path.parent / name, path.parent) for name in sources], group
 
 
 def _quantization_group(model: Any, spec: GraphSpec) -> int:

@@ -59,24 +59,31 @@ class Reference:
         return None
 
     def compile(self, graph: Graph, target: Target, out: Path) -> Artifact:
-        """Copy the graph and its data file to `out` under their own names."""
+        """Copy the graph to `<out>/<target>.onnx`, and its data file: onnx reads none that has a second link."""
         reason = self.supports(graph.spec, graph.scheme, target)
         if reason:
             raise UnsupportedError(reason)
         onnx = _engine()
-        sources = [*_data_files(onnx, graph.path), graph.path]
+        sources, saved = _data_files(onnx, graph.path), out / f"{target.slug}.onnx"
+        model = _read(onnx, graph.path)
+        for tensor in model.graph.initializer:
+            for entry in (entry for entry in tensor.external_data if entry.key == "location"):
+                entry.value = f"{target.slug}.{entry.value}"
+        data = [out / f"{target.slug}.{source.name}" for source in sources]
         try:
-            for source in sources:
-                partial = out / f"{source.name}.partial"
-                shutil.copyfile(source, partial)
-                os.replace(partial, out / source.name)
+            for source, copy in zip(sources, data, strict=True):
+                shutil.copyfile(source, partial := copy.with_name(f"{copy.name}.partial"))
+                os.replace(partial, copy)
+            partial = saved.with_name(f"{saved.name}.partial")
+            partial.write_bytes(model.SerializeToString(deterministic=True))
+            os.replace(partial, saved)
         except OSError as error:
             raise StorageError(f"{out}: cannot be written: {error.strerror or error}") from error
         return Artifact(
             graph=graph.spec.name,
             target=target,
             scheme=graph.scheme,
-            files=tuple(file_record(out / source.name, out.parent) for source in reversed(sources)),
+            files=tuple(file_record(path, out.parent) for path in (saved, *data)),
             toolchain={"onnx": onnx.__version__},
             options={},
             compatibility={"onnx": f">={onnx.__version__}"},

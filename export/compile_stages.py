@@ -69,7 +69,7 @@ def check_supported(
 def compile_target(
     staging: Staging, graphs: Mapping[str, Graph], target: Target, probes: Sequence[ProbeRecord]
 ) -> tuple[Artifact, ...]:
-    """Compile each graph into a folder of its own in the tree and check it with its golden probes."""
+    """Compile each graph into its folder of the tree, which all targets share, and check it with its golden probes."""
     artifacts = []
     for name, graph in graphs.items():
         key = {"graph": graph.sha256, "target": str(target), **code_key(), **engine_key(target)}
@@ -104,7 +104,7 @@ def verify_target(
 
 
 def _compile(graph: Graph, target: Target, tree: Path) -> tuple[Artifact, Paths]:
-    folder = tree / f"{target.slug}-{graph.spec.name}"
+    folder = tree / graph.spec.name
     folder.mkdir(parents=True, exist_ok=True)
     artifact = registry.get(target.backend).compile(graph, target, folder)
     return artifact, [tree / record.path for record in artifact.files]

@@ -117,7 +117,10 @@ def test_constants_are_folded_once(artifact: Artifact, bundle: Path) -> None:
 def test_weights_lie_in_the_data_file(artifact: Artifact, bundle: Path) -> None:
     external = [t for t in optimized(bundle, artifact).initializer if t.data_location == TensorProto.EXTERNAL]
     assert [list(t.dims) for t in external] == [[DIM, DIM]]
-    assert [f.path for f in artifact.files] == ["onnxruntime-cpu/attention.onnx", "onnxruntime-cpu/attention.onnx.data"]
+    assert [f.path for f in artifact.files] == [
+        "onnxruntime-cpu/onnxruntime-cpu.onnx",
+        "onnxruntime-cpu/onnxruntime-cpu.onnx.data",
+    ]
     assert artifact.files[1].bytes >= DIM * DIM * 4
 
 
@@ -138,12 +141,15 @@ def test_artifact_names_no_path(graph: Graph, artifact: Artifact, bundle: Path) 
 
 
 def test_recompiling_replaces_and_leaves_nothing_behind(graph: Graph, artifact: Artifact, bundle: Path) -> None:
-    leftover = bundle / TARGET.slug / "attention.partial"
+    leftover = bundle / TARGET.slug / f"{TARGET.slug}.partial"
     leftover.mkdir()
-    (leftover / "attention.onnx").write_bytes(b"half a graph")
+    (leftover / f"{TARGET.slug}.onnx").write_bytes(b"half a graph")
     (bundle / artifact.files[0].path).write_bytes(b"old")
     assert backend.compile(graph, TARGET, bundle / TARGET.slug) == artifact
-    assert sorted(p.name for p in (bundle / TARGET.slug).iterdir()) == ["attention.onnx", "attention.onnx.data"]
+    assert sorted(p.name for p in (bundle / TARGET.slug).iterdir()) == [
+        "onnxruntime-cpu.onnx",
+        "onnxruntime-cpu.onnx.data",
+    ]
 
 
 def test_loading_optimizes_nothing(session: Session) -> None:

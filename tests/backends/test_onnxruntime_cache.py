@@ -123,14 +123,16 @@ def test_packed_weights_are_held_once(
 
 def test_weights_that_are_gone_are_named(artifact: Artifact, small: Any, tmp_path: Path) -> None:
     data = tmp_path / artifact.files[1].path
-    data.write_bytes(data.read_bytes()[:100])
+    part = data.read_bytes()[:100]
+    data.unlink()  # it may be the portable graph's file, too
+    data.write_bytes(part)
     with pytest.raises(ExecutionError, match="onnxruntime failed"):
         backend.load(artifact, small.spec, tmp_path)
     data.write_bytes(b"")
-    with pytest.raises(ExecutionError, match=r"decoder\.onnx\.data: cannot be read: it is empty; build the bundle"):
+    with pytest.raises(ExecutionError, match=r"\.onnx\.data: cannot be read: it is empty; build the bundle"):
         backend.load(artifact, small.spec, tmp_path)
     data.unlink()
-    with pytest.raises(ExecutionError, match=r"decoder\.onnx\.data: cannot be read: No such file"):
+    with pytest.raises(ExecutionError, match=r"\.onnx\.data: cannot be read: No such file"):
         backend.load(artifact, small.spec, tmp_path)
 
 

@@ -18,8 +18,9 @@ onnx = pytest.importorskip("onnx", reason="the graphs are made with onnx: pip in
 from onnx import TensorProto, helper
 
 from lensc.backends import openvino as module
+from lensc.backends import registry
 from lensc.backends._openvino_cache import OpenVINOCache, OpenVINODecoderSession
-from lensc.backends.base import Array, Artifact, Target
+from lensc.backends.base import Array, Artifact, CachedSession, Target
 from lensc.backends.errors import (
     CompatibilityError,
     ExecutionError,
@@ -102,10 +103,33 @@ def test_functions_become_bare_calls_and_the_past_becomes_states(float_decoder: 
 
 def test_weights_are_the_portable_graphs_file(float_decoder: Decoder, bundle: Path) -> None:
     artifact = compile_graph(float_decoder.graph, bundle)
-    assert [f.path for f in artifact.files] == ["openvino-cpu/decoder.onnx", "openvino-cpu/decoder.onnx.data"]
+    assert [f.path for f in artifact.files] == ["openvino-cpu/openvino-cpu.onnx", "openvino-cpu/decoder.onnx.data"]
     source = float_decoder.graph.path.with_name("decoder.onnx.data")
     assert (bundle / artifact.files[1].path).read_bytes() == source.read_bytes()
     assert (bundle / artifact.files[1].path).samefile(source)
+
+
+def test_targets_share_one_copy_of_the_weights(int4_decoder: Decoder, tmp_path: Path) -> None:
+    """Both engines take the portable graph's bytes, and both name its file, whichever comes first."""
+    (tmp_path / "decoder").mkdir()
+    targets = [TARGET, Target("onnxruntime", "cpu"), TARGET]
+    made = [registry.get(t.backend).compile(int4_decoder.graph, t, tmp_path / "decoder") for t in targets]
+    shared = made[0].files[1]
+    assert shared.path == "decoder/decoder.onnx.data"
+    assert [a.files[0].path for a in made[:2]] == ["decoder/openvino-cpu.onnx", "decoder/onnxruntime-cpu.onnx"]
+    assert all(artifact.files[1:] == (shared,) for artifact in made)
+    assert len(list((tmp_path / "decoder").iterdir())) == 3
+    feeds = {
+        "inputs_embeds": int4_decoder.embeddings(1, 5),
+        "position_ids": np.arange(5),
+        "logit_positions": np.arange(5),
+    }
+    for artifact in made:
+        session = registry.get(artifact.target.backend).load(artifact, int4_decoder.spec, tmp_path)
+        assert isinstance(session, CachedSession)
+        logits = session.step(feeds, session.new_cache(5))["logits"]
+        np.testing.assert_allclose(logits, int4_decoder.logits(feeds["inputs_embeds"]), rtol=1e-3, atol=1e-3)
+        session.close()
 
 
 def test_weights_are_copied_where_links_are_not_possible(
@@ -120,12 +144,12 @@ def test_weights_are_copied_where_links_are_not_possible(
 
 
 def test_same_graph_same_bytes_and_nothing_left_behind(float_decoder: Decoder, bundle: Path) -> None:
-    leftover = bundle / TARGET.slug / "decoder.partial"
+    leftover = bundle / TARGET.slug / f"{TARGET.slug}.partial"
     leftover.mkdir()
-    (leftover / "decoder.onnx").write_bytes(b"half a graph")
+    (leftover / f"{TARGET.slug}.onnx").write_bytes(b"half a graph")
     first = compile_graph(float_decoder.graph, bundle)
     assert compile_graph(float_decoder.graph, bundle) == first
-    assert sorted(p.name for p in (bundle / TARGET.slug).iterdir()) == ["decoder.onnx", "decoder.onnx.data"]
+    assert sorted(p.name for p in (bundle / TARGET.slug).iterdir()) == ["decoder.onnx.data", "openvino-cpu.onnx"]
     content = (bundle / first.files[0].path).read_bytes()
     assert str(bundle).encode() not in content and str(float_decoder.graph.path.parent).encode() not in content
 

@@ -136,7 +136,7 @@ def stray(path: Path) -> None:
     (path.parent / "stray.txt").write_text("x")
 
 
-VISION = "onnxruntime-cpu-vision/vision.onnx"
+VISION = "vision/onnxruntime-cpu.onnx"
 
 BUNDLES: dict[str, tuple[str, Callable[[Path], object], tuple[str, ...]]] = {
     "manifest-missing": (MANIFEST, Path.unlink, ("is not a bundle; make one with lensc build",)),
@@ -201,7 +201,7 @@ def relist(folder: Path) -> None:
         (VISION, truncate, "onnxruntime failed"),
         (f"{VISION}.data", truncate, "vision"),
         (
-            "onnxruntime-cpu-decoder/decoder.onnx.data",
+            "decoder/onnxruntime-cpu.onnx.data",
             lambda p: p.write_bytes(bytes(p.stat().st_size)),
             "self-test failed",
         ),
