@@ -30,6 +30,13 @@ HIDDEN = -1e4
 BEAMS = "beam_idx"
 """Input int32[batch] of a lowered decoder: sequence i of this run continues sequence `beam_idx[i]` of the cache."""
 
+FLOAT_PRODUCTS, INT8_PRODUCTS = "float", "int8"
+INT8_LEVELS = 255
+"""-127 to 127: without -128 there is no zero point."""
+
+TINY = 1e-20
+"""In the place of the largest magnitude of a row of zeros."""
+
 PAST = "past_length"
 """Input int64[1] of a lowered decoder: how many tokens the cache holds. Asked of a state, the length would keep OpenVINO
 from seeing that the state is a cache."""
@@ -66,10 +73,11 @@ def lower(model: Any, spec: GraphSpec) -> None:
     _replace(graph.output, [value for value in graph.output if value.name not in made])
 
 
-def read(path: Path, attention: str = "f32") -> Any:
+def read(path: Path, attention: str = "f32", products: str = FLOAT_PRODUCTS) -> Any:
     """The `openvino.Model` of a lowered file, with attention computed in `attention`: `f32` or `bf16`.
 
-    Weights are mapped from the file beside it, not read.
+    With `products` of `INT8_PRODUCTS` inputs of int8 weights are quantized by the graph. Weights are mapped from the file
+    beside it, not read.
     """
     from openvino.frontend import FrontEndManager
     from openvino.frontend.onnx import ConversionExtension
@@ -83,6 +91,8 @@ def read(path: Path, attention: str = "f32") -> Any:
         model.add_sinks(lowering.sinks)
         model.validate_nodes_and_infer_types()
     _fold_products(model)
+    if products == INT8_PRODUCTS:
+        _quantize_inputs(model)
     return model
 
 
@@ -107,6 +117,45 @@ def _fold_products(model: Any) -> None:
         manager = Manager()
         manager.register_pass(ConstantFolding())
         manager.run_passes(ov.Model([node.output(0)], [], "product"))
+
+
+def _quantize_inputs(model: Any) -> None:
+    """Let every product with int8 weights that have one scale an output be one of int8.
+
+    Each row of an input is divided by its largest magnitude, rounded to 255 levels of -1 to 1, and the product multiplied
+    by it again. With limits that are constants OpenVINO computes in int8 (AMX, VNNI); left to its own dynamic
+    quantization it never uses AMX, and unpacks weights in every run. A full-size vision slice on two cores with AMX took
+    2.5 s so, and takes 1.0 s, with 0.7 dB more noise.
+    """
+    from openvino import opset13 as op
+
+    rows: dict[tuple[str, int], tuple[Any, Any]] = {}
+    for product in model.get_ordered_ops():
+        if product.get_type_name() != "MatMul" or not _has_int8_weight(product):
+            continue
+        x = product.input_value(0)
+        key = (x.get_node().get_name(), x.get_index())
+        if key not in rows:
+            largest = op.maximum(op.reduce_max(op.abs(x), _i64(-1), True), _f32(TINY))
+            low, high = _f32(-1), _f32(1)
+            rows[key] = (op.fake_quantize(op.divide(x, largest), low, high, low, high, INT8_LEVELS), largest)
+        quantized, largest = rows[key]
+        made, readers = product.output(0), list(product.output(0).get_target_inputs())
+        product.input(0).replace_source_output(quantized.output(0))
+        whole = op.multiply(product, largest).output(0)
+        whole.set_names(made.get_names())
+        made.set_names(set())
+        for reader in readers:
+            reader.replace_source_output(whole)
+    model.validate_nodes_and_infer_types()
+
+
+def _has_int8_weight(product: Any) -> bool:
+    """Whether the weight of a MatMul is an int8 constant with one scale an output."""
+    value = product.input_value(1)
+    while value.get_node().get_type_name() in ("Convert", "Multiply", "Transpose"):
+        value = value.get_node().input_value(0)
+    return bool(value.get_node().get_type_name() == "Constant" and value.get_element_type().to_string() == "i8")
 
 
 class _Lowering:

@@ -3,7 +3,10 @@
 An artifact is the portable graph with the functions of domain `lensc` left as bare calls, and the weights' file as it
 is. It is converted where it is loaded: OpenVINO's own format would hold a second copy of the weights, and writing it
 reads all of them (4 GB of memory for a decoder of 8 billion int4 weights, and minutes), while the conversion maps them
-and takes a second. Weights are packed for the CPU by the first run of a graph.
+and takes a second. A vision graph in 8 bits is kept as compiled in the user's cache (`_openvino_kept`).
+
+Weights are packed for the CPU by the first run of a graph. OpenVINO 2026.4 does so with one thread, about 6 ns a weight
+of 4 bits (1 ns of 8 bits), and cannot keep what it packed: 40 s for a decoder of 7.5 billion weights on a server's core.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from lensc.profiles import probe
 
 from ._openvino_cache import OpenVINODecoderSession
 from ._openvino_fixed import FixedSession, cannot_be_fixed, shapes_at, sizes_of
-from ._openvino_lower import BEAMS, PAST, lower, read
+from ._openvino_kept import KeptGraph
+from ._openvino_lower import BEAMS, FLOAT_PRODUCTS, INT8_PRODUCTS, PAST, lower, read
 from ._openvino_session import NAME, OpenVINOSession, Weights, engine, engine_errors
 from .base import Artifact, Probe, Session, Target, check_compatibility, check_interface, file_record, share_weights
 from .errors import ExecutionError, StorageError, UnavailableError, UnsupportedError
@@ -46,6 +50,8 @@ PRECISION, QUANTIZATION, KV_CACHE = (
 THREADS = "INFERENCE_NUM_THREADS"
 ATTENTION = "attention"
 """Our own option: the precision of attention's products and softmax."""
+PRODUCTS = "products"
+"""Our own option: whether inputs are quantized by the graph, see `_openvino_lower.read`."""
 
 LATENCY = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
 
@@ -106,9 +112,9 @@ class OpenVINO:
             folder.mkdir()
             try:
                 sources, group = _save(graph, folder / name)
-                options = _options(target, graph.scheme, group)
+                options = _options(target, graph, group)
                 with engine_errors(str(graph.path)):
-                    model = read(folder / name, options[ATTENTION])
+                    model = read(folder / name, options[ATTENTION], options[PRODUCTS])
                     if target.processor == "npu":
                         model.reshape(shapes_at(graph.spec, sizes_of(graph.spec)[0]))
                     placement, executed = _try(ov, model, target, options)
@@ -141,16 +147,21 @@ class OpenVINO:
             options[THREADS] = str(probe.machine().cores if threads is None else threads)
         path = bundle / artifact.files[0].path
         _check_head(path)
-        with engine_errors(str(path)):
-            model = read(path, artifact.options.get(ATTENTION, "f32"))
-            _check_interface(model, spec)
-            if artifact.target.processor == "npu":
-                return FixedSession(spec, functools.partial(_compile_at, ov, model, device, options))
-            compiled = _core(ov).compile_model(model, device, options)
+
+        def compiled_with(options: dict[str, str]) -> Any:
+            return _core(ov).compile_model(_read(artifact, spec, path), device, options)
+
         weights = Weights([bundle / record.path for record in artifact.files[1:]])
-        if not model.get_variables():
-            return OpenVINOSession(spec, compiled, weights)
-        return OpenVINODecoderSession(spec, compiled, weights, options[KV_CACHE])
+        with engine_errors(str(path)):
+            if artifact.target.processor == "npu":
+                model = _read(artifact, spec, path)
+                return FixedSession(spec, functools.partial(_compile_at, ov, model, device, options))
+            if spec.states:
+                return OpenVINODecoderSession(spec, compiled_with(options), weights, options[KV_CACHE])
+            if artifact.options.get(PRODUCTS) == INT8_PRODUCTS and len(artifact.files) == 2:
+                kept = KeptGraph(artifact, bundle, ov.__version__, options)
+                return OpenVINOSession(spec, kept.compiled(_core(ov), compiled_with), weights)
+            return OpenVINOSession(spec, compiled_with(options), weights)
 
 
 def _state(kind: str) -> str:
@@ -177,25 +188,31 @@ def _full_name(ov: Any, device: str) -> str | None:
     return str(core.get_property(device, "FULL_DEVICE_NAME"))
 
 
-def _options(target: Target, scheme: str, group: int) -> dict[str, str]:
-    """Properties of a graph whose inputs can be quantized in groups of `group`, and our own `ATTENTION`.
+def _options(target: Target, graph: Graph, group: int) -> dict[str, str]:
+    """Properties of a graph whose inputs can be quantized in groups of `group`, and our own.
 
     What the scheme does not reduce is computed in float32, for which OpenVINO has to be told: on a CPU with bfloat16 it
     would choose that. Where products are in 8 bits, attention is in bfloat16 (a quarter of the time of a prefill of
     1024 tokens is saved, and of its noise the 8 bits make twenty times as much), or in float32 on a CPU without it.
+
+    A vision graph in 8 bits is in bfloat16 between its products as well, and quantizes their inputs itself. A decoder
+    does not: its steps of one token wait for weights, which that form would read from memory as 8 bits where they are 4,
+    and in bfloat16 OpenVINO unpacks them to 16 bits (on a CPU with AMX: half the speed).
     """
-    parsed = Scheme.parse(scheme)
+    parsed = Scheme.parse(graph.scheme)
     if target.processor == "npu":
         # the compiler decides the rest by itself
-        return {"PERFORMANCE_HINT": "LATENCY", ATTENTION: "f32"}
+        return {"PERFORMANCE_HINT": "LATENCY", ATTENTION: "f32", PRODUCTS: FLOAT_PRODUCTS}
     on_cpu, bits = target.processor == "cpu", parsed.activation_bits
+    inside = on_cpu and bits == 8 and not graph.spec.states
     attention = "bf16" if on_cpu and bits == 8 else "f32"
     kv_bits = parsed.kv_bits or (16 if bits == 16 else None)
     return LATENCY | {
-        PRECISION: "f16" if bits == 16 and not on_cpu else "f32",
+        PRECISION: "bf16" if inside else "f16" if bits == 16 and not on_cpu else "f32",
         QUANTIZATION: str(group if bits == 8 else 0),
         KV_CACHE: {8: "u8", 16: "f16"}[kv_bits] if kv_bits else attention,
         ATTENTION: attention,
+        PRODUCTS: INT8_PRODUCTS if inside else FLOAT_PRODUCTS,
     }
 
 
@@ -271,6 +288,14 @@ def _try(ov: Any, model: Any, target: Target, options: dict[str, str]) -> tuple[
         _check_fused(nodes, len(model.get_variables()) // 2)
     described = ", ".join(f"{count} in {name}" for name, count in sorted(precisions.items()))
     return {device: len(nodes)}, {"executed": described}
+
+
+def _read(artifact: Artifact, spec: GraphSpec, path: Path) -> Any:
+    """The model of an artifact. Raises GraphError if it is not the graph of `spec`."""
+    options = artifact.options
+    model = read(path, options.get(ATTENTION, "f32"), options.get(PRODUCTS, FLOAT_PRODUCTS))
+    _check_interface(model, spec)
+    return model
 
 
 def _compile_at(ov: Any, model: Any, device: str, options: dict[str, str], shapes: Mapping[str, list[int]]) -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from typing import Any
 
 from lensc.backends.base import sha256_file
 from lensc.backends.errors import CheckpointError
+from lensc.profiles.folders import cache_folder
 
 CACHE = "hashes.json"
 CACHED_FROM_BYTES = 64 << 20
@@ -86,22 +86,6 @@ def sha256_of(file: Path, state: FileState) -> str:
     if cache is not None and began - max(state.mtime_ns, state.changed_ns) / 1e9 > SETTLED_S:
         _keep(cache, file, state, digest)
     return digest
-
-
-def cache_folder() -> Path | None:
-    """Where the platform wants what can be made again: $XDG_CACHE_HOME or ~/.cache, then `lensc`; None without a home."""
-    try:
-        home = Path.home()
-    except RuntimeError:
-        return None
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = home / "Library" / "Caches"
-    else:
-        stated = Path(os.environ.get("XDG_CACHE_HOME") or ".")
-        base = stated if stated.is_absolute() else home / ".cache"
-    return base / "lensc"
 
 
 def _cache_file() -> Path | None:

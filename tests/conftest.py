@@ -1,10 +1,15 @@
-"""What every test runs under: no folder of the root importable by its bare name, and the versions in the header."""
+"""What every test runs under: no folder of the root importable by its bare name, a cache folder of its own, and the
+versions in the header.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,3 +27,11 @@ def pytest_report_header() -> list[str]:
         except importlib.metadata.PackageNotFoundError:
             found.append(f"{name} missing")
     return [", ".join(found), str(probe.machine())]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What an earlier run kept would hide what is wrong now."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -1,7 +1,10 @@
-"""A small decoder as the exporter writes it, made with onnx alone, and what it computes, in numpy."""
+"""A small decoder and a piece of a vision tower as the exporter writes them, made with onnx alone, and what they compute,
+in numpy.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,3 +200,70 @@ def small_decoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], S
         return made[bits]
 
     return get
+
+
+MLP = (96, 160, 64)
+"""Width of the input, of what is between two products, and of the output."""
+
+
+@dataclass(frozen=True)
+class SmallMlp:
+    """Two products with int8 weights, the first with a bias and ReLU, the second the output of the graph `vision`."""
+
+    path: Path
+    layers: tuple[tuple[Array, Array], ...]
+    width: int = MLP[0]
+
+    @property
+    def spec(self) -> GraphSpec:
+        rows = ("slices", "patches")
+        return GraphSpec(
+            name="vision",
+            inputs=(TensorSpec("patches", "float32", (*rows, MLP[0])),),
+            outputs=(TensorSpec("made", "float32", (*rows, MLP[-1])),),
+            states=(),
+            dims={"slices": DimRange(1, 1, 9), "patches": DimRange(1, 10, 30)},
+        )
+
+    def made(self, patches: Array) -> Array:
+        """The output, in float64."""
+        (first, bias), (second, _) = self.layers
+        made: Array = np.maximum(patches.astype(np.float64) @ first.T + bias, 0) @ second.T
+        return made
+
+
+@pytest.fixture(scope="session")
+def small_mlp(tmp_path_factory: pytest.TempPathFactory) -> SmallMlp:
+    """Written once, with its weights in a file of their own."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    generator = np.random.default_rng(0)
+    nodes: list[Any] = []
+    tensors: dict[str, Array] = {}
+    layers, x = [], "patches"
+    for i, (inputs, outputs) in enumerate(itertools.pairwise(MLP)):
+        values = generator.integers(-127, 128, (outputs, inputs)).astype(np.int8)
+        scales = generator.uniform(0.5, 1.5, outputs).astype(np.float32) / 600
+        bias = generator.standard_normal(outputs).astype(np.float32) * (i == 0)
+        tensors |= {f"w{i}": values, f"w{i}.scale": scales}
+        nodes += [
+            helper.make_node("DequantizeLinear", [f"w{i}", f"w{i}.scale"], [f"w{i}.float"], axis=0),
+            helper.make_node("Transpose", [f"w{i}.float"], [f"w{i}.turned"], perm=[1, 0]),
+            helper.make_node("MatMul", [x, f"w{i}.turned"], ["product" if i == 0 else "made"]),
+        ]
+        if i == 0:
+            tensors["b0"] = bias
+            nodes += [helper.make_node("Add", ["product", "b0"], ["sum"]), helper.make_node("Relu", ["sum"], ["relu"])]
+            x = "relu"
+        layers.append((values * scales[:, None].astype(np.float64), bias.astype(np.float64)))
+    small = SmallMlp(tmp_path_factory.mktemp("mlp") / "vision.onnx", tuple(layers))
+    infos = [
+        [helper.make_tensor_value_info(t.name, TensorProto.FLOAT, t.shape) for t in tensors_of]
+        for tensors_of in (small.spec.inputs, small.spec.outputs)
+    ]
+    arrays = [numpy_helper.from_array(array, name) for name, array in tensors.items()]
+    graph = helper.make_graph(nodes, "vision", *infos, arrays)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, str(small.path), save_as_external_data=True, location="vision.onnx.data", size_threshold=100)
+    return small

@@ -212,17 +212,17 @@ def test_activations_are_quantized_only_where_the_scheme_says_so(int4_decoder: D
 @pytest.mark.parametrize(
     ("scheme", "expected"),
     [
-        ("f32", ("f32", "0", "f32", "f32")),
-        ("w4a32-g128", ("f32", "0", "f32", "f32")),
-        ("w4a16-g128-kv8", ("f32", "0", "u8", "f32")),
-        ("w4a16-g128", ("f32", "0", "f16", "f32")),
-        ("w4a8-g128", ("f32", "64", "bf16", "bf16")),
-        ("w8a8", ("f32", "64", "bf16", "bf16")),
+        ("f32", ("f32", "0", "f32", "f32", "float")),
+        ("w4a32-g128", ("f32", "0", "f32", "f32", "float")),
+        ("w4a16-g128-kv8", ("f32", "0", "u8", "f32", "float")),
+        ("w4a16-g128", ("f32", "0", "f16", "f32", "float")),
+        ("w4a8-g128", ("f32", "64", "bf16", "bf16", "float")),
+        ("w8a8", ("f32", "64", "bf16", "bf16", "float")),
     ],
 )
-def test_options(scheme: str, expected: tuple[str, str, str, str]) -> None:
-    options = module._options(TARGET, scheme, 64)
-    names = (module.PRECISION, module.QUANTIZATION, module.KV_CACHE, module.ATTENTION)
+def test_options(scheme: str, expected: tuple[str, ...], float_decoder: Decoder) -> None:
+    options = module._options(TARGET, dataclasses.replace(float_decoder.graph, scheme=scheme), 64)
+    names = (module.PRECISION, module.QUANTIZATION, module.KV_CACHE, module.ATTENTION, module.PRODUCTS)
     assert tuple(options[name] for name in names) == expected
     # OpenVINO knows all of them
     ov.Core().set_property("CPU", module._properties(options))

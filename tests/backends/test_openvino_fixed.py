@@ -80,7 +80,8 @@ def test_fixed_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patches: i
     monkeypatch.setitem(module.DEVICES, "npu", "CPU")
     queries = write_tower(tmp_path / "vision.onnx")
     # the NPU decides its precision itself
-    monkeypatch.setattr(module, "_options", lambda *_: {"INFERENCE_PRECISION_HINT": "f32", "attention": "f32"})
+    options = {"INFERENCE_PRECISION_HINT": "f32", "attention": "f32", "products": "float"}
+    monkeypatch.setattr(module, "_options", lambda *_: options)
     folder = tmp_path / TARGET.slug
     folder.mkdir()
     artifact = backend.compile(Graph(tower(), tmp_path / "vision.onnx", "f16", "0" * 64), TARGET, folder)

@@ -10,7 +10,9 @@ import pytest
 
 from lensc.backends.errors import CheckpointError
 from lensc.export import fingerprint
-from lensc.export.fingerprint import FileState, cache_folder, file_state, sha256_of
+from lensc.export.fingerprint import FileState, file_state, sha256_of
+from lensc.profiles import folders
+from lensc.profiles.folders import cache_folder
 
 OLD_NS = time.time_ns() - 3600 * 10**9
 
@@ -32,7 +34,7 @@ def hashing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Counted:
     counted = Counted()
     monkeypatch.setattr(fingerprint, "sha256_file", counted)
     monkeypatch.setattr(fingerprint, "CACHED_FROM_BYTES", 1)
-    monkeypatch.setattr(fingerprint.sys, "platform", "linux")
+    monkeypatch.setattr(folders.sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(fingerprint.time, "time", lambda: time.time_ns() / 1e9 + 3600)
     return counted
@@ -173,7 +175,7 @@ def test_inode_and_device_alone_are_no_change(weights: Path) -> None:
 
 
 def test_cache_folder_of_each_platform(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint.Path, "home", lambda: Path("/home/x"))
+    monkeypatch.setattr(folders.Path, "home", lambda: Path("/home/x"))
     for platform, variable, value, expected in (
         ("linux", "XDG_CACHE_HOME", "/var/cache/x", "/var/cache/x/lensc"),
         ("linux", "XDG_CACHE_HOME", "", "/home/x/.cache/lensc"),
@@ -182,7 +184,7 @@ def test_cache_folder_of_each_platform(monkeypatch: pytest.MonkeyPatch) -> None:
         ("win32", "LOCALAPPDATA", "/local", "/local/lensc"),
         ("win32", "LOCALAPPDATA", "", "/home/x/AppData/Local/lensc"),
     ):
-        monkeypatch.setattr(fingerprint.sys, "platform", platform)
+        monkeypatch.setattr(folders.sys, "platform", platform)
         monkeypatch.setenv(variable, value)
         assert cache_folder() == Path(expected)
 
@@ -191,6 +193,6 @@ def test_no_home_no_cache(hashing: Counted, weights: Path, monkeypatch: pytest.M
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(fingerprint.Path, "home", homeless)
+    monkeypatch.setattr(folders.Path, "home", homeless)
     assert cache_folder() is None
     assert digest(weights) == digest(weights) and hashing.calls == 2

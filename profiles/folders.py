@@ -1,0 +1,23 @@
+"""Where this platform keeps what belongs to a user."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+
+def cache_folder() -> Path | None:
+    """Where the platform wants what can be made again: $XDG_CACHE_HOME or ~/.cache, then `lensc`; None without a home."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return None
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = home / "Library" / "Caches"
+    else:
+        stated = Path(os.environ.get("XDG_CACHE_HOME") or ".")
+        base = stated if stated.is_absolute() else home / ".cache"
+    return base / "lensc"
