@@ -7,6 +7,7 @@ imported inside functions, so that listing backends imports none of them.
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import os
 import re
@@ -248,20 +249,29 @@ def file_record(path: Path, bundle: Path) -> FileRecord:
 
 
 def share_weights(source: Path, out: Path) -> Path:
-    """Put the data file of a portable graph into `out` under its own name, unless it is there; return its path.
+    """Put the data file of a graph into `out` under its own name, unless another target did; return its path there.
 
-    A hard link where the file system has them: a bundle's files are never written again. Raises OSError.
+    A copy and no link, which onnx would refuse to read. Raises OSError.
     """
     shared, partial = out / source.name, out / f"{source.name}.partial"
-    if shared.exists() and shared.samefile(source):
+    if shared.exists() and filecmp.cmp(source, shared, shallow=False):
         return shared
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(source, partial)
-    except OSError:
-        shutil.copyfile(source, partial)
+    shutil.copyfile(source, partial)
     os.replace(partial, shared)
     return shared
+
+
+def borrow_weights(source: Path, folder: Path) -> Path:
+    """Let the data file of a graph lie in `folder`, under its own name, for as long as that does; return its path there.
+
+    A link where the file system has them. Raises OSError.
+    """
+    borrowed = folder / source.name
+    try:
+        os.link(source, borrowed)
+    except OSError:
+        shutil.copyfile(source, borrowed)
+    return borrowed
 
 
 def sha256_file(path: Path) -> str:

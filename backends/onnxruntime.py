@@ -24,7 +24,17 @@ from lensc.profiles import probe
 from ._onnxruntime_cache import OrtDecoderSession
 from ._onnxruntime_lower import LENGTHS, NEW_SCALES, SCALES, TOTAL, WIDEN, lower, present_name
 from ._onnxruntime_session import OrtSession, Weights, engine_errors, one_line
-from .base import Artifact, Probe, Session, Target, check_compatibility, check_interface, file_record, share_weights
+from .base import (
+    Artifact,
+    Probe,
+    Session,
+    Target,
+    borrow_weights,
+    check_compatibility,
+    check_interface,
+    file_record,
+    share_weights,
+)
 from .errors import ExecutionError, StorageError, UnavailableError, UnsupportedError
 
 NAME = "onnxruntime"
@@ -93,7 +103,9 @@ class OnnxRuntime:
                         _save(_lowered(graph, scheme), folder / name)
                 placement = _placement(ort, folder / name)
                 # the data first: without its model it is never opened
-                data = [share_weights(path, out) for path in sorted(folder.iterdir()) if path.name != name]
+                made = [path for path in sorted(folder.iterdir()) if path.name != name]
+                own = f"{name}.data"
+                data = [path.replace(out / own) if path.name == own else share_weights(path, out) for path in made]
                 os.replace(folder / name, out / name)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -222,7 +234,7 @@ def _save(model: Any, path: Path) -> None:
     large = [v for v in initializers if v in outside or v.const_value.nbytes > EXTERNAL_BYTES]
     files = {Path(value.const_value.path) for value in outside}
     if len(files) == 1 and not any(isinstance(value.const_value, ir.LazyTensor) for value in large):
-        data = share_weights(files.pop(), path.parent)
+        data = borrow_weights(files.pop(), path.parent)
         for value in outside:
             value.const_value = _external(ir, value, data, value.const_value.offset)
     elif large:

@@ -30,7 +30,17 @@ from ._openvino_fixed import FixedSession, cannot_be_fixed, shapes_at, sizes_of
 from ._openvino_kept import KeptGraph
 from ._openvino_lower import BEAMS, FLOAT_PRODUCTS, INT8_PRODUCTS, PAST, lower, read
 from ._openvino_session import NAME, OpenVINOSession, Weights, engine, engine_errors
-from .base import Artifact, Probe, Session, Target, check_compatibility, check_interface, file_record, share_weights
+from .base import (
+    Artifact,
+    Probe,
+    Session,
+    Target,
+    borrow_weights,
+    check_compatibility,
+    check_interface,
+    file_record,
+    share_weights,
+)
 from .errors import ExecutionError, StorageError, UnavailableError, UnsupportedError
 
 DEVICES = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
@@ -246,7 +256,7 @@ def _save(graph: Graph, path: Path) -> tuple[list[Path], int]:
         problem = "does not lie beside the graph" if strange else "is missing"
         raise ExecutionError(f"{graph.path}: its weights' file {(strange + missing)[0]!r} {problem}; export it again")
     path.write_bytes(model.SerializeToString(deterministic=True))
-    return [share_weights(graph.path.parent / name, path.parent) for name in sources], group
+    return [borrow_weights(graph.path.parent / name, path.parent) for name in sources], group
 
 
 def _quantization_group(model: Any, spec: GraphSpec) -> int:

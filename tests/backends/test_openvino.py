@@ -106,7 +106,7 @@ def test_weights_are_the_portable_graphs_file(float_decoder: Decoder, bundle: Pa
     assert [f.path for f in artifact.files] == ["openvino-cpu/openvino-cpu.onnx", "openvino-cpu/decoder.onnx.data"]
     source = float_decoder.graph.path.with_name("decoder.onnx.data")
     assert (bundle / artifact.files[1].path).read_bytes() == source.read_bytes()
-    assert (bundle / artifact.files[1].path).samefile(source)
+    assert source.stat().st_nlink == 1, "onnx refuses to read a file that has a second link"
 
 
 def test_targets_share_one_copy_of_the_weights(int4_decoder: Decoder, tmp_path: Path) -> None:
@@ -380,7 +380,6 @@ def test_a_full_disk_is_a_storage_error(float_decoder: Decoder, bundle: Path, mo
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.link", full)
     monkeypatch.setattr("shutil.copyfile", full)
     with pytest.raises(StorageError, match="No space left on device"):
         compile_graph(float_decoder.graph, bundle)
