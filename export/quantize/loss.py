@@ -26,6 +26,11 @@ from lensc.export.calibration import Sample
 from lensc.runtime.embedding import EmbeddingTable
 from lensc.runtime.vision import VisionEncoder
 
+from .parallel import pieces
+
+NUMBERS = 1 << 20
+"""Logits that are compared at once: each becomes several float64."""
+
 
 class Divergence:
     """Of a candidate's logits from a reference's, for `rows` positions, seen some columns of the vocabulary at a time."""
@@ -38,17 +43,21 @@ class Divergence:
 
     def add(self, reference: Tensor, candidate: Tensor, start: int = 0) -> None:
         """Count logits float[rows, n] of the ids from `start` on."""
-        gap = (reference - candidate).double()
+        for rows in pieces(len(reference), NUMBERS // reference.shape[1]):
+            self._add(rows, reference[rows].double(), candidate[rows].double(), start)
+
+    def _add(self, rows: slice, reference: Tensor, candidate: Tensor, start: int) -> None:
         for side, logits in enumerate((reference, candidate)):
-            most, place = logits.double().max(-1)
-            top = torch.maximum(self._top[side], most)
-            shift = (self._top[side] - top).exp()
-            shares = (logits.double() - top[:, None]).exp()
-            self._choice[side] = torch.where(most > self._top[side], place + start, self._choice[side])
-            self._total[side] = self._total[side] * shift + shares.sum(-1)
+            most, place = logits.max(-1)
+            before = self._top[side][rows]
+            top = torch.maximum(before, most)
+            shift = (before - top).exp()
+            shares = (logits - top[:, None]).exp_()
+            self._choice[side][rows] = torch.where(most > before, place + start, self._choice[side][rows])
+            self._total[side][rows] = self._total[side][rows] * shift + shares.sum(-1)
             if side == 0:
-                self._gap = self._gap * shift + (shares * gap).sum(-1)
-            self._top[side] = top
+                self._gap[rows] = self._gap[rows] * shift + shares.mul_(reference - candidate).sum(-1)
+            self._top[side][rows] = top
 
     @property
     def kl(self) -> Tensor:

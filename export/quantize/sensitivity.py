@@ -31,6 +31,7 @@ from lensc.backends.bundle import ModelSpec
 from lensc.backends.errors import InputError
 from lensc.export.calibration import Sample
 from lensc.export.checkpoint import WeightSource
+from lensc.export.memory import trim
 from lensc.export.models.hooks import observed
 from lensc.export.models.linears import LinearRows, linear_rows, shared_input
 from lensc.export.models.streamed import Run, StreamedModel
@@ -323,33 +324,41 @@ class _Probing:
     ) -> list[Tensor]:
         """The block's outputs for all samples, with the inputs of the linears in `formats` rounded as engines do."""
         with observed(block, module, partial(rounded_input, self._activations, formats)):
-            return [run(i, value) for i, value in enumerate(x)]
+            outputs = [run(i, value) for i, value in enumerate(x)]
+        trim()  # what the samples leave in the heap would come on top of the next candidate's
+        return outputs
 
     def _on_head(self, name: str, module: nn.Module, x: Sequence[Tensor], run: Run) -> None:
         """Compare the logits of some columns of the vocabulary, and try the head's own formats on them."""
         start = int(re.search(r"\[(\d+):", name)[1])  # type: ignore[index]  # the name of a piece
-        exact = [run(i, value)[0] for i, value in enumerate(x)]
         weight = dict(module.named_parameters())["weight"].data
         full = f"{HEAD}.weight"
         factors = {} if self._head is None else {shared_input(full): self._head}
+
+        def compare(key: Key, logits: Callable[[int], Tensor]) -> None:
+            # the exact ones are made anew each time: all of them together would be the largest thing that is held
+            trajectory = self._alive.setdefault(key, _Trajectory([]))
+            for i, value in enumerate(x):
+                exact = run(i, value)[0]
+                if i == len(trajectory.divergences):
+                    trajectory.divergences.append(Divergence(len(exact)))
+                trajectory.divergences[i].add(exact, logits(i), start)
+
+        def narrow(given: Callable[[Tensor], Tensor], rounded: Tensor, i: int) -> Tensor:
+            return given(x[i].flatten(0, -2)) @ rounded.mT
+
+        def carried(values: Sequence[Tensor], i: int) -> Tensor:
+            return run(i, values[i])[0]
+
         for group in self._groups:
             for format in group.formats if group.block == HEAD else ():
                 rounded = dequantize(self._round(full, weight, format, factors))
                 given = partial(rounded_input, self._activations, {full: format}, full)
-                logits = [(given(value.flatten(0, -2))) @ rounded.mT for value in x]
-                self._compare((group.pattern, str(format)), exact, logits, start)
+                compare((group.pattern, str(format)), partial(narrow, given, rounded))
         self._head = factors.get(shared_input(full))
-        for key, trajectory in self._alive.items():
+        for key, trajectory in list(self._alive.items()):
             if trajectory.values:
-                logits = [run(i, value)[0] for i, value in enumerate(trajectory.values)]
-                self._compare(key, exact, logits, start)
-
-    def _compare(self, key: Key, exact: Sequence[Tensor], logits: Sequence[Tensor], start: int) -> None:
-        trajectory = self._alive.setdefault(key, _Trajectory([]))
-        if not trajectory.divergences:
-            trajectory.divergences = [Divergence(len(rows)) for rows in exact]
-        for divergence, ours, theirs in zip(trajectory.divergences, exact, logits, strict=True):
-            divergence.add(ours, theirs, start)
+                compare(key, partial(carried, trajectory.values))
 
 
 def rounded_input(activations: Mapping[str, int], formats: Mapping[str, WeightFormat], name: str, x: Tensor) -> Tensor:
