@@ -26,7 +26,7 @@ from .questions import questions_for
 from .source import Source
 from .stages import Staging
 from .verify import NOT_JUDGED, min_sqnr_db, verify_graph, verify_model
-from .verify_streamed import ask, compare, judge
+from .verify_streamed import ask, compare, encode, judge
 
 STAGES = 2 * len(GRAPHS)
 """How many stages `compile_target` has."""
@@ -183,21 +183,26 @@ def _verify_streamed(
     staging: Staging,
 ) -> tuple[tuple[ParityRecord, ...], Paths]:
     """The artifacts answer; then two passes over the weights: those of the recipe judge, those of the checkpoint say what
-    the recipe costs.
+    the recipe costs. A decoder that cannot run here, or not within the memory limit, leaves the vision graph to be judged.
     """
     sessions: dict[str, Session] = {}
     table = open_table(staging.tree, tables)
-    asked = (source.spec, source.tokenizer, table, questions_for(source.spec))
+    questions = questions_for(source.spec)
     try:
         for artifact in artifacts:
             session = load_if_usable(artifact, source.specs[artifact.graph], staging.tree, staging.limit.room)
-            if isinstance(session, str):
-                return (), []
-            sessions[artifact.graph] = session
-        answers = ask(sessions, *asked, ANSWER_TOKENS, probes=False)
+            if not isinstance(session, str):
+                sessions[artifact.graph] = session
+        if "vision" not in sessions:
+            return (), []
+        if "decoder" in sessions:
+            answers = ask(sessions, source.spec, source.tokenizer, table, questions, ANSWER_TOKENS, probes=False)
+        else:
+            answers = encode(sessions["vision"], source.spec, questions)
     finally:
         close(sessions)
-    least = min((least for a in artifacts if (least := min_sqnr_db(a.scheme)) is not None), default=None)
+    ran = [artifact for artifact in artifacts if artifact.graph in sessions]
+    least = min((least for a in ran if (least := min_sqnr_db(a.scheme)) is not None), default=None)
     float_records = judge(
         compare(source.streamed(source.checkpoint), answers, source.spec, table),
         target=str(target),

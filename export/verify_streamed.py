@@ -23,6 +23,7 @@ from lensc.backends.base import Array, Cache, CachedSession, Session
 from lensc.backends.bundle import ModelSpec, ParityRecord
 from lensc.backends.errors import GraphError, ParityError
 from lensc.runtime.embedding import EmbeddingTable
+from lensc.runtime.picture import slice_picture
 from lensc.runtime.pipeline import VLM
 from lensc.runtime.prompt import Prompt, Tokenizer, user_messages
 from lensc.runtime.vision import VisionEncoder
@@ -71,10 +72,13 @@ class Divergence:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """How close a candidate comes to the reference, end to end: the logits are those after its own image embeddings."""
+    """How close a candidate comes to the reference, end to end: the logits are those after its own image embeddings.
+
+    `decoder` is None if the candidate has only encoded pictures.
+    """
 
     vision: Metrics
-    decoder: Metrics
+    decoder: Metrics | None
     divergences: tuple[Divergence, ...]
     questions: int
     pictures: int
@@ -137,6 +141,15 @@ def ask(
     return Answers(tuple(answers), vision.calls, probed, sum(len(question.images) for question in questions))
 
 
+def encode(session: Session, spec: ModelSpec, questions: Sequence[Question]) -> Answers:
+    """No answers, but what the vision graph `session` makes of the pictures of `questions`: where no decoder can run."""
+    vision = _VisionRecorder(session)
+    encoder = VisionEncoder(vision, spec.picture, spec.decoder.hidden_size)
+    for question in questions:
+        encoder.encode([pixels for image in question.images for pixels in slice_picture(image, spec.picture).pixels])
+    return Answers((), vision.calls, {}, sum(len(question.images) for question in questions))
+
+
 def compare(
     reference: StreamedModel, answers: Answers, spec: ModelSpec, embed_table: Array | EmbeddingTable
 ) -> Evidence:
@@ -151,6 +164,8 @@ def compare(
     got = [answers.probes[name] for name in ("vision",) if probes[name]] + [outputs for _, outputs in calls]
     for ours, theirs in zip(expected, got, strict=True):
         vision.add(ours, theirs)
+    if not answers.answers:
+        return Evidence(vision, None, (), 0, answers.pictures)
 
     by_call = dict(zip(answers.vision_calls, expected[len(probes["vision"]) :], strict=True))
     encoder = VisionEncoder(_Recalled(reference.specs["vision"], by_call), spec.picture, spec.decoder.hidden_size)
@@ -170,13 +185,14 @@ def compare(
 def judge(
     evidence: Evidence, *, target: str = "onnx", against: str = "torch float32", least_sqnr_db: float | None = None
 ) -> tuple[ParityRecord, ...]:
-    """One record per graph. Raises ParityError that lists the figures if a graph is not good enough to be shipped.
+    """One record per graph that was run. Raises ParityError that lists the figures if a graph is not good enough to be shipped.
 
     By default the graphs compute in float32: the tolerances of `verify` hold, and no answer may differ where the reference
     is sure. With `least_sqnr_db`, for quantized graphs, every output must be finite and reach that many decibels; where
     answers differ is recorded and decides nothing.
     """
-    metrics = {"vision": evidence.vision, "decoder": evidence.decoder}
+    measured = {"vision": evidence.vision, "decoder": evidence.decoder}
+    metrics = {name: graph for name, graph in measured.items() if graph is not None}
     if least_sqnr_db is None:
         tolerance = TOLERANCE_TEXT
         failed = [str(graph) for graph in metrics.values() if not graph.passed]

@@ -39,6 +39,7 @@ from lensc.export.portable import PortableWeights
 from lensc.export.quantize import calibrate
 from lensc.export.quantize.calibrated import write_block
 from lensc.export.quantize.weights import WeightFormat, dequantize, quantize_rtn
+from lensc.export.source import Source
 from lensc.export.stages import StageEvent
 from lensc.runtime.pipeline import VLM
 from lensc.runtime.prompt import Tokenizer
@@ -287,6 +288,23 @@ def test_artifacts_for_another_device_say_why_they_were_not_run(
     monkeypatch.setattr(compile_stages, "load_if_usable", engines.load_if_usable)
     manifest = compile_graphs(exports.folder, [ORT], tmp_path / "bundle")
     assert [a.parity for a in manifest.artifacts] == [{"not_run": "no such device here"}] * 2
+
+
+def test_a_decoder_too_large_to_run_leaves_the_vision_graph_judged(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = engines.load_if_usable
+
+    def no_room(artifact: Any, *more: Any) -> Any:
+        return "no room" if artifact.graph == "decoder" else load(artifact, *more)
+
+    monkeypatch.setattr(compile_stages, "load_if_usable", no_room)
+    monkeypatch.setattr(Source, "is_streamed", True)
+    made = build(checkpoint, [ORT], tmp_path / "bundle", scheme="int8")
+    judged, cost = (record for record in made.parity if record.target == str(ORT))
+    assert judged.graph == cost.graph == "vision" and judged.passed
+    assert judged.sqnr_db > cost.sqnr_db > 20, "the weights' own error comes on top"
+    assert made.artifacts[1].parity == {compile_stages.NOT_RUN: "no room"}
 
 
 def test_wrong_probe_stops_the_bundle(graphs: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from lensc.export.models.minicpmv import MiniCPMV
 from lensc.export.models.session import torch_sessions
 from lensc.export.models.streamed import StreamedModel
 from lensc.export.verify import Question
-from lensc.export.verify_streamed import Answers, ask, compare, judge, verify_streamed
+from lensc.export.verify_streamed import Answers, ask, compare, encode, judge, verify_streamed
 from lensc.runtime.decoder import HostCachedSession
 from lensc.runtime.pipeline import VLM
 from lensc.runtime.prompt import Tokenizer
@@ -101,6 +101,25 @@ def test_the_model_itself_passes(
     assert decoder.top1_agreement == 1.0 and vision.top1_agreement is None
     assert decoder.first_divergent_token is None and decoder.target == "reference:cpu"
     assert "5e-05" in decoder.tolerance
+
+
+def test_a_vision_graph_is_judged_alone(
+    streamed: StreamedModel,
+    exact: dict[str, Session],
+    rounded: dict[str, Session],
+    rounded_answers: Answers,
+    spec: ModelSpec,
+    table: Array,
+) -> None:
+    """Where no decoder can run: one record, with what the whole comparison says of the vision graph."""
+    evidence = compare(streamed, encode(exact["vision"], spec, QUESTIONS), spec, table)
+    (record,) = judge(evidence)
+    assert evidence.decoder is None and record.graph == "vision" and record.sqnr_db == float("inf")
+    assert record.pictures == 3 and len(encode(exact["vision"], spec, QUESTIONS).vision_calls) > 1
+    alone = encode(rounded["vision"], spec, QUESTIONS)
+    assert alone.vision_calls.keys() == rounded_answers.vision_calls.keys()
+    with pytest.raises(ParityError, match=r"^onnx does not compute what torch float32 computes: vision"):
+        judge(compare(streamed, alone, spec, table))
 
 
 def test_divergence_is_where_the_free_answers_part(
