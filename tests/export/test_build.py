@@ -259,7 +259,7 @@ def test_bundle_answers_as_the_reference_model_does(exports: Exports, checkpoint
     assert [(a.graph, str(a.target)) for a in manifest.artifacts] == [("vision", str(ORT)), ("decoder", str(ORT))]
     assert all(0 <= float(a.parity["probe_max_abs"]) < 1e-4 for a in manifest.artifacts)
     assert all(record.file is None for record in manifest.graphs.values())
-    assert not any(f.path.startswith(("vision/", "decoder/")) for f in manifest.files)
+    assert not any(Path(f.path).name.startswith("model.onnx") for f in manifest.files), "in float nothing is shared"
     assert manifest.provenance.command == "lensc compile x"
     assert manifest.metadata["export_command"] == "lensc export x"
     opened = Checkpoint(checkpoint)

@@ -255,7 +255,7 @@ def test_eight_bit_keys_and_values(checkpoint: Path, engine: str, option: str, k
 
 
 def test_eight_bit_keys_that_an_engine_does_not_have(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="keeps the KV cache in float32; the nearest is w4a8-g32-mixed"):
+    with pytest.raises(UnsupportedError, match="keeps the KV cache in float32; the nearest is w4a8-g32;"):
         build(checkpoint, [Target("reference", "cpu")], tmp_path / "b", scheme=eight_bit_keys(tmp_path))
 
 

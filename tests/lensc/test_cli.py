@@ -184,6 +184,14 @@ def test_a_prompt_that_spells_a_placeholder_is_text(bundle: Path, cli: Cli) -> N
     assert cli("run", bundle, "What is <image></image> <|eot_id|>?", *SHORT).code == 0
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C means something, as in a terminal: a shell starts what runs in its background with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt_after_first_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C, once, when the first piece of an answer is about to be printed."""
     clear, sent = console.Progress.clear, []
@@ -197,6 +205,7 @@ def interrupt_after_first_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console.Progress, "clear", clear_and_interrupt)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted_run_keeps_what_was_said(bundle: Path, cli: Cli, vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt_after_first_piece(monkeypatch)
     shown = cli("run", bundle, "Hello!", "--max-new-tokens", 500)
@@ -314,6 +323,7 @@ def test_errors_are_one_line(error: Exception, code: int, text: str, cli: Cli, m
     assert "Traceback" in cli("devices", "--debug").err
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_at_any_time(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lensc.cli._devices", lambda options: signal.raise_signal(signal.SIGINT))
     shown = cli("devices")
