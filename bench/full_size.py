@@ -161,10 +161,7 @@ def decoder(place: Place, engine: str, reach: Mapping[str, float]) -> list[recor
     lines = [f"prefill {SHORT}", f"decode {STEPS}", "prefill 128", f"prefill {LONG}", f"decode {LONG_STEPS}"]
     with starts["ours"]() as ours, starts["theirs"]() as theirs:
         took = _in_turn({"ours": ours, "theirs": theirs}, lines, place.repeat)
-        memory = {
-            who: [contender.ask("memory")["peak_rss_bytes"] / 1e9]
-            for who, contender in (("ours", ours), ("theirs", theirs))
-        }
+        memory = {"ours": [ours.peak_bytes() / 1e9], "theirs": [theirs.peak_bytes() / 1e9]}
     weights = sum(f.stat().st_size for f in _files(place, "decoder", engine))
     decode_limit = reach["bandwidth_gb_s"] * 1e9 / weights
     prefill_limit = reach["int8_gemm_gop_s"] * 1e9 / FLOP_PER_TOKEN
@@ -190,7 +187,7 @@ def vision(place: Place) -> list[record.Row]:
             _in_turn(pair, ["vision"], 1)
             took = _in_turn(pair, ["vision"], place.repeat)
             quality = {who: [contender.ask(f"sqnr {place.judge}")["db"]] for who, contender in pair.items()}
-            memory = {who: [contender.ask("memory")["peak_rss_bytes"] / 1e9] for who, contender in pair.items()}
+            memory = {who: [contender.peak_bytes() / 1e9] for who, contender in pair.items()}
         rows.append(_times(f"{engine}: slice of 448 x 448", "s", {w: t["vision"] for w, t in took.items()}, label))
         rows.append(_times(f"{engine}: slice, SQNR against float32", "dB", quality, label))
         rows.append(_times(f"{engine}: slice, peak memory", "GB", memory, label))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -47,10 +46,7 @@ def serve(bundle: Path, graph: str, target: Target, threads: int) -> Iterator[An
         what = line.strip()
         if what == "quit":
             break
-        if what == "memory":
-            yield {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-        else:
-            yield {"what": what} | answer(what.split())
+        yield {"what": what} | answer(what.split())
     session.close()
 
 

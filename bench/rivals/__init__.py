@@ -6,6 +6,5 @@ by the rival's own tools; `serve` answers lines on stdin with lines of JSON on s
     (start)        {"ready": true, "load_seconds": 2.1}
     prefill 1024   {"what": "prefill 1024", "seconds": 14.2}
     decode 32      {"what": "decode 32", "seconds": 3.1}          32 steps after what was prefilled last
-    memory         {"peak_rss_bytes": 4700000000}
     quit
 """

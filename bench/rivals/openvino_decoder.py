@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import sys
 import time
@@ -247,9 +246,6 @@ def serve(folder: Path, threads: int, properties: dict[str, str]) -> Iterator[di
         if what == "quit":
             end(request)
             return
-        if what == "memory":
-            yield {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-            continue
         if what == "prefill":
             end(request)
             started = time.perf_counter()
@@ -259,7 +255,7 @@ def serve(folder: Path, threads: int, properties: dict[str, str]) -> Iterator[di
             for _ in range(int(rest[0])):
                 pipeline.step()
         else:
-            raise SystemExit(f"error: {what!r}: expected prefill, decode, memory or quit")
+            raise SystemExit(f"error: {what!r}: expected prefill, decode or quit")
         seconds = time.perf_counter() - started
         if not request.can_read():
             raise SystemExit(f"error: {line.strip()}: no token was made")

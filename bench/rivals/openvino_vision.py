@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import shutil
 import sys
 import time
@@ -75,9 +74,7 @@ def serve(folder: Path, threads: int) -> Iterator[dict[str, Any]]:
         what = line.strip()
         if what == "quit":
             return
-        if what == "memory":
-            yield {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-        elif what.startswith("sqnr"):
+        if what.startswith("sqnr"):
             got = np.concatenate([request.infer([pixels])[0] for pixels in inputs])
             noise = float(np.square(got.astype(np.float64) - expected).sum())
             yield {"what": what, "db": 10 * math.log10(float(np.square(expected.astype(np.float64)).sum()) / noise)}
@@ -86,7 +83,7 @@ def serve(folder: Path, threads: int) -> Iterator[dict[str, Any]]:
             request.infer([inputs[0]])
             yield {"what": what, "seconds": time.perf_counter() - started}
         else:
-            raise SystemExit(f"error: {what!r}: expected vision, sqnr, memory or quit")
+            raise SystemExit(f"error: {what!r}: expected vision, sqnr or quit")
 
 
 def main() -> None:

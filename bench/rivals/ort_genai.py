@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -192,9 +191,6 @@ def serve(folder: Path, threads: int) -> Iterator[dict[str, Any]]:
         what, *rest = line.split()
         if what == "quit":
             return
-        if what == "memory":
-            yield {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-            continue
         count = int(rest[0])
         if what == "prefill":
             generator = None

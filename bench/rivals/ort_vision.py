@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import shutil
 import sys
 import time
@@ -73,9 +72,7 @@ def serve(folder: Path, threads: int) -> Iterator[dict[str, Any]]:
         what, *rest = line.split()
         if what == "quit":
             return
-        if what == "memory":
-            yield {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-        elif what == "sqnr":
+        if what == "sqnr":
             with np.load(rest[0]) as judge:
                 expected = judge["image_embeds"].astype(np.float64)
                 found = np.concatenate([run(one) for one in judge["pictures"]])
@@ -86,7 +83,7 @@ def serve(folder: Path, threads: int) -> Iterator[dict[str, Any]]:
             run(picture)
             yield {"what": what, "seconds": time.perf_counter() - started}
         else:
-            raise SystemExit(f"error: {what!r}: expected vision, sqnr, memory or quit")
+            raise SystemExit(f"error: {what!r}: expected vision, sqnr or quit")
 
 
 def main() -> None:

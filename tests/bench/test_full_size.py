@@ -36,7 +36,13 @@ def test_servers_take_turns(bundle: Path, tmp_path: Path) -> None:
             answer = decoder.ask(line)
             assert answer["what"] == line and answer["seconds"] > 0
         assert vision.seconds("vision") > 0
-        assert 1e6 < decoder.ask("memory")["peak_rss_bytes"] < 4e9
+        assert 1e6 < decoder.peak_bytes() < 4e9
+
+
+def test_memory_is_not_that_of_the_parent(bundle: Path, tmp_path: Path) -> None:
+    held = np.ones(300 << 20, np.uint8)
+    with start(bundle, "vision", tmp_path) as vision:
+        assert vision.peak_bytes() < held.nbytes
 
 
 def test_quality_is_judged_against_float_features(bundle: Path, tmp_path: Path) -> None:
