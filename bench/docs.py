@@ -146,6 +146,18 @@ def full_size(root: Path) -> str:
     return "\n\n".join(parts)
 
 
+def full_size_short(root: Path) -> str:
+    """The medians of the full-size model and its rivals."""
+    lines = ["| | lensc | beside it | | times better |", "|---|---|---|---|---|"]
+    for found in record.read(root / record.RESULTS / "full_size.json"):
+        for row in found["rows"]:
+            if "rival" in row:
+                unit, ratio = row["unit"], f"{row['ratio']:.2f}" if "ratio" in row else ""
+                values = (f"{row['lensc']:.3g} {unit}", row["rival"], f"{row['rival_value']:.3g} {unit}")
+                lines.append(f"| {row['what']} | {' | '.join(values)} | {ratio} |")
+    return "\n".join(lines)
+
+
 def _spread(row: dict[str, Any], name: str) -> str:
     return f"{row[name][0]:.3g}–{row[name][1]:.3g}" if name in row else ""
 
@@ -167,6 +179,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "demo_accuracy": demo_accuracy,
     "demo_speed": demo_speed,
     "full_size": full_size,
+    "full_size_short": full_size_short,
     "schemes": schemes,
     "startup": startup,
     "command_line": command_line,
