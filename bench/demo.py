@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 import lensc
+from lensc.backends.bundle import load_manifest
 from lensc.backends.errors import InputError, LensError
 from lensc.runtime.pipeline import VLM, Result
 
@@ -88,6 +89,12 @@ def bandwidth_gb_s() -> float:
     return data.nbytes / best / 1e9
 
 
+def decoder_bytes(bundle: Path) -> int:
+    """What is read for a token: the files of the bundle's first artifact of the decoder."""
+    artifact = next(a for a in load_manifest(bundle).artifacts if a.graph == "decoder")
+    return sum(file.bytes for file in artifact.files)
+
+
 def rows_of(cases: list[Case], limit_tokens_per_s: float) -> list[record.Row]:
     """Time to first token and decode speed of every picture, beside torch's."""
     rows = []
@@ -130,8 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         cases = measure(options.bundle, options.checkpoint, options.pictures, options.runs)
         gb_s = bandwidth_gb_s()
-        decoder_bytes = sum(f.stat().st_size for f in options.bundle.glob("*/decoder*") if f.is_file())
-        rows = rows_of(cases, gb_s * 1e9 / decoder_bytes)
+        rows = rows_of(cases, gb_s * 1e9 / decoder_bytes(options.bundle))
         if options.results:
             command = f"python -m lensc.bench.demo {options.bundle}"
             record.write("runtime", command, rows, options.results, {"bandwidth_1_thread_gb_s": gb_s})

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from lensc.backends.base import Target
 from lensc.backends.errors import ExecutionError, InputError
-from lensc.bench import chart, full_size, record
+from lensc.bench import chart, demo, full_size, record
 from lensc.bench.contender import Contender
 from lensc.export.build import build
 
@@ -64,6 +65,19 @@ def test_quality_is_judged_against_float_features(bundle: Path, tmp_path: Path) 
 def test_a_server_that_ends_says_why(tmp_path: Path) -> None:
     with pytest.raises(ExecutionError, match=r"decoder: ended with 1: error: .*manifest\.json.*decoder\.log"):
         start(tmp_path, "decoder", tmp_path)
+
+
+def test_bytes_of_a_token_are_those_of_the_decoder(bundle: Path) -> None:
+    weights = 4 * sum(math.prod(array.shape) for name, array in load_file(GOLDEN / "checkpoint/model.safetensors").items()
+                      if name.startswith("llm.") and "embed_tokens" not in name)  # fmt: skip
+    assert weights < demo.decoder_bytes(bundle) < 1.5 * weights
+    assert sum(
+        f.stat().st_size for f in full_size._files(place(bundle), "decoder", "onnxruntime")
+    ) == demo.decoder_bytes(bundle)
+
+
+def place(bundle: Path) -> full_size.Place:
+    return full_size.Place(bundle.parent, 2, 1)
 
 
 def test_ratios_are_of_runs_that_followed_each_other() -> None:
