@@ -11,7 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lensc.backends.errors import ExecutionError
+from lensc.backends.errors import ExecutionError, UnavailableError
+from lensc.export.memory import peak_bytes_of
 
 
 class Contender:
@@ -49,12 +50,11 @@ class Contender:
         return float(self.ask(line)["seconds"])
 
     def peak_bytes(self) -> int:
-        """The most memory it had resident, pages of mapped files included.
-
-        Asked of the kernel (Linux): what getrusage tells a process includes what its parent had when it was started.
-        """
-        status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="ascii", errors="replace")
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+        """The most memory it had resident, pages of mapped files included. Raises UnavailableError if nobody tells."""
+        peak = peak_bytes_of(self._process.pid)
+        if peak is None:
+            raise UnavailableError(f"{self.name}: this system does not tell how much memory a process had; use Linux")
+        return peak
 
     def close(self) -> None:
         """End the process."""

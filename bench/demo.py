@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from lensc.backends.bundle import load_manifest
 from lensc.backends.errors import InputError, LensError
 from lensc.runtime.pipeline import VLM, Result
 
-from . import record
+from . import limits, record
 from .reference import reference_vlm
 
 QUESTIONS = {
@@ -36,6 +35,9 @@ QUESTIONS = {
     "shapes.png": "What colour is the square?",
 }
 """Asked about the pictures in export/demo/pictures."""
+
+READ_BYTES = 256 << 20
+"""Read to measure the bandwidth."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +78,6 @@ def measure(bundle: Path, checkpoint: Path, pictures: Path, runs: int) -> list[C
                     case.theirs.append(pair[1])
             cases.append(case)
     return cases
-
-
-def bandwidth_gb_s() -> float:
-    """DRAM read bandwidth of one thread: the best of 5 sums over 256 MiB."""
-    data = np.ones(32 << 20, np.float64)
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        data.sum()
-        best = min(best, time.perf_counter() - started)
-    return data.nbytes / best / 1e9
 
 
 def decoder_bytes(bundle: Path) -> int:
@@ -136,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--runs {options.runs}: expected at least 1")
     try:
         cases = measure(options.bundle, options.checkpoint, options.pictures, options.runs)
-        gb_s = bandwidth_gb_s()
+        gb_s = limits.bandwidth_gb_s(1, READ_BYTES)
         rows = rows_of(cases, gb_s * 1e9 / decoder_bytes(options.bundle))
         if options.results:
             command = f"python -m lensc.bench.demo {options.bundle}"

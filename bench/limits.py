@@ -24,10 +24,10 @@ GEMM = (2048, 4096, 4096)
 TRIES = 5
 
 
-def bandwidth_gb_s(threads: int) -> float:
-    """DRAM read bandwidth: the best of some sums over random data, of `READ_BYTES` by every thread at once."""
+def bandwidth_gb_s(threads: int, read_bytes: int = READ_BYTES) -> float:
+    """DRAM read bandwidth: the best of some sums over random data, of `read_bytes` by every thread at once."""
     random = np.random.default_rng(0)
-    shares = [random.integers(0, 1 << 60, READ_BYTES // 8, dtype=np.int64) for _ in range(threads)]
+    shares = [random.integers(0, 1 << 60, read_bytes // 8, dtype=np.int64) for _ in range(threads)]
     with ThreadPoolExecutor(threads) as pool:
         return sum(s.nbytes for s in shares) / _best(lambda: list(pool.map(np.bitwise_xor.reduce, shares))) / 1e9
 

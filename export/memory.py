@@ -55,6 +55,14 @@ def peak_bytes() -> int:
     return _status("self", "VmHWM") or _rusage(children=False)
 
 
+def peak_bytes_of(process: int) -> int | None:
+    """The largest resident size of another process; None where the system does not tell, or if it has ended.
+
+    What getrusage tells a process includes what its parent had when it was started; this does not.
+    """
+    return _status(str(process), "VmHWM")
+
+
 def resident_bytes() -> int:
     """The resident size of this process now; where the system does not tell, its largest. Raises UnavailableError."""
     return _status("self", "VmRSS") or _rusage(children=False)
@@ -165,7 +173,7 @@ class Limit:
         """
         peak, before, own = 0, _rusage(children=True), peak_bytes()
         while True:
-            peak = max(peak, _status(str(process.pid), "VmHWM") or 0)
+            peak = max(peak, peak_bytes_of(process.pid) or 0)
             if self.max_bytes is not None and peak > self.max_bytes:
                 process.kill()
                 process.wait()

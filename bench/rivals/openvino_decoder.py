@@ -14,7 +14,6 @@ attention), with its settings.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -30,14 +29,13 @@ BUILT_LAYERS = 2
 GROUP = 128
 PAGE = 4096
 PIECE = 64 << 20
-PREFIX = "llm."
-"""Of the decoder's weights in a MiniCPM-V checkpoint."""
 
 
 def build(checkpoint: Path, out: Path) -> None:
     """Write a folder that `serve` opens."""
     import nncf
     import openvino as ov
+    from llama_layers import write_llama
     from openvino_tokenizers import convert_tokenizer
     from optimum.exporters.openvino import main_export
     from optimum.intel import OVConfig
@@ -46,7 +44,7 @@ def build(checkpoint: Path, out: Path) -> None:
     work = out.with_name(out.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    layers = write_llama(checkpoint, work / "llama")
+    layers = write_llama(checkpoint, work / "llama", BUILT_LAYERS)
     # told nothing, it compresses large models to 8 bits by itself
     main_export(
         str(work / "llama"), work / "traced", task="text-generation-with-past", stateful=True, convert_tokenizer=False,
@@ -69,35 +67,6 @@ def build(checkpoint: Path, out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     (work / "model").rename(out)
     shutil.rmtree(work)
-
-
-def write_llama(checkpoint: Path, folder: Path) -> int:
-    """Write the decoder's first layers as a Llama of transformers; return how many layers the checkpoint has."""
-    from safetensors import safe_open
-    from safetensors.numpy import save_file
-
-    folder.mkdir()
-    config = json.loads((checkpoint / "config.json").read_text())
-    keys = (
-        "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size", "rms_norm_eps",
-        "rope_theta", "max_position_embeddings", "bos_token_id", "eos_token_id", "hidden_act",
-    )  # fmt: skip
-    llama = {key: config[key] for key in keys if key in config}
-    llama |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": BUILT_LAYERS}
-    llama |= {"torch_dtype": "float16", "tie_word_embeddings": False}
-    (folder / "config.json").write_text(json.dumps(llama))
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        if (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, folder / name)
-    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
-    kept: dict[str, Any] = {}
-    for name, shard in index.items():
-        parts = name.split(".")
-        if name.startswith(PREFIX) and not (parts[2] == "layers" and int(parts[3]) >= BUILT_LAYERS):
-            with safe_open(checkpoint / shard, framework="numpy") as file:
-                kept[name.removeprefix(PREFIX)] = file.get_tensor(name)
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    return int(config["num_hidden_layers"])
 
 
 def stretch(source: Path, target: Path, layers: int) -> None:
@@ -265,21 +234,15 @@ def serve(folder: Path, threads: int, properties: dict[str, str]) -> Iterator[di
 
 def main() -> None:
     """Build or serve."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    make = verbs.add_parser("build")
-    make.add_argument("checkpoint", type=Path)
-    make.add_argument("out", type=Path)
-    run = verbs.add_parser("serve")
-    run.add_argument("out", type=Path)
-    run.add_argument("--threads", type=int, default=2)
+    import rival_command
+
+    parser, _, run = rival_command.parsers(__doc__)
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a property of OpenVINO")
     options = parser.parse_args()
     if options.verb == "build":
         build(options.checkpoint, options.out)
-        return
-    for answer in serve(options.out, options.threads, dict(entry.split("=", 1) for entry in options.set)):
-        print(json.dumps(answer), flush=True)
+    else:
+        rival_command.say(serve(options.out, options.threads, dict(entry.split("=", 1) for entry in options.set)))
 
 
 if __name__ == "__main__":

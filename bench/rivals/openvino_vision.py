@@ -9,16 +9,13 @@ gives for them in float32, in `judge.npz`: `pictures: uint8[n, 448, 448, 3]`, `i
 `serve` answers, besides the lines that every rival does:
 
     vision         {"what": "vision", "seconds": 0.91}        one slice
-    sqnr           {"what": "sqnr", "db": 31.2}               the pictures of `judge.npz` against float32
+    sqnr JUDGE     {"what": "sqnr …", "db": 31.2}             the pictures of `judge.npz` against float32
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,46 +59,29 @@ def serve(folder: Path, threads: int) -> Iterator[dict[str, Any]]:
     import openvino as ov
     import vision_tower
 
-    with np.load(folder / "judge.npz") as judge:
-        pictures, expected = judge["pictures"], judge["image_embeds"]
-    inputs = [vision_tower.pixels(picture) for picture in pictures]
     started = time.perf_counter()
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
     request = ov.Core().compile_model(folder / "vision.xml", "CPU", options).create_infer_request()
-    request.infer([inputs[0]])
+
+    def run(pixels: Any) -> Any:
+        return request.infer([pixels])[0]
+
+    picture = vision_tower.pictures(1)[0]
+    run(vision_tower.pixels(picture))
     yield {"ready": True, "load_seconds": time.perf_counter() - started}
-    for line in sys.stdin:
-        what = line.strip()
-        if what == "quit":
-            return
-        if what.startswith("sqnr"):
-            got = np.concatenate([request.infer([pixels])[0] for pixels in inputs])
-            noise = float(np.square(got.astype(np.float64) - expected).sum())
-            yield {"what": what, "db": 10 * math.log10(float(np.square(expected.astype(np.float64)).sum()) / noise)}
-        elif what == "vision":
-            started = time.perf_counter()
-            request.infer([inputs[0]])
-            yield {"what": what, "seconds": time.perf_counter() - started}
-        else:
-            raise SystemExit(f"error: {what!r}: expected vision, sqnr or quit")
+    yield from vision_tower.answers(run, picture)
 
 
 def main() -> None:
     """Build or serve."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    make = verbs.add_parser("build")
-    make.add_argument("checkpoint", type=Path)
-    make.add_argument("out", type=Path)
-    run = verbs.add_parser("serve")
-    run.add_argument("out", type=Path)
-    run.add_argument("--threads", type=int, default=2)
+    import rival_command
+
+    parser, *_ = rival_command.parsers(__doc__)
     options = parser.parse_args()
     if options.verb == "build":
         build(options.checkpoint, options.out)
-        return
-    for answer in serve(options.out, options.threads):
-        print(json.dumps(answer), flush=True)
+    else:
+        rival_command.say(serve(options.out, options.threads))
 
 
 if __name__ == "__main__":

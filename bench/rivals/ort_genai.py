@@ -11,7 +11,6 @@ does not change the speed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -26,16 +25,16 @@ import numpy as np
 BUILT_LAYERS = 2
 DATA = "model.onnx.data"
 PAGE = 4096
-PREFIX = "llm."
-"""Of the decoder's weights in a MiniCPM-V checkpoint."""
 
 
 def build(checkpoint: Path, out: Path, block_size: int) -> None:
     """Write a folder that `serve` opens."""
+    from llama_layers import TOKENIZER, write_llama
+
     work = out.with_name(out.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    layers = write_llama(checkpoint, work / "llama")
+    layers = write_llama(checkpoint, work / "llama", BUILT_LAYERS, (*TOKENIZER, "generation_config.json"))
     options = [f"block_size={block_size}", "accuracy_level=4", "prune_lm_head=true"]
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(work / "llama")]
     command += ["-o", str(work / "short"), "-p", "int4", "-e", "cpu", "-c", str(work / "cache")]
@@ -46,35 +45,6 @@ def build(checkpoint: Path, out: Path, block_size: int) -> None:
     shutil.rmtree(out, ignore_errors=True)
     (work / "model").rename(out)
     shutil.rmtree(work)
-
-
-def write_llama(checkpoint: Path, folder: Path) -> int:
-    """Write the decoder's first layers as a Llama of transformers; return how many layers the checkpoint has."""
-    from safetensors import safe_open
-    from safetensors.numpy import save_file
-
-    folder.mkdir()
-    config = json.loads((checkpoint / "config.json").read_text())
-    keys = (
-        "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size", "rms_norm_eps",
-        "rope_theta", "max_position_embeddings", "bos_token_id", "eos_token_id", "hidden_act",
-    )  # fmt: skip
-    llama = {key: config[key] for key in keys if key in config}
-    llama |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": BUILT_LAYERS}
-    llama |= {"torch_dtype": "float16", "tie_word_embeddings": False}
-    (folder / "config.json").write_text(json.dumps(llama))
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
-        if (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, folder / name)
-    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
-    kept: dict[str, Any] = {}
-    for name, shard in index.items():
-        parts = name.split(".")
-        if name.startswith(PREFIX) and not (parts[2] == "layers" and int(parts[3]) >= BUILT_LAYERS):
-            with safe_open(checkpoint / shard, framework="numpy") as file:
-                kept[name.removeprefix(PREFIX)] = file.get_tensor(name)
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    return int(config["num_hidden_layers"])
 
 
 def stretch(short: Path, out: Path, layers: int) -> None:
@@ -113,7 +83,6 @@ def stretch(short: Path, out: Path, layers: int) -> None:
     graph.node.extend([*kept, *after])
     del graph.value_info[:]
     _sort(graph)
-    onnx.checker.check_graph  # noqa: B018  (contrib operators are not known to it)
     onnx.save(model, str(out / "model.onnx"))
     config = json.loads((short / "genai_config.json").read_text())
     config["model"]["decoder"]["num_hidden_layers"] = layers
@@ -212,21 +181,15 @@ def serve(folder: Path, threads: int) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Build or serve."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    make = verbs.add_parser("build")
-    make.add_argument("checkpoint", type=Path)
-    make.add_argument("out", type=Path)
+    import rival_command
+
+    parser, make, _ = rival_command.parsers(__doc__)
     make.add_argument("--block-size", type=int, default=128)
-    run = verbs.add_parser("serve")
-    run.add_argument("out", type=Path)
-    run.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     if options.verb == "build":
         build(options.checkpoint, options.out, options.block_size)
-        return
-    for answer in serve(options.out, options.threads):
-        print(json.dumps(answer), flush=True)
+    else:
+        rival_command.say(serve(options.out, options.threads))
 
 
 if __name__ == "__main__":

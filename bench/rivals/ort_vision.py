@@ -13,17 +13,12 @@ rival does:
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 
 def build(checkpoint: Path, out: Path) -> None:
@@ -62,46 +57,25 @@ def serve(folder: Path, threads: int) -> Iterator[dict[str, Any]]:
     session = ort.InferenceSession(folder / "vision.onnx", options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
-    def run(picture: Any) -> Any:
-        return session.run(None, {name: vision_tower.pixels(picture)})[0]
+    def run(pixels: Any) -> Any:
+        return session.run(None, {name: pixels})[0]
 
     picture = vision_tower.pictures(1)[0]
-    run(picture)
+    run(vision_tower.pixels(picture))
     yield {"ready": True, "load_seconds": time.perf_counter() - started}
-    for line in sys.stdin:
-        what, *rest = line.split()
-        if what == "quit":
-            return
-        if what == "sqnr":
-            with np.load(rest[0]) as judge:
-                expected = judge["image_embeds"].astype(np.float64)
-                found = np.concatenate([run(one) for one in judge["pictures"]])
-            noise = float(np.square(found - expected).sum())
-            yield {"what": line.strip(), "db": 10 * math.log10(float(np.square(expected).sum()) / noise)}
-        elif what == "vision":
-            started = time.perf_counter()
-            run(picture)
-            yield {"what": what, "seconds": time.perf_counter() - started}
-        else:
-            raise SystemExit(f"error: {what!r}: expected vision, sqnr or quit")
+    yield from vision_tower.answers(run, picture)
 
 
 def main() -> None:
     """Build or serve."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    make = verbs.add_parser("build")
-    make.add_argument("checkpoint", type=Path)
-    make.add_argument("out", type=Path)
-    run = verbs.add_parser("serve")
-    run.add_argument("out", type=Path)
-    run.add_argument("--threads", type=int, default=2)
+    import rival_command
+
+    parser, *_ = rival_command.parsers(__doc__)
     options = parser.parse_args()
     if options.verb == "build":
         build(options.checkpoint, options.out)
-        return
-    for answer in serve(options.out, options.threads):
-        print(json.dumps(answer), flush=True)
+    else:
+        rival_command.say(serve(options.out, options.threads))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +122,27 @@ def pictures(count: int) -> Any:
 def pixels(picture: Any) -> Any:
     """float32[1, 3, 448, 448] of -1 to 1."""
     return np.ascontiguousarray(picture.transpose(2, 0, 1)[None], np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def answers(run: Callable[[Any], Any], picture: Any) -> Iterator[dict[str, Any]]:
+    """Answer the lines of stdin: `vision` runs one slice, `sqnr JUDGE` compares the pictures of a `judge.npz`.
+
+    `run` takes what `pixels` gives and returns `image_embeds: float32[1, queries, width]`.
+    """
+    one = pixels(picture)
+    for line in sys.stdin:
+        what, *rest = line.split()
+        if what == "quit":
+            return
+        if what == "sqnr":
+            with np.load(rest[0]) as judge:
+                expected = judge["image_embeds"].astype(np.float64)
+                found = np.concatenate([run(pixels(judged)) for judged in judge["pictures"]])
+            noise = float(np.square(found - expected).sum())
+            yield {"what": line.strip(), "db": 10 * math.log10(float(np.square(expected).sum()) / noise)}
+        elif what == "vision":
+            started = time.perf_counter()
+            run(one)
+            yield {"what": what, "seconds": time.perf_counter() - started}
+        else:
+            raise SystemExit(f"error: {what!r}: expected vision, sqnr or quit")
