@@ -24,36 +24,36 @@ FLOAT_PRODUCTS = 1
 
 @dataclass(frozen=True)
 class _Quantized:
-    """A linear as `lensc.export.quantize.linears` writes it. `axis` 0: a scale per output, 1: per group."""
+    """A linear as `lensc.export.quantize.linears` writes it. `block`: the inputs that share a scale, 0 for
+    all; `turned`: its values are [inputs, outputs].
+    """
 
     matmul: Any
     values: Any
     scale: Any
     zero_point: Any | None
-    axis: int
+    turned: bool
     block: int
     outputs: int
     inputs: int
 
 
-def lower_linears(ir: Any, graph: Any, activation_bits: int) -> list[Any]:
-    """Rewrite every quantized linear of `graph`; return the initializers whose bytes are new."""
-    changed: list[Any] = []
+def lower_linears(ir: Any, graph: Any, activation_bits: int) -> None:
+    """Rewrite every quantized linear of `graph`. Raises GraphError for one that no kernel takes."""
     for found in list(_find(graph)):
-        if found.axis == 1:
-            changed += _to_matmul_nbits(ir, graph, found, activation_bits)
-        elif activation_bits == 8 and found.zero_point is None:
-            changed += _to_integer_product(ir, graph, found)
+        if found.turned and activation_bits == 8:
+            _to_integer_product(ir, graph, found)
+        elif found.block:
+            _to_matmul_nbits(ir, graph, found, activation_bits)
         else:
             raise GraphError(
                 f"weight {found.values.name}: a scale per output with float activations has no kernel in onnxruntime; "
                 "the nearest are groups (w8-g128) or activations of 8 bits"
             )
-    return changed
 
 
 def _find(graph: Any) -> Iterator[_Quantized]:
-    """MatMul(x, Transpose(DequantizeLinear(...))), or without the Transpose where the weight is stored turned."""
+    """MatMul(x, Transpose(DequantizeLinear(...))), or without the Transpose where values lie turned."""
     for node in graph:
         if node.op_type != "MatMul" or node.domain:
             continue
@@ -62,18 +62,17 @@ def _find(graph: Any) -> Iterator[_Quantized]:
             dequantize, turns = dequantize.inputs[0].producer(), turns + 1
         if dequantize is None or dequantize.op_type != "DequantizeLinear":
             continue
-        if turns != 1:
-            raise GraphError(
-                f"weight {dequantize.inputs[0].name}: turned {turns} times, expected once; export it again"
-            )
         values, scale, *rest = dequantize.inputs
-        outputs, inputs = (int(d) for d in values.shape.numpy())
-        axis = dequantize.attributes["axis"].as_int()
-        block = dequantize.attributes["block_size"].as_int() if axis == 1 else inputs
-        yield _Quantized(node, values, scale, rest[0] if rest else None, axis, block, outputs, inputs)
+        sizes = [int(d) for d in values.shape.numpy()]
+        block = dequantize.attributes["block_size"].as_int() if "block_size" in dequantize.attributes else 0
+        turned = dequantize.attributes["axis"].as_int() == 1 and not block
+        if turns != (0 if turned else 1):
+            raise GraphError(f"weight {values.name}: turned {turns} times before its product; export it again")
+        inputs, outputs = sizes if turned else sizes[::-1]
+        yield _Quantized(node, values, scale, rest[0] if rest else None, turned, block, outputs, inputs)
 
 
-def _to_matmul_nbits(ir: Any, graph: Any, found: _Quantized, activation_bits: int) -> list[Any]:
+def _to_matmul_nbits(ir: Any, graph: Any, found: _Quantized, activation_bits: int) -> None:
     name, block = found.values.name, found.block
     if block & (block - 1) or block < 16:
         raise GraphError(f"weight {name}: groups of {block}; onnxruntime takes powers of two from 16, e.g. 32 or 128")
@@ -81,10 +80,8 @@ def _to_matmul_nbits(ir: Any, graph: Any, found: _Quantized, activation_bits: in
     bits = 4 if dtype == ir.DataType.UINT4 else 8
     blocks = -(-found.inputs // block)
     shape = (found.outputs, blocks, block * bits // 8)
-    changed: list[Any] = []
     if found.inputs % block or dtype == ir.DataType.INT8:
         values = _computed(ir, graph, name + ".blocks", np.uint8, shape, lambda: _blocks(found, bits, blocks))
-        changed.append(values)
     else:
         values = _reshaped(ir, graph, found.values, name + ".blocks", ir.DataType.UINT8, shape)
     inputs = [found.matmul.inputs[0], values, found.scale]
@@ -94,7 +91,6 @@ def _to_matmul_nbits(ir: Any, graph: Any, found: _Quantized, activation_bits: in
             zeros = _computed(
                 ir, graph, name + ".zeros", np.uint8, (found.outputs, row_bytes), lambda: _zero_rows(found, blocks)
             )
-            changed.append(zeros)
         else:
             shape_zeros = (found.outputs, row_bytes)
             zeros = _reshaped(ir, graph, found.zero_point, name + ".zeros", ir.DataType.UINT8, shape_zeros)
@@ -103,19 +99,15 @@ def _to_matmul_nbits(ir: Any, graph: Any, found: _Quantized, activation_bits: in
     attributes = {"K": found.inputs, "N": found.outputs, "bits": bits, "block_size": block, "accuracy_level": level}
     made = [ir.AttrInt64(key, value) for key, value in attributes.items()]
     _replace(graph, found.matmul, ir.Node(CONTRIB, "MatMulNBits", inputs, made, num_outputs=1))
-    return changed
 
 
-def _to_integer_product(ir: Any, graph: Any, found: _Quantized) -> list[Any]:
+def _to_integer_product(ir: Any, graph: Any, found: _Quantized) -> None:
     """The bias that follows goes into the operator."""
-    name, x = found.values.name, found.matmul.inputs[0]
-    values = _computed(
-        ir, graph, name + ".columns", np.int8, (found.inputs, found.outputs), lambda: found.values.const_value.numpy().T
-    )
+    x = found.matmul.inputs[0]
     quantize = ir.Node("", "DynamicQuantizeLinear", [x], num_outputs=3)
     graph.insert_before(found.matmul, quantize)
     whole, step, zero = quantize.outputs
-    inputs = [whole, values, step, found.scale, zero, None]
+    inputs = [whole, found.values, step, found.scale, zero, None]
     end, bias = _bias_after(found)
     if bias is not None:
         inputs.append(bias)
@@ -127,7 +119,6 @@ def _to_integer_product(ir: Any, graph: Any, found: _Quantized) -> list[Any]:
         graph.remove([end, found.matmul], safe=True)
     else:
         _replace(graph, found.matmul, product)
-    return [values]
 
 
 def _bias_after(found: _Quantized) -> tuple[Any, Any | None]:

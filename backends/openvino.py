@@ -269,9 +269,11 @@ def _quantization_group(model: Any, spec: GraphSpec) -> int:
     for node in model.graph.node:
         if node.op_type != "DequantizeLinear" or len(shapes.get(node.input[0], ())) != 2:
             continue
-        inputs = shapes[node.input[0]][1]
+        about = {attribute.name: attribute.i for attribute in node.attribute}
+        group = about.get("block_size", 0)
+        turned = about.get("axis", 1) == 1 and not group
+        inputs = shapes[node.input[0]][0 if turned else 1]
         smallest = min(smallest, inputs)
-        group = next((attribute.i for attribute in node.attribute if attribute.name == "block_size"), 0)
         if group and inputs % group:
             raise UnsupportedError(
                 f"graph {spec.name}: {node.input[0]} has {inputs} inputs in groups of {group}; openvino needs groups "

@@ -19,6 +19,9 @@ from .onnx import THIRDS
 from .quantize.linears import SCALE, TURNED, ZERO_POINT
 from .shards import TensorRecord
 
+PIECE_BYTES = 16 << 20
+"""Read at once of a weight that lies turned."""
+
 
 class PortableWeights:
     """The float32 weights of the graphs in `files`, by the checkpoint's names; the rest (the table) is `checkpoint`'s.
@@ -32,6 +35,8 @@ class PortableWeights:
         self._tensors: dict[str, ir.TensorProtocol] = {}
         self._groups: dict[str, int] = {}
         """Inputs that share a scale, by weight; those with one scale per output are absent."""
+        self._turned: set[str] = set()
+        """Quantized weights that lie [inputs, outputs]."""
         for name, path in files.items():
             try:
                 model = ir.load(path)
@@ -41,12 +46,12 @@ class PortableWeights:
                 if value.const_value is not None and not key.startswith("const_"):
                     self._tensors[key] = value.const_value
             for node in model.graph:
-                if (
-                    node.op_type == "DequantizeLinear"
-                    and "block_size" in node.attributes
-                    and node.inputs[0] is not None
-                ):
+                if node.op_type != "DequantizeLinear" or node.inputs[0] is None:
+                    continue
+                if "block_size" in node.attributes:
                     self._groups[str(node.inputs[0].name)] = node.attributes["block_size"].as_int()
+                elif node.attributes["axis"].as_int() == 1:
+                    self._turned.add(str(node.inputs[0].name))
 
     @property
     def tensors(self) -> Mapping[str, TensorRecord]:
@@ -71,7 +76,7 @@ class PortableWeights:
             return self._checkpoint.rows(name, start, stop)
         if name + SCALE not in self._tensors:
             return torch.from_numpy(self._read(name, start, stop).astype(np.float32))
-        if name in TURNED:  # quantized it is stored [outputs, inputs]
+        if name in TURNED:  # what is dequantized is [outputs, inputs]
             return self._dequantized(name, 0, shape[1]).T[start:stop].contiguous()
         return self._dequantized(name, start, stop)
 
@@ -89,7 +94,8 @@ class PortableWeights:
         return torch.cat(parts)
 
     def _dequantized(self, name: str, start: int, stop: int) -> Tensor:
-        values = self._read(name, start, stop).astype(np.float32)
+        turned = name in self._turned
+        values = self._columns(name, start, stop) if turned else self._read(name, start, stop).astype(np.float32)
         scales = self._read(name + SCALE, start, stop)
         if name + ZERO_POINT in self._tensors:
             values -= self._spread(name, self._read(name + ZERO_POINT, start, stop).astype(np.float32), values.shape[1])
@@ -100,6 +106,16 @@ class PortableWeights:
         if per_group.ndim == 1:
             return per_group[:, None]
         return np.repeat(per_group, self._groups[name], axis=1)[:, :inputs]
+
+    def _columns(self, name: str, start: int, stop: int) -> Array:
+        """Outputs `start` to `stop` of a weight that lies [inputs, outputs], in float32, turned back."""
+        inputs, outputs = (int(d) for d in self._tensors[name].shape.numpy())
+        values = np.empty((stop - start, inputs), np.float32)
+        step = max(1, PIECE_BYTES // outputs)
+        for first in range(0, inputs, step):
+            last = min(first + step, inputs)
+            values[:, first:last] = self._read(name, first, last)[:, start:stop].T
+        return values
 
     def _read(self, name: str, start: int, stop: int) -> Array:
         """Rows of an initializer, read from the file and from nowhere else; 4-bit values one to a byte."""

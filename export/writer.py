@@ -151,7 +151,10 @@ def _checked(tensor: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
 def _quantized(
     linear: Linear, parameter: Parameter, format: WeightFormat, rows: Rows, quantize: Quantize
 ) -> Callable[[], Iterator[bytes | memoryview]]:
-    """The bytes of values, scales and zero points, one after the other."""
+    """The bytes of values, scales and zero points, one after the other. Values that lie turned are held until all are
+    known.
+    """
+    turned = np.empty((linear.inputs, linear.outputs) if format.is_turned(linear.inputs) else 0, np.uint8)
     read = Parameter(parameter.base, (linear.outputs, linear.inputs), parameter.first, linear.transposed)
 
     def pieces() -> Iterator[bytes | memoryview]:
@@ -163,13 +166,19 @@ def _quantized(
                 made = quantize(linear.name, piece, format, start)
             except InputError as error:
                 raise GraphError(f"weight {linear.name}: {error}") from error
-            start += len(piece)
-            values = _bytes(pack(made))
-            count += len(values)
             scales.append(made.scales)
             if made.zero_points is not None:
                 zeros.append(made.zero_points)
-            yield values
+            if turned.size:
+                turned[:, start : start + len(piece)] = pack(made).T
+            else:
+                values = _bytes(pack(made))
+                count += len(values)
+                yield values
+            start += len(piece)
+        if turned.size:
+            count = turned.size
+            yield _bytes(turned)
         whole = QuantizedWeight(torch.empty(0), torch.cat(scales), torch.cat(zeros) if zeros else None, format)
         yield bytes(-count % ALIGNMENT)
         scale_bytes = _bytes(whole.scales.numpy())

@@ -1,11 +1,14 @@
 """The linears of a portable graph: which weights can be quantized, and the graph when they are.
 
-A linear is MatMul(x, Transpose(W)) with W [out, in], or MatMul(x, W) with W [in, out]. Quantized, it becomes
+A linear is MatMul(x, Transpose(W)) with W [out, in], or MatMul(x, W) with W [in, out]. Quantized, it becomes in either
+case
 
-    MatMul(x, Transpose(DequantizeLinear(W, W.scale, W.zero_point)))
+    MatMul(x, Transpose(DequantizeLinear(W, W.scale, W.zero_point)))    W [out, in]: the inputs of an output, which have
+                                                                        scales in common, lie together in the file
+    MatMul(x, DequantizeLinear(W, W.scale))                             W int8[in, out], float32[out]: one scale per
+                                                                        output, as integer products take it
 
-with W [out, in] in either case, so that the inputs of an output lie together in the file. `W.scale` is float32[out,
-groups], `W.zero_point` [out, groups] in the type of W; int8 has none.
+`W.scale` is float32[out, groups], `W.zero_point` [out, groups] in the type of W; int8 has none.
 """
 
 from __future__ import annotations
@@ -64,7 +67,8 @@ def quantize_linears(model: ir.Model, linears: Mapping[str, Linear], formats: Ma
         readers = [use.node for use in weight.uses()]
         dtype = _dtype(format)
         groups = format.groups(linear.inputs)
-        shape = (linear.outputs, linear.inputs)
+        turned = format.is_turned(linear.inputs)
+        shape = (linear.inputs, linear.outputs) if turned else (linear.outputs, linear.inputs)
         values = _initializer(name, dtype, shape)
         per_row = groups == 1
         scale_shape = (linear.outputs,) if per_row else (linear.outputs, groups)
@@ -72,13 +76,17 @@ def quantize_linears(model: ir.Model, linears: Mapping[str, Linear], formats: Ma
         inputs = [values, scale]
         if not format.is_signed:
             inputs.append(_initializer(name + ZERO_POINT, dtype, scale_shape))
-        attributes = [ir.AttrInt64("axis", 0 if per_row else 1)]
+        attributes = [ir.AttrInt64("axis", 0 if per_row and not turned else 1)]
         if not per_row:
             attributes.append(ir.AttrInt64("block_size", format.group_of(linear.inputs)))
         dequantize = ir.Node("", "DequantizeLinear", inputs, attributes, num_outputs=1, name=f"{name}/dequantize")
         dequantize.outputs[0].type, dequantize.outputs[0].shape = weight.type, ir.Shape(shape)
         graph.insert_before(readers[0], dequantize)
-        if linear.transposed:
+        if turned and not linear.transposed:
+            for reader in readers:
+                reader.outputs[0].replace_all_uses_with(dequantize.outputs[0])
+                graph.remove(reader, safe=True)
+        elif linear.transposed and not turned:
             turn = ir.Node(
                 "", "Transpose", [dequantize.outputs[0]], [ir.AttrInt64s("perm", (1, 0))], name=f"{name}/transpose"
             )

@@ -115,6 +115,10 @@ class WeightFormat:
     def groups(self, inputs: int) -> int:
         return -(-inputs // self.group_of(inputs))
 
+    def is_turned(self, inputs: int) -> bool:
+        """Whether a weight lies [inputs, outputs] in a file, as integer products with a scale per output take it."""
+        return self.is_signed and self.groups(inputs) == 1
+
     def bytes_for(self, shape: tuple[int, int]) -> int:
         """Bytes of values, scales and zero points of a weight [out, in], each tensor packed as `pack` does."""
         outputs, inputs = shape

@@ -243,20 +243,19 @@ def small_mlp(tmp_path_factory: pytest.TempPathFactory) -> SmallMlp:
     tensors: dict[str, Array] = {}
     layers, x = [], "patches"
     for i, (inputs, outputs) in enumerate(itertools.pairwise(MLP)):
-        values = generator.integers(-127, 128, (outputs, inputs)).astype(np.int8)
+        values = generator.integers(-127, 128, (inputs, outputs)).astype(np.int8)
         scales = generator.uniform(0.5, 1.5, outputs).astype(np.float32) / 600
         bias = generator.standard_normal(outputs).astype(np.float32) * (i == 0)
         tensors |= {f"w{i}": values, f"w{i}.scale": scales}
         nodes += [
-            helper.make_node("DequantizeLinear", [f"w{i}", f"w{i}.scale"], [f"w{i}.float"], axis=0),
-            helper.make_node("Transpose", [f"w{i}.float"], [f"w{i}.turned"], perm=[1, 0]),
-            helper.make_node("MatMul", [x, f"w{i}.turned"], ["product" if i == 0 else "made"]),
+            helper.make_node("DequantizeLinear", [f"w{i}", f"w{i}.scale"], [f"w{i}.float"], axis=1),
+            helper.make_node("MatMul", [x, f"w{i}.float"], ["product" if i == 0 else "made"]),
         ]
         if i == 0:
             tensors["b0"] = bias
             nodes += [helper.make_node("Add", ["product", "b0"], ["sum"]), helper.make_node("Relu", ["sum"], ["relu"])]
             x = "relu"
-        layers.append((values * scales[:, None].astype(np.float64), bias.astype(np.float64)))
+        layers.append((values.T * scales[:, None].astype(np.float64), bias.astype(np.float64)))
     small = SmallMlp(tmp_path_factory.mktemp("mlp") / "vision.onnx", tuple(layers))
     infos = [
         [helper.make_tensor_value_info(t.name, TensorProto.FLOAT, t.shape) for t in tensors_of]

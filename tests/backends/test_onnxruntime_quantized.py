@@ -21,6 +21,7 @@ from torch import Tensor
 from lensc.backends.base import Array, Artifact, CachedSession, Target
 from lensc.backends.errors import GraphError, UnsupportedError
 from lensc.backends.onnxruntime import backend
+from lensc.export import writer
 from lensc.export.graph import DimRange, Graph, GraphSpec, TensorSpec
 from lensc.export.quantize.weights import WeightFormat, dequantize, quantize_rtn
 from lensc.export.writer import Parameter, write_graph
@@ -107,9 +108,16 @@ def test_int8_products_are_as_good_as_int8(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("turned", (False, True), ids=("as it is", "turned"))
-def test_a_scale_per_output_becomes_an_integer_product(turned: bool, tmp_path: Path) -> None:
-    """The bias is part of it: nothing of the linear is left in float."""
-    artifact, kinds = compiled(write_linear(tmp_path / "g.onnx", WeightFormat(8), 8, turned), tmp_path)
+def test_a_scale_per_output_becomes_an_integer_product(
+    turned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bias is part of it: nothing of the linear is left in float. Weights lie as the portable graph has them, which
+    was written a few rows at a time.
+    """
+    monkeypatch.setattr(writer, "PIECE_BYTES", 4 * INPUTS * 7)
+    graph = write_linear(tmp_path / "g.onnx", WeightFormat(8), 8, turned)
+    artifact, kinds = compiled(graph, tmp_path)
+    assert (tmp_path / artifact.files[1].path).read_bytes() == (tmp_path / "g.onnx.data").read_bytes()
     assert kinds == {"DynamicQuantizeLinear": 1, "MatMulIntegerToFloat": 1, "Identity": 1}
     expected = X @ dequantize(quantize_rtn(weight(), WeightFormat(8))).numpy().T + BIAS
     assert 30 < sqnr_db(expected, run(artifact, tmp_path, X)) < 90

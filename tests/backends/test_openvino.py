@@ -246,8 +246,9 @@ def test_inputs_are_quantized_in_groups_that_fit_all_weights(weights: list[tuple
     """OpenVINO computes all others in float, without a word."""
     nodes, tensors = [], []
     for i, (inputs, group) in enumerate(weights):
-        tensors.append(helper.make_tensor(f"w{i}", TensorProto.INT8, [2, inputs], bytes(2 * inputs), raw=True))
-        options = {"axis": 1, "block_size": group} if group else {"axis": 0}
+        shape = [2, inputs] if group else [inputs, 2]
+        tensors.append(helper.make_tensor(f"w{i}", TensorProto.INT8, shape, bytes(2 * inputs), raw=True))
+        options = {"axis": 1} | ({"block_size": group} if group else {})
         nodes.append(helper.make_node("DequantizeLinear", [f"w{i}", f"s{i}"], [f"y{i}"], **options))
     # activations have no groups
     nodes.append(helper.make_node("DequantizeLinear", ["x", "scale"], ["y"]))

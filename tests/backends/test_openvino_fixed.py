@@ -43,9 +43,8 @@ def write_tower(path: Path) -> Array:
     scales = generator.uniform(0.5, 1.5, WIDTH).astype(np.float32) / 600
     sizes = {"num_heads": HEADS, "scale": DIM**-0.5}
     nodes = [
-        helper.make_node("DequantizeLinear", ["values", "scales"], ["weight"], axis=0),
-        helper.make_node("Transpose", ["weight"], ["weight.t"], perm=[1, 0]),
-        helper.make_node("MatMul", ["queries", "weight.t"], ["query"]),
+        helper.make_node("DequantizeLinear", ["values", "scales"], ["weight"], axis=1),
+        helper.make_node("MatMul", ["queries", "weight"], ["query"]),
         helper.make_node(
             "Attention", ["query", "patches", "patches", "key_bias"], ["image_embeds"], domain="lensc", **sizes
         ),
@@ -59,7 +58,7 @@ def write_tower(path: Path) -> Array:
     graph = helper.make_graph(nodes, "vision", *infos, tensors)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("lensc", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), str(path))
-    projected: Array = queries @ (values * scales[:, None]).T
+    projected: Array = queries @ (values * scales)
     return projected
 
 
