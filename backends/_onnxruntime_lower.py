@@ -20,7 +20,7 @@ import numpy as np
 from lensc.export.graph import GraphSpec
 
 from ._onnxruntime_kv import scale_nodes
-from ._onnxruntime_quantized import lower_linears
+from ._onnxruntime_quantized import join_attention_inputs, lower_linears
 from .errors import GraphError
 
 DOMAIN = "lensc"
@@ -62,6 +62,7 @@ def lower(model: Any, spec: GraphSpec, activation_bits: int = 32, kv_bits: int |
             rewriting.lower(node)
     rewriting.end_scales()
     lower_linears(ir, graph, activation_bits)
+    join_attention_inputs(ir, graph)
     rewriting.fuse_silu()
     rewriting.fuse_skip_norms()
     model.functions.clear()

@@ -1,6 +1,7 @@
 """Quantized linears of a portable graph -> ONNX Runtime's operators.
 
-    groups along the inputs, at most 8 bits         MatMulNBits: weights stay packed, and lie in the file as they are
+    groups along the inputs, at most 8 bits         MatMulNBits: weights stay packed, and lie in the file as they are;
+                                                    one for query, key and value where theirs lie together
     int8, a scale per output, activations of 8 bits MatMulIntegerToFloat on inputs quantized once per tensor
 
 What the CPU kernels of ONNX Runtime 1.32 cannot take is a reason, not a slow path.
@@ -8,7 +9,8 @@ What the CPU kernels of ONNX Runtime 1.32 cannot take is a reason, not a slow pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +52,54 @@ def lower_linears(ir: Any, graph: Any, activation_bits: int) -> None:
                 f"weight {found.values.name}: a scale per output with float activations has no kernel in onnxruntime; "
                 "the nearest are groups (w8-g128) or activations of 8 bits"
             )
+
+
+def join_attention_inputs(ir: Any, graph: Any) -> None:
+    """One MatMulNBits in the place of the three that make query, key and value, where nobody else reads those and their
+    bytes follow each other in the file. Inputs are quantized once, not three times, and threads meet once.
+    """
+    for attention in [node for node in graph if node.op_type == "GroupQueryAttention"]:
+        made = attention.inputs[:3]
+        products = [value.producer() for value in made]
+        if any(node is None or node.op_type != "MatMulNBits" or len(node.outputs[0].uses()) != 1 for node in products):
+            continue
+        first = products[0]
+        settings = [{name: a.value for name, a in node.attributes.items() if name != "N"} for node in products]
+        if any(node.inputs[0] is not first.inputs[0] for node in products) or settings != settings[:1] * 3:
+            continue
+        parts = list(zip(*(node.inputs[1:] for node in products), strict=False))
+        if len({len(node.inputs) for node in products}) > 1 or not all(_are_adjacent(ir, values) for values in parts):
+            continue
+        joined = [_joined(ir, graph, values) for values in parts]
+        outputs = sum(node.attributes["N"].as_int() for node in products)
+        attributes = [ir.AttrInt64(name, value) for name, value in {**settings[0], "N": outputs}.items()]
+        product = ir.Node(CONTRIB, "MatMulNBits", [first.inputs[0], *joined], attributes, num_outputs=1)
+        graph.insert_before(first, product)
+        shape = [*first.outputs[0].shape][:-1] if first.outputs[0].shape is not None else None
+        product.outputs[0].type = first.outputs[0].type
+        product.outputs[0].shape = None if shape is None else ir.Shape([*shape, outputs])
+        for i, value in enumerate((product.outputs[0], None, None)):
+            attention.replace_input_with(i, value)
+        graph.remove(products, safe=True)
+
+
+def _are_adjacent(ir: Any, values: Sequence[Any]) -> bool:
+    """Whether the bytes of initializers follow each other in one file."""
+    tensors = [value.const_value for value in values]
+    return all(isinstance(tensor, ir.ExternalTensor) for tensor in tensors) and all(
+        (b.path, b.offset) == (a.path, a.offset + a.length) for a, b in itertools.pairwise(tensors)
+    )
+
+
+def _joined(ir: Any, graph: Any, values: Sequence[Any]) -> Any:
+    """An initializer with the rows of `values`, whose bytes follow each other."""
+    first, tensors = values[0].const_value, [value.const_value for value in values]
+    rows = sum(int(tensor.shape[0]) for tensor in tensors)
+    whole = ir.ExternalTensor(
+        first.location, first.offset, sum(tensor.length for tensor in tensors), first.dtype,
+        shape=ir.Shape([rows, *first.shape.numpy()[1:]]), name=f"{values[0].name}.joined", base_dir=first.base_dir,
+    )  # fmt: skip
+    return _register(ir, graph, whole)
 
 
 def _find(graph: Any) -> Iterator[_Quantized]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -77,6 +78,7 @@ def write_graph(
     formats = formats or {}
     linears = find_linears(model, parameters)
     quantize_linears(model, linears, formats)
+    siblings = _siblings([linears[name] for name in parameters if name in formats], formats)
     data = path.with_name(path.name + DATA_SUFFIX)
     partial = path.with_name(path.name + DATA_SUFFIX + ".partial")
     try:
@@ -86,9 +88,12 @@ def write_graph(
                 if name not in model.graph.initializers:
                     continue
                 if name in formats:
-                    source = _quantized(linears[name], parameter, formats[name], rows, quantize)
-                    extent = file.write(name, source)
-                    _place_quantized(model, linears[name], formats[name], extent, data)
+                    if name in siblings:
+                        together = siblings[name]
+                        read = [(linear, parameters[linear.name]) for linear in together]
+                        source = _quantized(read, formats[name], rows, quantize)
+                        extent = file.write(" ".join(linear.name for linear in together), source)
+                        _place_quantized(model, together, formats[name], extent, data)
                     written = True
                 else:
                     written |= _write_float(model, name, parameter, rows, file, data)
@@ -148,63 +153,106 @@ def _checked(tensor: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
 # --- quantized weights ----------------------------------------------------------------------------------------------
 
 
-def _quantized(
-    linear: Linear, parameter: Parameter, format: WeightFormat, rows: Rows, quantize: Quantize
-) -> Callable[[], Iterator[bytes | memoryview]]:
-    """The bytes of values, scales and zero points, one after the other. Values that lie turned are held until all are
-    known.
+def _siblings(linears: Sequence[Linear], formats: Mapping[str, WeightFormat]) -> dict[str, list[Linear]]:
+    """Linears that follow each other, read the same value in the same format and lie by rows, by the first one's name.
+
+    Their bytes lie together, as if they were one weight: an engine can compute their products as one.
     """
-    turned = np.empty((linear.inputs, linear.outputs) if format.is_turned(linear.inputs) else 0, np.uint8)
-    read = Parameter(parameter.base, (linear.outputs, linear.inputs), parameter.first, linear.transposed)
+    found: dict[str, list[Linear]] = {}
+    last: list[Linear] = []
+    for linear in linears:
+        format = formats[linear.name]
+        alike = last and (last[0].reads, formats[last[0].name]) == (linear.reads, format)
+        if alike and not format.is_turned(linear.inputs):
+            last.append(linear)
+        else:
+            last = found[linear.name] = [linear]
+    return found
+
+
+def _quantized(
+    together: Sequence[tuple[Linear, Parameter]], format: WeightFormat, rows: Rows, quantize: Quantize
+) -> Callable[[], Iterator[bytes | memoryview]]:
+    """The bytes of all values, then of all scales, then of all zero points."""
 
     def pieces() -> Iterator[bytes | memoryview]:
         scales: list[Tensor] = []
-        zeros: list[Tensor] = []
-        count = start = 0
-        for piece in _pieces(read, rows, linear.name):
-            try:
-                made = quantize(linear.name, piece, format, start)
-            except InputError as error:
-                raise GraphError(f"weight {linear.name}: {error}") from error
-            scales.append(made.scales)
-            if made.zero_points is not None:
-                zeros.append(made.zero_points)
-            if turned.size:
-                turned[:, start : start + len(piece)] = pack(made).T
-            else:
-                values = _bytes(pack(made))
+        zeros: list[npt.NDArray[np.uint8]] = []
+        count = 0
+        for linear, parameter in together:
+            start = len(scales)
+            zero_points: list[Tensor] = []
+            for values in _values(linear, parameter, format, rows, quantize, scales, zero_points):
                 count += len(values)
                 yield values
-            start += len(piece)
-        if turned.size:
-            count = turned.size
-            yield _bytes(turned)
-        whole = QuantizedWeight(torch.empty(0), torch.cat(scales), torch.cat(zeros) if zeros else None, format)
+            whole = torch.cat(zero_points) if zero_points else None
+            packed = pack_zero_points(QuantizedWeight(torch.empty(0), torch.cat(scales[start:]), whole, format))
+            zeros += [] if packed is None else [packed]
         yield bytes(-count % ALIGNMENT)
-        scale_bytes = _bytes(whole.scales.numpy())
-        yield scale_bytes
-        packed = pack_zero_points(whole)
-        if packed is not None:
-            yield bytes(-len(scale_bytes) % ALIGNMENT)
-            yield _bytes(packed)
+        for part in scales:
+            yield _bytes(part.numpy())
+        if zeros:
+            yield bytes(-4 * sum(part.numel() for part in scales) % ALIGNMENT)
+            for packed in zeros:
+                yield _bytes(packed)
 
     return pieces
 
 
-def _place_quantized(model: ir.Model, linear: Linear, format: WeightFormat, extent: Extent, data: Path) -> None:
-    """Let the three initializers of a quantized weight point into the data file."""
-    values = linear.outputs * -(-linear.inputs * format.container_bits // 8)
-    groups = format.groups(linear.inputs)
-    offset = 0
-    sizes = [(linear.name, values), (linear.name + SCALE, 4 * linear.outputs * groups)]
+def _values(
+    linear: Linear,
+    parameter: Parameter,
+    format: WeightFormat,
+    rows: Rows,
+    quantize: Quantize,
+    scales: list[Tensor],
+    zero_points: list[Tensor],
+) -> Iterator[memoryview]:
+    """The bytes of a weight's values, a few rows at a time; its scales and zero points are appended to those given.
+
+    Values that lie turned are held until all are known.
+    """
+    turned = np.empty((linear.inputs, linear.outputs) if format.is_turned(linear.inputs) else 0, np.uint8)
+    read = Parameter(parameter.base, (linear.outputs, linear.inputs), parameter.first, linear.transposed)
+    start = 0
+    for piece in _pieces(read, rows, linear.name):
+        try:
+            made = quantize(linear.name, piece, format, start)
+        except InputError as error:
+            raise GraphError(f"weight {linear.name}: {error}") from error
+        scales.append(made.scales)
+        if made.zero_points is not None:
+            zero_points.append(made.zero_points)
+        if turned.size:
+            turned[:, start : start + len(piece)] = pack(made).T
+        else:
+            yield _bytes(pack(made))
+        start += len(piece)
+    if turned.size:
+        yield _bytes(turned)
+
+
+def _place_quantized(
+    model: ir.Model, together: Sequence[Linear], format: WeightFormat, extent: Extent, data: Path
+) -> None:
+    """Let the three initializers of each of several weights point into the data file, where `_quantized` put them."""
+    bits, groups = format.container_bits, {linear.name: format.groups(linear.inputs) for linear in together}
+    parts = [
+        {linear.name: linear.outputs * -(-linear.inputs * bits // 8) for linear in together},
+        {linear.name + SCALE: 4 * linear.outputs * groups[linear.name] for linear in together},
+    ]
     if not format.is_signed:
-        sizes.append((linear.name + ZERO_POINT, -(-linear.outputs * groups * format.container_bits // 8)))
-    for name, nbytes in sizes:
-        value = model.graph.initializers[name]
-        assert value.dtype is not None and isinstance(value.shape, ir.Shape)
-        shape = tuple(int(d) for d in value.shape.numpy())
-        value.const_value = _external(data, name, value.dtype, shape, extent.offset + offset, nbytes)
-        offset += nbytes + -nbytes % ALIGNMENT
+        zeros = {linear.name + ZERO_POINT: -(-linear.outputs * groups[linear.name] * bits // 8) for linear in together}
+        parts.append(zeros)
+    offset = 0
+    for sizes in parts:
+        for name, nbytes in sizes.items():
+            value = model.graph.initializers[name]
+            assert value.dtype is not None and isinstance(value.shape, ir.Shape)
+            shape = tuple(int(d) for d in value.shape.numpy())
+            value.const_value = _external(data, name, value.dtype, shape, extent.offset + offset, nbytes)
+            offset += nbytes
+        offset += -offset % ALIGNMENT
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

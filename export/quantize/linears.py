@@ -28,12 +28,15 @@ SCALE, ZERO_POINT = ".scale", ".zero_point"
 
 @dataclass(frozen=True)
 class Linear:
-    """A weight [outputs, inputs]; `transposed` if the parameter is stored [inputs, outputs]."""
+    """A weight [outputs, inputs]; `transposed` if the parameter is stored [inputs, outputs]; `reads` is the value that its
+    product takes (of the first, if there are several).
+    """
 
     name: str
     outputs: int
     inputs: int
     transposed: bool
+    reads: str = ""
 
 
 def find_linears(model: ir.Model, parameters: Mapping[str, object]) -> dict[str, Linear]:
@@ -42,8 +45,8 @@ def find_linears(model: ir.Model, parameters: Mapping[str, object]) -> dict[str,
     for node in model.graph:
         if node.op_type != "MatMul" or node.domain:
             continue
-        weight = node.inputs[1]
-        assert weight is not None
+        x, weight = node.inputs
+        assert x is not None and weight is not None
         producer = weight.producer()
         transposed = producer is None
         if producer is not None and producer.op_type == "Transpose":
@@ -54,7 +57,7 @@ def find_linears(model: ir.Model, parameters: Mapping[str, object]) -> dict[str,
             continue
         first, second = (int(d) for d in weight.shape.numpy())
         outputs, inputs = (second, first) if transposed else (first, second)
-        found[weight.name] = Linear(weight.name, outputs, inputs, transposed)
+        found.setdefault(weight.name, Linear(weight.name, outputs, inputs, transposed, str(x.name)))
     return found
 
 

@@ -124,6 +124,33 @@ def test_the_manifest_says_what_was_done(bundle: Path, recipe: str) -> None:
     assert [s.name for s in manifest.stages][-1] == "verify onnxruntime:cpu"
 
 
+def test_query_key_and_value_are_one_product(bundle: Path, graphs: Path) -> None:
+    """Their values, and their scales, follow each other in the portable graph's file, which nobody writes again."""
+    import onnx
+
+    artifact = next(a for a in load_manifest(bundle).artifacts if a.graph == "decoder")
+    model = onnx.load(str(bundle / artifact.files[0].path), load_external_data=False)
+    producers = {output: node for node in model.graph.node for output in node.output}
+    (attention,) = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+    assert attention.input[0] and list(attention.input[1:3]) == ["", ""]
+    product = producers[attention.input[0]]
+    sizes = {attribute.name: attribute.i for attribute in attention.attribute}
+    rows = {attribute.name: attribute.i for attribute in product.attribute}["N"]
+    width = rows // (sizes["num_heads"] + 2 * sizes["kv_num_heads"])
+    assert product.op_type == "MatMulNBits" and rows % (sizes["num_heads"] + 2 * sizes["kv_num_heads"]) == 0
+    past = next(value for value in model.graph.input if value.name == attention.input[3])
+    assert past.type.tensor_type.shape.dim[3].dim_value == width
+    portable = onnx.load(str(graphs / "decoder" / "model.onnx"), load_external_data=False)
+    entries = {
+        t.name.removeprefix("llm.model.layers.0.self_attn."): {e.key: e.value for e in t.external_data}
+        for t in portable.graph.initializer
+    }
+    for suffix in ("", ".scale", ".zero_point"):
+        q, k, v = (entries[f"{letter}_proj.weight{suffix}"] for letter in "qkv")
+        assert int(q["offset"]) + int(q["length"]) == int(k["offset"])
+        assert int(k["offset"]) + int(k["length"]) == int(v["offset"])
+
+
 def test_a_quantized_bundle_answers(bundle: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 255, (90, 200, 3), np.uint8)
     from PIL import Image
