@@ -127,7 +127,7 @@ def _to_matmul_nbits(ir: Any, graph: Any, found: _Quantized, activation_bits: in
     if block & (block - 1) or block < 16:
         raise GraphError(f"weight {name}: groups of {block}; onnxruntime takes powers of two from 16, e.g. 32 or 128")
     dtype = found.values.dtype
-    bits = 4 if dtype == ir.DataType.UINT4 else 8
+    bits = {ir.DataType.UINT2: 2, ir.DataType.UINT4: 4}.get(dtype, 8)
     blocks = -(-found.inputs // block)
     shape = (found.outputs, blocks, block * bits // 8)
     if found.inputs % block or dtype == ir.DataType.INT8:
@@ -137,12 +137,17 @@ def _to_matmul_nbits(ir: Any, graph: Any, found: _Quantized, activation_bits: in
     inputs = [found.matmul.inputs[0], values, found.scale]
     if found.zero_point is not None and (bits == 8 or not _is_default(found.zero_point, bits)):
         row_bytes = -(-blocks * bits // 8)
-        if bits == 4 and blocks % 2:
+        shape_zeros = (found.outputs, row_bytes)
+        if blocks * bits % 8:
             zeros = _computed(
-                ir, graph, name + ".zeros", np.uint8, (found.outputs, row_bytes), lambda: _zero_rows(found, blocks)
+                ir,
+                graph,
+                name + ".zeros",
+                np.uint8,
+                shape_zeros,
+                lambda: _zero_rows(found, bits, 8 * row_bytes // bits),
             )
         else:
-            shape_zeros = (found.outputs, row_bytes)
             zeros = _reshaped(ir, graph, found.zero_point, name + ".zeros", ir.DataType.UINT8, shape_zeros)
         inputs.append(zeros)
     level = INT8_PRODUCTS if activation_bits == 8 else FLOAT_PRODUCTS
@@ -192,17 +197,23 @@ def _blocks(found: _Quantized, bits: int, blocks: int) -> np.typing.NDArray[np.u
         values = stored.astype(np.uint8)
     padded = np.zeros((found.outputs, blocks * found.block), np.uint8)
     padded[:, : found.inputs] = values
-    if bits == 4:
-        padded = padded[:, ::2] | (padded[:, 1::2] << np.uint8(4))
-    return padded.reshape(found.outputs, blocks, -1)
+    return _packed(padded, bits).reshape(found.outputs, blocks, -1)
 
 
-def _zero_rows(found: _Quantized, blocks: int) -> np.typing.NDArray[np.uint8]:
-    """The zero points, each row padded to whole bytes."""
+def _zero_rows(found: _Quantized, bits: int, count: int) -> np.typing.NDArray[np.uint8]:
+    """The zero points, each row padded to `count`, which fill whole bytes."""
     assert found.zero_point is not None
-    zeros = np.zeros((found.outputs, blocks + blocks % 2), np.uint8)
-    zeros[:, :blocks] = found.zero_point.const_value.numpy().astype(np.uint8)
-    packed: np.typing.NDArray[np.uint8] = zeros[:, ::2] | (zeros[:, 1::2] << np.uint8(4))
+    stored = found.zero_point.const_value.numpy().astype(np.uint8)
+    zeros = np.zeros((found.outputs, count), np.uint8)
+    zeros[:, : stored.shape[1]] = stored
+    return _packed(zeros, bits)
+
+
+def _packed(values: np.typing.NDArray[np.uint8], bits: int) -> np.typing.NDArray[np.uint8]:
+    """Values of 2, 4 or 8 bits, as many of them along the last axis to a byte as fit, the first in the lowest bits."""
+    packed = values[..., :: 8 // bits].copy()
+    for i in range(1, 8 // bits):
+        packed |= values[..., i :: 8 // bits] << np.uint8(bits * i)
     return packed
 
 

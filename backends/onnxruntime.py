@@ -49,6 +49,9 @@ EXTERNAL_BYTES = 1024
 
 NEAREST = "the nearest are groups of 32 or 128 (w8-g128, w4-g32), or w8 with activations of 8 bits"
 
+INT2_GROUPS = (32, 64, 128)
+"""In other groups 2 bits are computed in float32, several times slower, whatever is asked for."""
+
 PAGE = 4096
 """Tensors of the data file begin on a page, so that they can be mapped."""
 
@@ -153,6 +156,9 @@ def _no_kernel(scheme: Scheme) -> str | None:
         return f"scheme {scheme}: a scale per output needs symmetric 8-bit weights and activations; {NEAREST}"
     if size is not None and (size < 16 or size & (size - 1)):
         return f"scheme {scheme}: groups of {size}, expected a power of two from 16 on; {NEAREST}"
+    if scheme.weight_bits == 2 and size not in INT2_GROUPS:
+        nearest = dataclasses.replace(scheme, group_size=64)
+        return f"scheme {scheme}: 2 bits in groups of {size} have no int8 product, expected 32, 64 or 128; the nearest is {nearest}"
     return None
 
 
@@ -230,6 +236,9 @@ def _save(model: Any, path: Path) -> None:
     for value in initializers:
         if isinstance(value.const_value, ir.ExternalTensor) and len(value.const_value.shape) == 1:
             value.const_value = ir.Tensor(value.const_value.numpy().copy(), name=value.name)
+        elif isinstance(value.const_value, ir.LazyTensor) and value.const_value.nbytes <= EXTERNAL_BYTES:
+            # made now: once its file is borrowed, nobody may read that
+            value.const_value = ir.Tensor(value.const_value.numpy(), name=value.name)
     outside = [value for value in initializers if isinstance(value.const_value, ir.ExternalTensor)]
     large = [v for v in initializers if v in outside or v.const_value.nbytes > EXTERNAL_BYTES]
     files = {Path(value.const_value.path) for value in outside}

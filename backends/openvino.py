@@ -11,6 +11,7 @@ of 4 bits (1 ns of 8 bits), and cannot keep what it packed: 40 s for a decoder o
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
@@ -102,6 +103,9 @@ class OpenVINO:
             return f"target {target}: backend {NAME} takes no architecture; expected {NAME}:{target.processor}"
         if Scheme.parse(scheme).kv_bits == 4:
             return f"scheme {scheme}: backend {NAME} stores the KV cache in 8 or 16 bits; expected kv8, kv16 or no kv"
+        if Scheme.parse(scheme).weight_bits == 2:
+            nearest = dataclasses.replace(Scheme.parse(scheme), weight_bits=4)
+            return f"scheme {scheme}: backend {NAME} reads no weights of 2 bits; the nearest is {nearest}"
         if target.processor == "npu":
             problem = cannot_be_fixed(spec)
             if problem:

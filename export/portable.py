@@ -17,6 +17,7 @@ from lensc.backends.errors import GraphError
 from .checkpoint import WeightSource
 from .onnx import THIRDS
 from .quantize.linears import SCALE, TURNED, ZERO_POINT
+from .quantize.weights import unpack_bits
 from .shards import TensorRecord
 
 PIECE_BYTES = 16 << 20
@@ -118,25 +119,18 @@ class PortableWeights:
         return values
 
     def _read(self, name: str, start: int, stop: int) -> Array:
-        """Rows of an initializer, read from the file and from nowhere else; 4-bit values one to a byte."""
+        """Rows of an initializer, read from the file and from nowhere else; values of few bits one to a byte."""
         tensor = self._tensors[name]
         shape = tuple(int(d) for d in tensor.shape.numpy())
         if not isinstance(tensor, ir.ExternalTensor):
             return np.asarray(tensor.numpy())[start:stop]
-        packed = tensor.dtype == ir.DataType.UINT4
+        bits = {ir.DataType.UINT2: 2, ir.DataType.UINT4: 4}.get(tensor.dtype)
         row = prod(shape[1:])
-        if packed and row % 2:  # rows do not begin on bytes
+        if bits and row * bits % 8:  # rows do not begin on bytes
             whole = np.fromfile(tensor.path, np.uint8, tensor.length or -1, offset=tensor.offset or 0)
-            return _halves(whole)[: prod(shape)].reshape(shape)[start:stop]
-        dtype = np.dtype(np.uint8) if packed else tensor.dtype.numpy()
-        row_bytes = row // 2 if packed else row * dtype.itemsize
-        count = (stop - start) * (row // 2 if packed else row)
+            return unpack_bits(whole, bits)[: prod(shape)].reshape(shape)[start:stop]
+        dtype = np.dtype(np.uint8) if bits else tensor.dtype.numpy()
+        row_bytes = row * bits // 8 if bits else row * dtype.itemsize
+        count = (stop - start) * row_bytes // dtype.itemsize
         flat = np.fromfile(tensor.path, dtype, count, offset=(tensor.offset or 0) + start * row_bytes)
-        return (_halves(flat) if packed else flat).reshape(stop - start, *shape[1:])
-
-
-def _halves(packed: Array) -> Array:
-    """Two values of each byte, the low half first."""
-    halves = np.empty(2 * packed.size, np.uint8)
-    halves[::2], halves[1::2] = packed & 15, packed >> 4
-    return halves
+        return (unpack_bits(flat, bits) if bits else flat).reshape(stop - start, *shape[1:])

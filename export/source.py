@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -214,4 +215,6 @@ class Source:
     def _bytes_of(self, name: str, shape: tuple[int, ...]) -> int:
         is_weight = len(shape) == 2 and (name == EMBEDDING or not name.endswith(NOT_LINEAR))
         format = self.recipe.format_of(name) if is_weight else None
+        if name == EMBEDDING and format is not None:  # tables take 4 or 8 bits a value
+            format = dataclasses.replace(format, bits=max(4, format.bits))
         return 4 * prod(shape) if format is None else format.bytes_for((shape[0], shape[1]))

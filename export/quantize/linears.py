@@ -18,12 +18,20 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from lensc.backends.errors import GraphError
+
 from .weights import WeightFormat
 
 TURNED = frozenset({"resampler.proj"})
 """The parameters of the model that are stored [inputs, outputs]."""
 
 SCALE, ZERO_POINT = ".scale", ".zero_point"
+
+DTYPES = {-1: ir.DataType.INT8, 2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
+"""Of values by the bits that one takes; -1: signed."""
+
+UINT2_OPSET, UINT2_IR = 25, 12
+"""ONNX has UINT2 from here on; graphs without it stay at `lensc.export.onnx.OPSET`, which more engines read."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +70,20 @@ def find_linears(model: ir.Model, parameters: Mapping[str, object]) -> dict[str,
 
 
 def quantize_linears(model: ir.Model, linears: Mapping[str, Linear], formats: Mapping[str, WeightFormat]) -> None:
-    """Rewrite the linears named in `formats` in place. The new initializers have types and shapes, and no values."""
+    """Rewrite the linears named in `formats` in place. The new initializers have types and shapes, and no values.
+
+    Raises GraphError for rows that do not end with whole bytes.
+    """
     graph = model.graph
     for name, format in formats.items():
         linear = linears[name]
         weight = graph.initializers[name]
         readers = [use.node for use in weight.uses()]
-        dtype = _dtype(format)
+        dtype = DTYPES[-1 if format.is_signed else format.container_bits]
+        if linear.inputs * format.container_bits % 8:
+            raise GraphError(
+                f"weight {name}: rows of {linear.inputs} values in {format} do not end with whole bytes; use w8"
+            )
         groups = format.groups(linear.inputs)
         turned = format.is_turned(linear.inputs)
         shape = (linear.inputs, linear.outputs) if turned else (linear.outputs, linear.inputs)
@@ -101,12 +116,9 @@ def quantize_linears(model: ir.Model, linears: Mapping[str, Linear], formats: Ma
         del graph.initializers[name]
         for value in inputs:
             graph.register_initializer(value)
-
-
-def _dtype(format: WeightFormat) -> ir.DataType:
-    if format.is_signed:
-        return ir.DataType.INT8
-    return ir.DataType.UINT8 if format.container_bits == 8 else ir.DataType.UINT4
+        if dtype == ir.DataType.UINT2:
+            model.opset_imports[""] = UINT2_OPSET
+            model.ir_version = UINT2_IR
 
 
 def _initializer(name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:

@@ -229,6 +229,16 @@ PRESETS: dict[str, Recipe] = {
         _whole("int4-g32-gptq", "w4-g32", "w4-g32", "gptq"),
         _whole("int4-small", "w4-g128", "w4-g128", "gptq", table="w4-g64"),
         _whole("int4-kv8", "w4-g128", "w4-g128", kv_bits=8),
+        Recipe(
+            "int2-mlp-gptq",
+            (
+                *((pattern, "w8") for pattern in VISION),
+                *((f"{LAYERS}.{part}_proj.weight", "w2-g64") for part in ("gate", "up")),
+                *((LAYERS, "w4-g128"), (HEAD, "w4-g128"), (EMBEDDING, "w8")),
+            ),
+            {"vision": 8, "decoder": 8},
+            "gptq",
+        ),
         # three bits lie in four, in files and in both engines: as large as int4-g32 until an engine takes them packed
         _whole("int3-gptq", "w3-g32", "w4-g128", "gptq"),
         Recipe("int4-decoder", ((LAYERS, "w4-g128"), (HEAD, "w4-g128"), (EMBEDDING, "w8")), {"decoder": 8}),

@@ -32,6 +32,7 @@ NAMED = {
     "int4-g32-gptq": "int4-g32, calibrated",
     "int4-small": "int4-gptq with an embedding table of 4 bits",
     "int4-kv8": "int4 with keys and values in 8 bits",
+    "int2-mlp-gptq": "int4-gptq with gate and up projections in 2 bits, groups of 64; for ONNX Runtime",
     "int3-gptq": "decoder in 3 bits, which lie in 4, head in 4; calibrated",
     "int4-decoder": "decoder in 4 bits, vision tower in float",
     "w8a8-vision": "vision tower in 8 bits, decoder in float",

@@ -47,7 +47,8 @@ CANDIDATES = {
     "decoder": ("w8-g128", "w4-g32", "w4-g128"),
     "table": ("w8", "w4-g64"),
 }
-"""Formats that are tried, by falling size. Three bits are none of them: they lie in four, in files and in engines."""
+"""Formats that are tried, by falling size. Three bits are none of them, as they lie in four, in files and in engines, and
+two are not, as of our engines ONNX Runtime alone reads them."""
 
 ACTIVATIONS = {"vision": 8, "decoder": 8}
 """Bits in products of what a search makes."""

@@ -9,9 +9,10 @@ A scale may be negative. A symmetric format of 4 bits reaches from -8 to 7 scale
 the extra level. For an engine that takes positive scales only, `15 - value` with zero point 7 and `-scale` are the same
 numbers.
 
-In a file, values below 8 bits take half a byte each, also 2 and 3 bits: two to a byte along the inputs, the first in the
-low half. For an even number of inputs that is ONNX's UINT4, OpenVINO's u4 and, where groups divide the inputs, what the
-operator MatMulNBits of ONNX Runtime takes. Of that operator ONNX Runtime 1.32 has on x86 CPUs:
+In a file, 3 and 4 bits take half a byte, 2 bits a quarter: they follow each other along the inputs, the first in the
+lowest bits. Where rows end with whole bytes that is ONNX's UINT4 and UINT2, OpenVINO's u4 (it reads no UINT2) and, where
+groups divide the inputs, what the operator MatMulNBits of ONNX Runtime takes. Of that operator ONNX Runtime 1.32 has on
+x86 CPUs:
 
     bits              2, 4, 8; 3 is refused
     block_size        a power of two, at least 16; for 2 bits at most 256
@@ -93,7 +94,7 @@ class WeightFormat:
     @property
     def container_bits(self) -> int:
         """Bits that one value takes in a file."""
-        return 8 if self.bits == 8 else 4
+        return 4 if self.bits == 3 else self.bits
 
     @property
     def lowest(self) -> int:
@@ -227,36 +228,35 @@ def dequantize(quantized: QuantizedWeight) -> Tensor:
 
 
 def pack(quantized: QuantizedWeight) -> npt.NDArray[np.uint8]:
-    """The bytes of the values: uint8[out, in] for 8 bits (int8 as two's complement), else uint8[out, ceil(in / 2)].
+    """The bytes of the values: uint8[out, in] for 8 bits (int8 as two's complement), else uint8[out, ceil(in * bits / 8)].
 
-    An odd row ends with a half byte that holds the zero point.
+    A row that ends within a byte is filled up with the zero point.
     """
     values: npt.NDArray[np.uint8] = quantized.values.contiguous().numpy().view(np.uint8)
-    if quantized.format.container_bits == 8:
+    bits = quantized.format.container_bits
+    if bits == 8:
         return values
-    if values.shape[1] % 2:
-        zeros = _explicit_zero_points(quantized)[:, -1:].numpy()
+    missing = -values.shape[1] % (8 // bits)
+    if missing:
+        zeros = np.repeat(_explicit_zero_points(quantized)[:, -1:].numpy(), missing, axis=1)
         values = np.concatenate((values, zeros), axis=1)
-    packed: npt.NDArray[np.uint8] = values[:, ::2] | (values[:, 1::2] << np.uint8(4))
-    return packed
+    return pack_bits(values, bits)
 
 
 def pack_zero_points(quantized: QuantizedWeight) -> npt.NDArray[np.uint8] | None:
     """The bytes of the zero points [out, groups], symmetric ones written out; None for int8, which has none.
 
-    8 bits: uint8[out, groups]. Below: uint8[ceil(out * groups / 2)], two to a byte without a gap between rows, as ONNX
-    packs any UINT4 tensor; a last half byte is 0.
+    8 bits: uint8[out, groups]. Below: uint8[ceil(out * groups * bits / 8)] without a gap between rows, as ONNX packs any
+    tensor of such a type; what is left of the last byte is 0.
     """
     if quantized.format.is_signed:
         return None
-    zeros = _explicit_zero_points(quantized).contiguous().numpy()
-    if quantized.format.container_bits == 8:
+    zeros: npt.NDArray[np.uint8] = _explicit_zero_points(quantized).contiguous().numpy()
+    bits = quantized.format.container_bits
+    if bits == 8:
         return zeros
     flat = zeros.reshape(-1)
-    if flat.size % 2:
-        flat = np.append(flat, np.uint8(0))
-    packed: npt.NDArray[np.uint8] = flat[::2] | (flat[1::2] << np.uint8(4))
-    return packed
+    return pack_bits(np.append(flat, np.zeros(-flat.size % (8 // bits), np.uint8)), bits)
 
 
 def unpack(
@@ -266,9 +266,26 @@ def unpack(
     if format.container_bits == 8:
         values = torch.from_numpy(packed.copy())
         return QuantizedWeight(values.view(format.dtype), scales, zero_points, format)
-    halves = np.empty((packed.shape[0], 2 * packed.shape[1]), np.uint8)
-    halves[:, ::2], halves[:, 1::2] = packed & 15, packed >> 4
-    return QuantizedWeight(torch.from_numpy(halves)[:, :inputs].contiguous(), scales, zero_points, format)
+    values = torch.from_numpy(unpack_bits(packed, format.container_bits))
+    return QuantizedWeight(values[:, :inputs].contiguous(), scales, zero_points, format)
+
+
+def pack_bits(values: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    """uint8[..., n] of `bits` bits each, 2 or 4 -> uint8[..., n * bits / 8], the first value in the lowest bits."""
+    per_byte = 8 // bits
+    packed: npt.NDArray[np.uint8] = values[..., ::per_byte].copy()
+    for i in range(1, per_byte):
+        packed |= values[..., i::per_byte] << np.uint8(bits * i)
+    return packed
+
+
+def unpack_bits(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    """The inverse of `pack_bits`."""
+    per_byte = 8 // bits
+    values = np.empty((*packed.shape[:-1], per_byte * packed.shape[-1]), np.uint8)
+    for i in range(per_byte):
+        values[..., i::per_byte] = packed >> np.uint8(bits * i) & np.uint8(2**bits - 1)
+    return values
 
 
 def quantize_table(rows: Tensor, format: WeightFormat) -> QuantizedWeight:
@@ -284,12 +301,11 @@ def quantize_table(rows: Tensor, format: WeightFormat) -> QuantizedWeight:
 
 def packed_table(table: QuantizedWeight) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.float32]]:
     """Values and scales as `lensc.runtime.embedding` reads them: int8[rows, in] and float32[rows], or uint8[rows, in / 2]
-    and float32[rows, groups], where zero stands at 8 whatever the bits.
+    and float32[rows, groups], where zero stands at 8 whatever the bits, and each takes 4.
     """
     if table.format.bits == 8:
         return table.values.numpy(), table.scales[:, 0].contiguous().numpy()
-    raised = QuantizedWeight(table.values + (8 - table.format.zero_point), table.scales, None, table.format)
-    return pack(raised), table.scales.numpy()
+    return pack_bits((table.values + (8 - table.format.zero_point)).numpy(), 4), table.scales.numpy()
 
 
 def check_weight(weight: Tensor) -> None:

@@ -41,6 +41,7 @@ decoder = 8
 "vpm.*" = "w8"
 "resampler.*" = "w8"
 "*.down_proj.weight" = "w8-g32-asym"
+"*.up_proj.weight" = "w2-g32"
 "llm.model.layers.*" = "w4-g32"
 "llm.lm_head.weight" = "w4-g32-asym"
 "llm.model.embed_tokens.weight" = "w8"

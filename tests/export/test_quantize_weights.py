@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lensc.backends.errors import InputError, UsageError
 from lensc.export.quantize import grid, weights
+from lensc.export.quantize.linears import UINT2_IR, UINT2_OPSET
 from lensc.export.quantize.weights import (
     QuantizedWeight,
     WeightFormat,
@@ -290,8 +291,8 @@ def test_unpack_inverts_pack(text: str, inputs: int) -> None:
 
 
 def onnx_type(format: WeightFormat) -> int:
-    if format.container_bits == 4:
-        return TensorProto.UINT4
+    if format.container_bits < 8:
+        return {2: TensorProto.UINT2, 4: TensorProto.UINT4}[format.container_bits]
     return TensorProto.INT8 if format.is_signed else TensorProto.UINT8
 
 
@@ -305,8 +306,9 @@ def model_of(
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["tokens", outputs])],
         tensors,
     )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    few = any(tensor.data_type == TensorProto.UINT2 for tensor in tensors)
+    opsets = [helper.make_opsetid("", UINT2_OPSET if few else 21), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=UINT2_IR if few else 10)
 
 
 def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
@@ -364,8 +366,8 @@ def matmul_nbits(quantized: QuantizedWeight, block: int, accuracy_level: int) ->
         ),
     ]
     zeros = pack_zero_points(quantized)
-    if zeros is not None and (bits == 8 or groups % 2 == 0):
-        # an even number of groups to a row: rows end on whole bytes, as the operator wants
+    if zeros is not None and groups * bits % 8 == 0:
+        # rows end on whole bytes, as the operator wants
         zeros = zeros.reshape(outputs, -1)
         tensors.append(helper.make_tensor("zeros", TensorProto.UINT8, zeros.shape, zeros.tobytes(), raw=True))
     names = ["x", *(tensor.name for tensor in tensors)]
