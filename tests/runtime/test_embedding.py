@@ -10,7 +10,7 @@ import pytest
 from lensc.backends.base import Array
 from lensc.backends.bundle import DecoderSpec
 from lensc.backends.errors import GraphError, ManifestError, TokenizerError
-from lensc.runtime.embedding import EmbeddingTable, open_table
+from lensc.runtime.embedding import MANY, EmbeddingTable, open_table
 
 SPEC = DecoderSpec(hidden_size=4, num_layers=1, num_kv_heads=1, head_dim=4, vocab_size=6, context_length=8)
 FLOATS = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
@@ -48,6 +48,28 @@ def test_halves_of_bytes_are_scaled_by_their_group(groups: int) -> None:
     assert rows.dtype == np.float32 and rows.flags.c_contiguous
     np.testing.assert_allclose(rows, wanted[[5, 0, 3, 3]], rtol=1e-6)
     assert table.gather(np.empty(0, np.int64)).shape == (0, 4)
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps").exists(), reason="only Linux tells what is in memory: no /proc/self/smaps"
+)
+def test_pages_that_a_prompt_has_read_are_given_back(tmp_path: Path) -> None:
+    """Those of a step are not: the next step may need them."""
+    values = np.random.default_rng(0).integers(-127, 128, (20_000, 512), np.int8)
+    np.save(tmp_path / "table.npy", values)
+    np.save(tmp_path / "scales.npy", np.ones(20_000, np.float32))
+    table = open_table(tmp_path, {"embed_tokens": "table.npy", "embed_tokens.scale": "scales.npy"})
+
+    def resident_kb() -> int:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+        start = next(i for i, line in enumerate(lines) if line.endswith("table.npy"))
+        return int(next(line for line in lines[start:] if line.startswith("Rss:")).split()[1])
+
+    ids = np.arange(0, 20_000, 500)
+    np.testing.assert_array_equal(table.gather(ids), values[ids])
+    assert len(ids) >= MANY and resident_kb() == 0
+    np.testing.assert_array_equal(table.gather(ids[:1]), values[ids[:1]])
+    assert resident_kb() > 0
 
 
 @pytest.mark.parametrize("ids", ([6], [-1], [0, 99]))
