@@ -5,8 +5,8 @@
 The key is everything that decides what is compiled: the artifact's files, options and threads, the build of OpenVINO, the
 processor, and our own lowering. The weights stay in the bundle and are mapped from there. A file that is damaged, or that
 OpenVINO refuses, is made anew, and a warning in the log says so; a cache that cannot be written costs time and nothing
-else. Ten files at most are kept, the latest used (9 MB for a full-size vision tower); $XDG_CACHE_HOME moves the folder, and
-it may be deleted at any time.
+else. Ten files and 256 MiB at most are kept, the latest used (9 MB for a full-size vision tower); $XDG_CACHE_HOME moves the
+folder, and it may be deleted at any time.
 
 Only graphs whose products are in 8 bits are kept. Of a decoder with weights in groups OpenVINO 2026.4 exports the weights
 as well: 4 GB, which takes longer to read than compiling.
@@ -35,6 +35,7 @@ from .base import Artifact
 FOLDER = "openvino"
 SUFFIX = ".blob"
 FILES = 10
+MOST_BYTES = 256 << 20
 
 WITHOUT_WEIGHTS = {"CACHE_MODE": "OPTIMIZE_SIZE"}
 HASH_BYTES = 32
@@ -103,11 +104,19 @@ class KeptGraph:
                 temporary = file.name
                 file.write(hashlib.sha256(data).digest() + data)
             os.replace(temporary, self._path)
-            kept = sorted(self._path.parent.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
-            for path in kept[:-FILES]:
-                path.unlink(missing_ok=True)
+            _remove_oldest(self._path.parent)
         except OSError as error:
             _log.info("%s: not kept: %s", self._path, error.strerror or error)
             if temporary:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
+
+
+def _remove_oldest(folder: Path) -> None:
+    """Keep the latest used files, as many as are allowed; the latest of all whatever its size. Raises OSError."""
+    total = 0
+    states = [(path.stat(), path) for path in folder.glob(f"*{SUFFIX}")]
+    for i, (state, path) in enumerate(sorted(states, key=lambda entry: entry[0].st_mtime_ns, reverse=True)):
+        total += state.st_size
+        if i and (i >= FILES or total > MOST_BYTES):
+            path.unlink(missing_ok=True)

@@ -120,10 +120,11 @@ def test_without_a_place_graphs_are_compiled_each_time(
     assert cache.read_text() == "not a folder"
 
 
+@pytest.mark.parametrize("limit", ("FILES", "MOST_BYTES"))
 def test_only_so_many_are_kept(
-    artifact: Artifact, small_mlp: Mlp, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    artifact: Artifact, small_mlp: Mlp, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
-    monkeypatch.setattr(kept, "FILES", 1)
+    monkeypatch.setattr(kept, limit, 1)
     run(artifact, small_mlp.spec, tmp_path, threads=1)
     (before,) = cache.iterdir()
     run(artifact, small_mlp.spec, tmp_path, threads=2)
