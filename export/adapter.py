@@ -21,13 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lensc.backends.bundle import ModelSpec
 from lensc.backends.errors import CheckpointError
 
 from .adapter_config import LoraConfig
-from .checkpoint import Checkpoint, load_model, read_json
+from .checkpoint import AlteredCheckpoint, Checkpoint, load_model, read_json
 from .fingerprint import file_state, sha256_of
-from .models.config import ModelConfig
 from .models.minicpmv import MiniCPMV
 from .shards import DTYPES, TensorRecord, listed, read_header, read_rows, read_tensor
 
@@ -193,18 +191,20 @@ class Adapter:
             self.factors[module] = Factors(a, b, embedding)
 
 
-class MergedCheckpoint:
+class MergedCheckpoint(AlteredCheckpoint):
     """A checkpoint with an adapter merged into it: a `WeightSource`, and what else an export asks of a `Checkpoint`.
 
     Weights with an adapter are read in float32, all others as they are stored.
     """
+
+    checkpoint: Checkpoint
 
     def __init__(self, checkpoint: Checkpoint, adapter: Adapter) -> None:
         """Check that `adapter` fits `checkpoint`, and that its factors are finite, for which they are read.
 
         Raises CheckpointError that lists what does not fit.
         """
-        self.checkpoint = checkpoint
+        super().__init__(checkpoint)
         self.adapter = adapter
         problems = _misfits(checkpoint, adapter)
         if problems:
@@ -214,19 +214,6 @@ class MergedCheckpoint:
         self._check_finite()
         self.tensors: Mapping[str, TensorRecord] = {name: self._record(name) for name in checkpoint.tensors}
 
-    @property
-    def config(self) -> ModelConfig:
-        return self.checkpoint.config
-
-    @property
-    def folder(self) -> Path:
-        """The checkpoint's folder: configuration and tokenizer are those of the checkpoint."""
-        return self.checkpoint.folder
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.checkpoint.tokenizer
-
     @cached_property
     def sha256(self) -> str:
         """The identity of checkpoint and adapter together. Reads all files."""
@@ -234,12 +221,8 @@ class MergedCheckpoint:
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a file of the checkpoint or the adapter is not what it was when it was opened."""
-        self.checkpoint.check_unchanged()
+        super().check_unchanged()
         self.adapter.check_unchanged()
-
-    def model_spec(self) -> ModelSpec:
-        """What the runtime needs to know; the adapter changes nothing of it. Raises CheckpointError."""
-        return self.checkpoint.model_spec()
 
     def load_model(self, dtype: torch.dtype = torch.float32) -> MiniCPMV:
         """The reference model with all weights, merged, in `dtype`. Raises CheckpointError."""

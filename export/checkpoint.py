@@ -340,6 +340,35 @@ class Checkpoint:
         return name if re.fullmatch(r"[\w.+ -]{1,100}", name) else self.folder.resolve().name
 
 
+class AlteredCheckpoint:
+    """Base of what stands in the place of a `Checkpoint` with other weights; all else is the checkpoint's."""
+
+    checkpoint: Checkpoint | AlteredCheckpoint
+
+    def __init__(self, checkpoint: Checkpoint | AlteredCheckpoint) -> None:
+        self.checkpoint = checkpoint
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.checkpoint.config
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoint.folder
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.checkpoint.tokenizer
+
+    def check_unchanged(self) -> None:
+        """See `Checkpoint.check_unchanged`."""
+        self.checkpoint.check_unchanged()
+
+    def model_spec(self) -> ModelSpec:
+        """See `Checkpoint.model_spec`."""
+        return self.checkpoint.model_spec()
+
+
 def load_model(weights: WeightSource, config: ModelConfig, source: str, dtype: torch.dtype = torch.float32) -> MiniCPMV:
     """The reference model with all `weights` in `dtype`, in eval mode, without gradients; `source` names it in errors.
 

@@ -20,8 +20,7 @@ from lensc.backends.errors import InputError
 
 from .adapter import MergedCheckpoint
 from .calibration import CalibrationSet
-from .checkpoint import Checkpoint, load_model
-from .models.config import ModelConfig
+from .checkpoint import AlteredCheckpoint, Checkpoint, load_model
 from .models.minicpmv import MiniCPMV
 from .models.streamed import Run, StreamedModel
 from .quantize.calibrate import SliceFeeds
@@ -112,13 +111,15 @@ class _Seeing:
                 )
 
 
-class SmoothedCheckpoint:
+class SmoothedCheckpoint(AlteredCheckpoint):
     """A checkpoint with the factors of `find_smoothing` in its weights: a `WeightSource`, and what else an export asks of
     a `Checkpoint`. Weights that change are read in float32. `sha256` is the checkpoint's: the factors follow from it.
     """
 
+    checkpoint: Checkpoint | MergedCheckpoint
+
     def __init__(self, checkpoint: Checkpoint | MergedCheckpoint, path: Path) -> None:
-        self.checkpoint = checkpoint
+        super().__init__(checkpoint)
         self._divided: dict[str, Tensor] = {}
         self._multiplied: dict[str, Tensor] = {}
         for norm, factors in load_file(path).items():
@@ -132,28 +133,8 @@ class SmoothedCheckpoint:
         }
 
     @property
-    def config(self) -> ModelConfig:
-        return self.checkpoint.config
-
-    @property
-    def folder(self) -> Path:
-        return self.checkpoint.folder
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.checkpoint.tokenizer
-
-    @property
     def sha256(self) -> str:
         return self.checkpoint.sha256
-
-    def check_unchanged(self) -> None:
-        """See `Checkpoint.check_unchanged`."""
-        self.checkpoint.check_unchanged()
-
-    def model_spec(self) -> ModelSpec:
-        """See `Checkpoint.model_spec`."""
-        return self.checkpoint.model_spec()
 
     def load_model(self, dtype: torch.dtype = torch.float32) -> MiniCPMV:
         """The reference model with all weights, smoothed, in `dtype`. Raises CheckpointError."""
