@@ -47,8 +47,9 @@ ENVIRONMENTS = {
 """What pip installs for a rival, torch's CPU build before it."""
 TORCH = "torch==2.13.0"
 
-SHORT, LONG, STEPS, LONG_STEPS = 32, 1024, 32, 16
-"""Tokens of a short and of a long prompt, and the tokens that are decoded after each."""
+SHORT, LONG, STEPS, TURNS = 32, 1024, 8, 4
+"""Tokens of a short and of a long prompt; after each, so many tokens are decoded in so many turns. Turns are short because
+the bandwidth of a shared machine changes from second to second."""
 
 FLOP_PER_TOKEN = 13.96e9
 """Of a prefilled token in products with weights, the head left out: 2 for each of the 6.98 x 10^9 weights."""
@@ -164,20 +165,22 @@ def decoder(place: Place, engine: str, reach: Mapping[str, float]) -> list[recor
             with start() as contender:
                 loads[who].append(contender.load_s)
     rows = [_times(f"{engine}: load until ready", "s", loads, label, limit=LOAD_LIMIT_S)]
-    lines = [f"prefill {SHORT}", f"decode {STEPS}", "prefill 128", f"prefill {LONG}", f"decode {LONG_STEPS}"]
+    short, long = f"decode, context {SHORT}", f"decode, context {LONG}"
+    first, *prefills = ((line, line) for line in (f"prefill {count}" for count in (SHORT, 128, LONG)))
+    asked = [first, *TURNS * [(short, f"decode {STEPS}")], *prefills, *TURNS * [(long, f"decode {STEPS}")]]
     with starts["ours"]() as ours, starts["theirs"]() as theirs:
-        took = _in_turn({"ours": ours, "theirs": theirs}, lines, place.repeat)
+        took = _in_turn({"ours": ours, "theirs": theirs}, asked, place.repeat)
         memory = {"ours": [ours.peak_bytes() / 1e9], "theirs": [theirs.peak_bytes() / 1e9]}
     weights = sum(f.stat().st_size for f in _files(place, "decoder", engine))
     decode_limit = reach["bandwidth_gb_s"] * 1e9 / weights
     prefill_limit = reach["int8_gemm_gop_s"] * 1e9 / FLOP_PER_TOKEN
-    for what, line, tokens, limit in (
-        (f"decode, context {SHORT}", lines[1], STEPS, decode_limit),
-        (f"decode, context {LONG}", lines[4], LONG_STEPS, decode_limit),
-        ("prefill 128", lines[2], 128, prefill_limit),
-        (f"prefill {LONG}", lines[3], LONG, prefill_limit),
+    for what, tokens, limit in (
+        (short, STEPS, decode_limit),
+        (long, STEPS, decode_limit),
+        ("prefill 128", 128, prefill_limit),
+        (f"prefill {LONG}", LONG, prefill_limit),
     ):
-        speeds = {who: [tokens / seconds for seconds in of[line]] for who, of in took.items()}
+        speeds = {who: [tokens / seconds for seconds in of[what]] for who, of in took.items()}
         rows.append(_times(f"{engine}: {what}", "tokens/s", speeds, label, limit=limit))
     rows.append(_times(f"{engine}: peak memory, {LONG} tokens", "GB", memory, label, limit=MEMORY_LIMIT_GB))
     return rows
@@ -190,8 +193,8 @@ def vision(place: Place) -> list[record.Row]:
         with place.ours("vision", engine) as ours, place.rival(engine, script) as theirs:
             pair = {"ours": ours, "theirs": theirs}
             # the first run with other inputs may still allocate
-            _in_turn(pair, ["vision"], 1)
-            took = _in_turn(pair, ["vision"], place.repeat)
+            _in_turn(pair, [("vision", "vision")], 1)
+            took = _in_turn(pair, TURNS * [("vision", "vision")], place.repeat)
             quality = {who: [contender.ask(f"sqnr {place.judge}")["db"]] for who, contender in pair.items()}
             memory = {who: [contender.peak_bytes() / 1e9] for who, contender in pair.items()}
         rows.append(_times(f"{engine}: slice of 448 x 448", "s", {w: t["vision"] for w, t in took.items()}, label))
@@ -201,14 +204,14 @@ def vision(place: Place) -> list[record.Row]:
 
 
 def _in_turn(
-    contenders: Mapping[str, Contender], lines: Sequence[str], repeat: int
+    contenders: Mapping[str, Contender], asked: Sequence[tuple[str, str]], repeat: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every line, by who and line; everybody answers a line before the next one is asked."""
-    took: dict[str, dict[str, list[float]]] = {who: {line: [] for line in lines} for who in contenders}
+    """Seconds by who, and by what a line is asked for; everybody answers a line before the next one is asked."""
+    took: dict[str, dict[str, list[float]]] = {who: {what: [] for what, _ in asked} for who in contenders}
     for _ in range(repeat):
-        for line in lines:
+        for what, line in asked:
             for who, contender in contenders.items():
-                took[who][line].append(contender.seconds(line))
+                took[who][what].append(contender.seconds(line))
     return took
 
 
@@ -228,6 +231,7 @@ def _times(
         rival=rival,
         rival_value=median(theirs),
         rival_spread=(min(theirs), max(theirs)) if several else None,
+        pair_ratio=median(ratios) if several and unit != "dB" else None,
         ratio_spread=(min(ratios), max(ratios)) if several else None,
         limit=limit,
         parity="pass",

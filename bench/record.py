@@ -37,8 +37,9 @@ Parity = Literal["pass", "fail", "none"]
 class Row:
     """One measurement: the median in `lensc`, smallest and largest in `spread`, both in `unit`.
 
-    `rival` names the system measured beside it, in turn in the same run; `ratio_spread` are the smallest and the largest
-    ratio of two runs that followed each other. `limit` is what the machine could reach at best or what must not be
+    `rival` names the system measured beside it, in turn in the same run; `pair_ratio` is the median ratio of two runs that
+    followed each other, which what else the machine does moves less than either median, `ratio_spread` are the smallest
+    and the largest. `limit` is what the machine could reach at best or what must not be
     exceeded. `parity` says whether the same run computed the right thing; `none` where nothing is computed.
     Raises ParityError for a speed whose parity failed, InputError for a unit that has no better and worse.
     """
@@ -50,6 +51,7 @@ class Row:
     rival: str | None = None
     rival_value: float | None = None
     rival_spread: tuple[float, float] | None = None
+    pair_ratio: float | None = None
     ratio_spread: tuple[float, float] | None = None
     limit: float | None = None
     parity: Parity = "none"
@@ -63,8 +65,8 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """How many times better than the rival; above 1 is ahead, for times and memory too."""
-        return self._better_than(self.rival_value)
+        """How many times better than the rival; above 1 is ahead, for times and memory too. That of pairs, if it is known."""
+        return self.pair_ratio if self.pair_ratio is not None else self._better_than(self.rival_value)
 
     @property
     def of_limit(self) -> float | None:
@@ -79,7 +81,7 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """The row with `ratio` and `of_limit`, rounded to 4 digits, without what is not known."""
-        values = dataclasses.asdict(self) | {"ratio": self.ratio, "of_limit": self.of_limit}
+        values = dataclasses.asdict(self) | {"ratio": self.ratio, "of_limit": self.of_limit, "pair_ratio": None}
         return {name: _rounded(value) for name, value in values.items() if value is not None}
 
 

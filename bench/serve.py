@@ -30,8 +30,8 @@ from lensc.runtime.vision import VisionEncoder
 
 Answer = dict[str, bool | float | str]
 
-ROOM = 256
-"""Tokens a cache has room for beyond the prompt."""
+ROOM = 128
+"""Tokens a cache has room for beyond the prompt, as the rivals' have."""
 
 
 def serve(bundle: Path, graph: str, target: Target, threads: int) -> Iterator[Answer]:

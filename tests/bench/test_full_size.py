@@ -81,9 +81,9 @@ def place(bundle: Path) -> full_size.Place:
 
 
 def test_ratios_are_of_runs_that_followed_each_other() -> None:
-    times = {"ours": [1.0, 2.0, 4.0], "theirs": [2.0, 2.0, 2.0]}
+    times = {"ours": [1.0, 4.0, 4.0], "theirs": [1.0, 8.0, 2.0]}
     row = full_size._times("x", "s", times, "other")
-    assert (row.lensc, row.rival_value, row.ratio, row.ratio_spread) == (2.0, 2.0, 1.0, (0.5, 2.0))
+    assert (row.lensc, row.rival_value, row.ratio, row.ratio_spread) == (4.0, 2.0, 1.0, (0.5, 2.0))
     assert full_size._times("x", "tokens/s", times, "other").ratio_spread == (0.5, 2.0)
 
 
