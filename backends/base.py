@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -195,8 +195,11 @@ class Backend(Protocol):
         """One `Probe` per processor the engine knows. Never raises; says why not."""
         ...
 
-    def supports(self, spec: GraphSpec, scheme: str, target: Target) -> str | None:
-        """The reason why this graph cannot be compiled for `target`, or None if it can. Pure: touches no device."""
+    def supports(self, spec: GraphSpec, scheme: str, target: Target, linear_inputs: Collection[int] = ()) -> str | None:
+        """The reason why this graph cannot be compiled for `target`, or None if it can. Pure: touches no device.
+
+        `linear_inputs`: the inputs that linears in `scheme` have, as far as they are known.
+        """
         ...
 
     def compile(self, graph: Graph, target: Target, out: Path) -> Artifact:

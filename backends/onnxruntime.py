@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class OnnxRuntime:
             return (Probe(NAME, "cpu", False, str(error)),)
         return (Probe(NAME, "cpu", True, f"onnxruntime {ort.__version__}"),)
 
-    def supports(self, spec: GraphSpec, scheme: str, target: Target) -> str | None:
+    def supports(self, spec: GraphSpec, scheme: str, target: Target, linear_inputs: Collection[int] = ()) -> str | None:
         """Every portable graph on the CPU, float or in groups of 16, 32, … inputs; a scale per output with int8 inputs."""
         if target.backend != NAME:
             return f"target {target} is not one of backend {NAME}"

@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ class OpenVINO:
             for kind, name in found.items()
         )
 
-    def supports(self, spec: GraphSpec, scheme: str, target: Target) -> str | None:
+    def supports(self, spec: GraphSpec, scheme: str, target: Target, linear_inputs: Collection[int] = ()) -> str | None:
         """Every portable graph on the CPU and the GPU; on the NPU what can run at fixed sizes and in float16."""
         if target.backend != NAME:
             return f"target {target} is not one of backend {NAME}"
@@ -106,6 +106,9 @@ class OpenVINO:
         if Scheme.parse(scheme).weight_bits == 2:
             nearest = dataclasses.replace(Scheme.parse(scheme), weight_bits=4)
             return f"scheme {scheme}: backend {NAME} reads no weights of 2 bits; the nearest is {nearest}"
+        problem = _indivisible(Scheme.parse(scheme), linear_inputs)
+        if problem:
+            return problem
         if target.processor == "npu":
             problem = cannot_be_fixed(spec)
             if problem:
@@ -176,6 +179,20 @@ class OpenVINO:
                 kept = KeptGraph(artifact, bundle, ov.__version__, options)
                 return OpenVINOSession(spec, kept.compiled(_core(ov), compiled_with), weights)
             return OpenVINOSession(spec, compiled_with(options), weights)
+
+
+def _indivisible(scheme: Scheme, linear_inputs: Collection[int]) -> str | None:
+    """Why weights of so many inputs cannot be read in groups of `scheme`, with the nearest that they can; or None."""
+    group = scheme.group_size
+    odd = [] if group is None else sorted(inputs for inputs in linear_inputs if inputs > group and inputs % group)
+    if group is None or not odd:
+        return None
+    largest = math.gcd(group, *odd)
+    nearest = dataclasses.replace(scheme, group_size=largest) if largest >= QUANTIZATION_GROUPS[-1] else "w8a8"
+    return (
+        f"scheme {scheme}: backend {NAME} needs groups that divide the inputs, {group} does not divide "
+        f"{', '.join(map(str, odd))}; the nearest is {nearest}"
+    )
 
 
 def _state(kind: str) -> str:

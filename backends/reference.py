@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Reference:
             return (Probe(NAME, "cpu", False, str(error)),)
         return (Probe(NAME, "cpu", True, f"onnx {onnx.__version__}"),)
 
-    def supports(self, spec: GraphSpec, scheme: str, target: Target) -> str | None:
+    def supports(self, spec: GraphSpec, scheme: str, target: Target, linear_inputs: Collection[int] = ()) -> str | None:
         """Every graph of standard operators."""
         if (target.backend, target.processor, target.arch) != (NAME, "cpu", ""):
             return f"target {target} is not one of backend {NAME}; expected {NAME}:cpu"

@@ -85,7 +85,7 @@ def compile_graphs(
     made = load_manifest(folder, verify=True)
     portable = portable_graphs(folder, made)
     specs = {name: graph.spec for name, graph in portable.items()}
-    check_supported(specs, {name: [graph.scheme] for name, graph in portable.items()}, targets)
+    check_supported(specs, {name: {graph.scheme: ()} for name, graph in portable.items()}, targets)
     files = {f.path: f for f in made.files}
     copied = [made.tokenizer, *made.tables.values(), *(probe.file for probe in made.probes)]
     copied = list(dict.fromkeys([*copied, *(name for name in (TOKENIZER_CONFIG,) if name in files)]))

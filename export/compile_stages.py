@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -50,17 +50,20 @@ def portable_graphs(folder: Path, manifest: Manifest) -> dict[str, Graph]:
 
 
 def check_supported(
-    specs: Mapping[str, GraphSpec], schemes: Mapping[str, Sequence[str]], targets: Sequence[Target]
+    specs: Mapping[str, GraphSpec], schemes: Mapping[str, Mapping[str, Collection[int]]], targets: Sequence[Target]
 ) -> None:
-    """Raise before any work if a target is unknown or cannot take a graph in one of its schemes, listing all reasons."""
+    """Raise before any work if a target is unknown or cannot take a graph in one of its schemes, listing all reasons.
+
+    `schemes`: by graph and scheme the inputs of its linears, as far as they are known.
+    """
     if not targets:
         raise UsageError("no target; give at least one, e.g. onnxruntime:cpu")
     reasons = [
         f"{name} for {target}: {reason}"
         for target in targets
         for name, spec in specs.items()
-        for scheme in schemes[name]
-        if (reason := registry.get(target.backend).supports(spec, scheme, target)) is not None
+        for scheme, inputs in schemes[name].items()
+        if (reason := registry.get(target.backend).supports(spec, scheme, target, inputs)) is not None
     ]
     if reasons:
         raise UnsupportedError("; ".join(dict.fromkeys(reasons)))

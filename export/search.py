@@ -7,9 +7,11 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lensc.backends import registry
 from lensc.backends.base import Target
 from lensc.backends.bundle import write_text
 from lensc.backends.errors import StorageError, UsageError
@@ -21,7 +23,9 @@ from .compile_stages import check_supported
 from .memory import Limit
 from .provenance import lensc_version, timestamp
 from .quantize.recipe import METHODS, PRESETS, Recipe
+from .quantize.scheme import Scheme
 from .quantize.search import ACTIVATIONS, Found, Report, points, search
+from .quantize.weights import WeightFormat
 from .source import Source
 
 MOST_LOSS = 50.0
@@ -59,12 +63,21 @@ def search_recipe(
         is_demo = source.checkpoint.folder.resolve() == demo.CHECKPOINT.resolve()
         data = calibration_set(source.spec, source.tokenizer, pictures, is_demo=is_demo)
         held_out = held_out_set(source.spec, source.tokenizer) if is_demo and pictures is None else None
-        found = search(source, limit, data, held_out, max_loss, method, path.stem, report)
+        usable = partial(_usable, source, targets)
+        found = search(source, limit, data, held_out, max_loss, method, path.stem, usable, report)
     try:
         write_text(path, text(found, max_loss, source.checkpoint.sha256, command, limit.peak))
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
     return found
+
+
+def _usable(source: Source, targets: Sequence[Target], name: str, format: WeightFormat) -> bool:
+    """Whether all targets take the linear `name` in `format`."""
+    graph = "decoder" if name.startswith("llm.") else "vision"
+    scheme = str(Scheme(format.bits, format.group_size, format.symmetric, ACTIVATIONS[graph]))
+    spec, inputs = source.specs[graph], source.linears[name][1]
+    return all(registry.get(t.backend).supports(spec, scheme, t, (inputs,)) is None for t in targets)
 
 
 def check(path: Path, max_loss: float, method: str) -> None:

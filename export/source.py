@@ -198,9 +198,17 @@ class Source:
         """The scheme of each graph."""
         return {graph: str(self.recipe.scheme(graph, names)) for graph, names in self._graph_linears.items()}
 
-    def required_schemes(self, recipe: Recipe) -> dict[str, list[str]]:
-        """The schemes that an engine must be able to run for `recipe`, by graph: that of each format in it."""
-        return {graph: [str(s) for s in recipe.schemes(graph, names)] for graph, names in self._graph_linears.items()}
+    def required_schemes(self, recipe: Recipe) -> dict[str, dict[str, set[int]]]:
+        """The schemes that an engine must be able to run for `recipe`, by graph: that of each format in it, with the inputs
+        of the linears that have it.
+        """
+        return {
+            graph: {
+                scheme: {self.linears[name][1] for name in same}
+                for scheme, same in recipe.schemes(graph, names).items()
+            }
+            for graph, names in self._graph_linears.items()
+        }
 
     @cached_property
     def _graph_linears(self) -> dict[str, list[str]]:

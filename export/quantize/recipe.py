@@ -103,10 +103,14 @@ class Recipe:
         mixed = count < sum(counts.values())
         return Scheme(format.bits, format.group_size, format.symmetric, activation_bits, kv_bits, mixed)
 
-    def schemes(self, graph: str, names: Iterable[str]) -> list[Scheme]:
-        """The same for each format among `names` as if it were the only one: what an engine has to be able to run."""
-        alone = {text: [name for name in names if self._text_of(name) == text] for text in map(self._text_of, names)}
-        return [self.scheme(graph, same) for same in alone.values()]
+    def schemes(self, graph: str, names: Iterable[str]) -> dict[str, list[str]]:
+        """The same for each format among `names` as if it were the only one, with the names that have it: what an engine
+        has to be able to run.
+        """
+        alone: dict[str, list[str]] = {}
+        for name in names:
+            alone.setdefault(self._text_of(name), []).append(name)
+        return {str(self.scheme(graph, same)): same for same in alone.values()}
 
     @property
     def is_float(self) -> bool:

@@ -44,11 +44,11 @@ from .weights import WeightFormat, dequantize
 
 CANDIDATES = {
     "vision": ("w8", "w4-g32"),
-    "decoder": ("w8-g128", "w4-g32", "w4-g128"),
+    "decoder": ("w8-g128", "w4-g32", "w4-g128", "w2-g64"),
     "table": ("w8", "w4-g64"),
 }
-"""Formats that are tried, by falling size. Three bits are none of them, as they lie in four, in files and in engines, and
-two are not, as of our engines ONNX Runtime alone reads them."""
+"""Formats that are tried, by falling size, as far as the targets take them. Three bits are none of them: they lie in four,
+in files and in engines."""
 
 ACTIVATIONS = {"vision": 8, "decoder": 8}
 """Bits in products of what a search makes."""
@@ -116,17 +116,19 @@ def search(
     max_loss: float,
     method: str,
     name: str,
+    usable: Callable[[str, WeightFormat], bool],
     report: Report | None = None,
 ) -> Found:
     """Search a recipe called `name` for the checkpoint of `source`, an f32 one, that is calibrated with `data`.
 
-    The loss is measured on `held_out`, or where there is none on `data` itself. Raises UsageError if not even the first
+    The loss is measured on `held_out`, or where there is none on `data` itself. `usable` says whether a linear may be stored
+    in a format. Raises UsageError if not even the first
     step keeps within `max_loss`; MemoryLimitError if the limit is too low; what reading weights raises.
     """
     say = report or (lambda text, step, total: None)
     total = 2 + VALIDATIONS
     shapes = {**source.linears, EMBEDDING: _table_shape(source)}
-    groups = find_groups(shapes, _formats)
+    groups = find_groups(shapes, lambda name: [f for f in _formats(name) if name == EMBEDDING or usable(name, f)])
     exact = not source.is_streamed
     samples = _affordable(source, limit, data, groups, method, exact)
     measured_on = held_out or data

@@ -319,10 +319,21 @@ def test_supports(float_decoder: Decoder) -> None:
         ("f32", Target("openvino", "cpu", "avx2"), "no architecture; expected openvino:cpu"),
         ("f32", Target("onnxruntime", "cpu"), "not one of backend openvino"),
         ("w4a16-g128-kv4", TARGET, "8 or 16 bits"),
+        ("w2a8-g64", TARGET, "reads no weights of 2 bits; the nearest is w4a8-g64"),
     ):
         assert reason in str(backend.supports(float_decoder.spec, scheme, target))
         with pytest.raises(UnsupportedError, match=reason):
             backend.compile(Graph(float_decoder.spec, Path("none.onnx"), scheme, ""), target, Path("none"))
+
+
+def test_groups_that_do_not_divide_the_inputs_are_refused_before_the_work(float_decoder: Decoder) -> None:
+    """4304 is the width of the vision tower's MLP: 16 * 269."""
+    spec = float_decoder.spec
+    assert backend.supports(spec, "w4a8-g128", TARGET, (1152, 4096, 100)) is None
+    assert backend.supports(spec, "w8a8", TARGET, (4304,)) is None
+    reason = "32 does not divide 4304; the nearest is w4a8-g16"
+    assert reason in str(backend.supports(spec, "w4a8-g32", TARGET, (1152, 4304)))
+    assert "48 does not divide 100; the nearest is w8a8" in str(backend.supports(spec, "w4a8-g48", TARGET, (96, 100)))
 
 
 def test_an_artifact_can_be_made_for_a_device_that_is_not_here(float_decoder: Decoder, bundle: Path) -> None:

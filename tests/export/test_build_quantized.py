@@ -254,11 +254,25 @@ def test_a_recipe_that_the_engine_cannot_run_says_the_nearest(checkpoint: Path, 
         with pytest.raises(UnsupportedError, match=r"vision for onnxruntime:cpu: scheme w.a32.*the nearest are groups"):
             build(checkpoint, [ORT], tmp_path / "b", scheme=str(path))
         assert [entry.name for entry in tmp_path.iterdir()] == ["r.toml"]
+    path.write_text('format = 1\n[weights]\n"llm.model.layers.*" = "w4-g48"\n')
+    with pytest.raises(
+        UnsupportedError, match=r"needs groups that divide the inputs, 48 does not divide .*nearest is w"
+    ):
+        build(checkpoint, [Target("openvino", "cpu")], tmp_path / "b", scheme=str(path))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["r.toml"]
+
+
+def test_two_bits_that_the_engine_computes_slowly_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text('format = 1\n[activations]\ndecoder = 8\n[weights]\n"llm.model.*_proj.weight" = "w2-g16"\n')
+    with pytest.raises(UnsupportedError, match=r"2 bits in groups of 16 have no int8 product.*nearest is w2a8-g64"):
+        build(checkpoint, [ORT], tmp_path / "b", scheme=str(path))
 
 
 def eight_bit_keys(folder: Path) -> str:
     path = folder / "r.toml"
-    path.write_text(RECIPE.replace("[weights]", "[kv_cache]\nbits = 8\n[weights]"))
+    recipe = RECIPE.replace('"w2-g32"', '"w4-g32"')  # which OpenVINO reads, too
+    path.write_text(recipe.replace("[weights]", "[kv_cache]\nbits = 8\n[weights]"))
     return str(path)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from lensc.backends.base import Target
 from lensc.backends.errors import MemoryLimitError, PictureError, UnsupportedError, UsageError
 from lensc.export import calibration
+from lensc.export import search as search_module
 from lensc.export.calibration import CalibrationSet, Item, Sample, prepare
 from lensc.export.checkpoint import Checkpoint
 from lensc.export.models.linears import linear_rows, linear_shapes
@@ -265,10 +266,18 @@ def test_a_search_keeps_its_promise_and_spares_what_is_sensitive(small: Path, tm
     assert dict(found.recipe.weights).items() <= dict(recipe.weights).items()
     assert f"# Checkpoint sha256 {Checkpoint(small).sha256}" in text and "# Searched by lensc" in text
     costs = {(cost.pattern, str(cost.format)): cost.kl for cost in found.costs}
+    assert costs[DOWN, "w2-g64"] > costs[DOWN, "w4-g128"] and (EMBEDDING, "w4-g64") in costs
     assert f"w4-g128 {1000 * costs[DOWN, 'w4-g128']:.3g}" in next(line for line in text.splitlines() if DOWN in line)
     others = [kl for (pattern, format), kl in costs.items() if "down_proj" in pattern and format == "w4-g128"]
     assert costs[DOWN, "w4-g128"] == max(others)
     assert [step for _, step, _ in told] == sorted(step for _, step, _ in told) and told[-1][1] <= told[-1][2]
+
+
+def test_only_what_all_targets_take_is_tried(small: Path) -> None:
+    source, two = Source(Checkpoint(small), resolve("f32"), None), WeightFormat(2, 64)
+    assert search_module._usable(source, [ORT], DOWN, two)
+    assert not search_module._usable(source, [ORT, Target("openvino", "cpu")], DOWN, two)
+    assert search_module._usable(source, [ORT, Target("openvino", "cpu")], DOWN, W4)
 
 
 @pytest.mark.usefixtures("few")
