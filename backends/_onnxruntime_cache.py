@@ -8,6 +8,8 @@ it then reads the rows below `seqlens_k` and writes behind them.
 from __future__ import annotations
 
 import math
+import mmap
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,11 @@ from .base import Array, Cache, check_feeds, check_out
 from .errors import ExecutionError, PromptError, UsageError
 
 F32 = npt.NDArray[np.float32]
+
+
+MAPPED_BYTES = 1 << 20
+"""Arrays from this size on have pages of their own: those of tokens to come take no memory, and all go back to the system
+with the array. From the heap 1024 tokens of a full-size model took 90 MB more, in huge pages and in gaps."""
 
 
 class OrtCache:
@@ -128,7 +135,15 @@ class OrtCache:
 
     def _empty(self, capacity: int) -> Array:
         kv_heads, head_dim = self._rows
-        return np.empty((self.batch, kv_heads, capacity, head_dim), self._dtype)
+        shape = (self.batch, kv_heads, capacity, head_dim)
+        nbytes = math.prod(shape) * self._dtype.itemsize
+        if nbytes < MAPPED_BYTES:
+            return np.empty(shape, self._dtype)
+        if sys.platform == "win32":
+            pages = mmap.mmap(-1, nbytes)
+        else:  # told nothing, a process would share them with those that it forks
+            pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return np.frombuffer(pages, self._dtype).reshape(shape)
 
 
 @dataclass(frozen=True)

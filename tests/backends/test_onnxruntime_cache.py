@@ -15,11 +15,13 @@ import pytest
 pytest.importorskip("onnx_ir", reason="pip install 'lensc[export]'")
 pytest.importorskip("onnxruntime", reason="pip install lensc")
 
+from lensc.backends import _onnxruntime_cache as module
 from lensc.backends._onnxruntime_cache import OrtCache, OrtDecoderSession
 from lensc.backends._onnxruntime_kv import scales_of
 from lensc.backends.base import Array, Artifact, Target
 from lensc.backends.errors import ExecutionError
 from lensc.backends.onnxruntime import backend
+from lensc.export.graph import DimRange
 
 TARGET = Target("onnxruntime", "cpu")
 
@@ -222,3 +224,23 @@ def test_other_caches_are_refused_with_the_nearest(small: Any) -> None:
         "scheme w4a8-g128-kv4: backend onnxruntime keeps the KV cache in float32 or int8; the nearest is w4a8-g128-kv8"
     )
     assert backend.supports(small.spec, "w4a8-g128-kv8", TARGET) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is in memory: no /proc/self/status")
+def test_tokens_to_come_take_no_memory(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do those of a cache that is gone."""
+
+    def resident_bytes() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
+
+    monkeypatch.setattr(module, "MAPPED_BYTES", 1)
+    spec = dataclasses.replace(small.spec, dims=small.spec.dims | {"past": DimRange(0, 16, 1 << 16)})
+    before = resident_bytes()
+    cache = OrtCache(spec, 1 << 16, 1)
+    assert cache.nbytes > 16 << 20 and resident_bytes() - before < 4 << 20
+    for array in cache.arrays:
+        array[:] = 1
+    assert resident_bytes() - before > cache.nbytes // 2
+    del array, cache
+    assert resident_bytes() - before < 4 << 20
