@@ -283,8 +283,15 @@ def _save(graph: Graph, path: Path) -> tuple[list[Path], int]:
 def _quantization_group(model: Any, spec: GraphSpec) -> int:
     """The largest of `QUANTIZATION_GROUPS` that divides all groups of weights and is in all inputs; 0 if none does.
 
-    Raises UnsupportedError for groups that do not divide a weight's inputs, which OpenVINO cannot read.
+    Raises UnsupportedError for weights that OpenVINO cannot read: of 2 bits, or in groups that do not divide the inputs.
     """
+    import onnx
+
+    few = next((t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.UINT2), None)
+    if few is not None:  # in a graph of several formats, whose scheme names the most frequent one
+        raise UnsupportedError(
+            f"graph {spec.name}: {few} has 2 bits, which openvino does not read; export it with 4, e.g. w4-g64"
+        )
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     groups, smallest = [0], QUANTIZATION_GROUPS[0]
     for node in model.graph.node:
