@@ -127,11 +127,11 @@ def _to_matmul_nbits(ir: Any, graph: Any, found: _Quantized, activation_bits: in
     if block & (block - 1) or block < 16:
         raise GraphError(f"weight {name}: groups of {block}; onnxruntime takes powers of two from 16, e.g. 32 or 128")
     dtype = found.values.dtype
-    bits = {ir.DataType.UINT2: 2, ir.DataType.UINT4: 4}.get(dtype, 8)
+    bits = dtype.bitwidth
     blocks = -(-found.inputs // block)
     shape = (found.outputs, blocks, block * bits // 8)
     if found.inputs % block or dtype == ir.DataType.INT8:
-        values = _computed(ir, graph, name + ".blocks", np.uint8, shape, lambda: _blocks(found, bits, blocks))
+        values = _computed(ir, graph, name + ".blocks", np.uint8, shape, lambda: _blocks(ir, found, bits, blocks))
     else:
         values = _reshaped(ir, graph, found.values, name + ".blocks", ir.DataType.UINT8, shape)
     inputs = [found.matmul.inputs[0], values, found.scale]
@@ -139,14 +139,8 @@ def _to_matmul_nbits(ir: Any, graph: Any, found: _Quantized, activation_bits: in
         row_bytes = -(-blocks * bits // 8)
         shape_zeros = (found.outputs, row_bytes)
         if blocks * bits % 8:
-            zeros = _computed(
-                ir,
-                graph,
-                name + ".zeros",
-                np.uint8,
-                shape_zeros,
-                lambda: _zero_rows(found, bits, 8 * row_bytes // bits),
-            )
+            count = 8 * row_bytes // bits
+            zeros = _computed(ir, graph, name + ".zeros", np.uint8, shape_zeros, lambda: _zero_rows(ir, found, count))
         else:
             zeros = _reshaped(ir, graph, found.zero_point, name + ".zeros", ir.DataType.UINT8, shape_zeros)
         inputs.append(zeros)
@@ -188,7 +182,7 @@ def _bias_after(found: _Quantized) -> tuple[Any, Any | None]:
     return found.matmul, None
 
 
-def _blocks(found: _Quantized, bits: int, blocks: int) -> np.typing.NDArray[np.uint8]:
+def _blocks(ir: Any, found: _Quantized, bits: int, blocks: int) -> np.typing.NDArray[np.uint8]:
     """The values unsigned, padded to whole blocks, packed: uint8[outputs, blocks, block * bits / 8]."""
     stored = found.values.const_value.numpy()
     if bits == 8:
@@ -197,24 +191,23 @@ def _blocks(found: _Quantized, bits: int, blocks: int) -> np.typing.NDArray[np.u
         values = stored.astype(np.uint8)
     padded = np.zeros((found.outputs, blocks * found.block), np.uint8)
     padded[:, : found.inputs] = values
-    return _packed(padded, bits).reshape(found.outputs, blocks, -1)
+    # int8 has become unsigned
+    dtype = ir.DataType.UINT8 if bits == 8 else found.values.dtype
+    return _packed(ir, padded, dtype).reshape(found.outputs, blocks, -1)
 
 
-def _zero_rows(found: _Quantized, bits: int, count: int) -> np.typing.NDArray[np.uint8]:
+def _zero_rows(ir: Any, found: _Quantized, count: int) -> np.typing.NDArray[np.uint8]:
     """The zero points, each row padded to `count`, which fill whole bytes."""
     assert found.zero_point is not None
     stored = found.zero_point.const_value.numpy().astype(np.uint8)
     zeros = np.zeros((found.outputs, count), np.uint8)
     zeros[:, : stored.shape[1]] = stored
-    return _packed(zeros, bits)
+    return _packed(ir, zeros, found.zero_point.dtype).reshape(found.outputs, -1)
 
 
-def _packed(values: np.typing.NDArray[np.uint8], bits: int) -> np.typing.NDArray[np.uint8]:
-    """Values of 2, 4 or 8 bits, as many of them along the last axis to a byte as fit, the first in the lowest bits."""
-    packed = values[..., :: 8 // bits].copy()
-    for i in range(1, 8 // bits):
-        packed |= values[..., i :: 8 // bits] << np.uint8(bits * i)
-    return packed
+def _packed(ir: Any, values: np.typing.NDArray[np.uint8], dtype: Any) -> np.typing.NDArray[np.uint8]:
+    """The bytes of `values`, one to a byte, as a tensor of `dtype` has them, whose rows fill whole bytes."""
+    return np.frombuffer(ir.Tensor(values, dtype=dtype).tobytes(), np.uint8)
 
 
 def _is_default(zero_point: Any, bits: int) -> bool:

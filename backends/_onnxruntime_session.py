@@ -14,7 +14,7 @@ import numpy as np
 
 from lensc.export.graph import GraphSpec
 
-from .base import Array, check_feeds, check_out
+from .base import Array, check_feeds, check_out, give_back
 from .errors import ExecutionError
 
 MESSAGE_LENGTH = 400
@@ -71,9 +71,8 @@ class Weights:
             self._release()
 
     def _release(self) -> None:
-        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-            for mapped in self._maps.values():
-                mapped.madvise(mmap.MADV_DONTNEED)
+        for mapped in self._maps.values():
+            give_back(mapped)
 
 
 class OrtSession:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import filecmp
 import hashlib
+import mmap
 import os
 import re
 import shutil
@@ -275,6 +276,14 @@ def borrow_weights(source: Path, folder: Path) -> Path:
     except OSError:
         shutil.copyfile(source, borrowed)
     return borrowed
+
+
+def give_back(mapped: mmap.mmap) -> None:
+    """Let go of the pages of a mapped file that are in this process's memory; one that is read again comes from the
+    system's file cache. Does nothing where the system cannot.
+    """
+    if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def sha256_file(path: Path) -> str:

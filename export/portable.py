@@ -124,13 +124,13 @@ class PortableWeights:
         shape = tuple(int(d) for d in tensor.shape.numpy())
         if not isinstance(tensor, ir.ExternalTensor):
             return np.asarray(tensor.numpy())[start:stop]
-        bits = {ir.DataType.UINT2: 2, ir.DataType.UINT4: 4}.get(tensor.dtype)
-        row = prod(shape[1:])
-        if bits and row * bits % 8:  # rows do not begin on bytes
+        bits, row = tensor.dtype.bitwidth, prod(shape[1:])
+        few = bits < 8
+        if row * bits % 8:  # rows do not begin on bytes
             whole = np.fromfile(tensor.path, np.uint8, tensor.length or -1, offset=tensor.offset or 0)
             return unpack_bits(whole, bits)[: prod(shape)].reshape(shape)[start:stop]
-        dtype = np.dtype(np.uint8) if bits else tensor.dtype.numpy()
-        row_bytes = row * bits // 8 if bits else row * dtype.itemsize
+        dtype = np.dtype(np.uint8) if few else tensor.dtype.numpy()
+        row_bytes = row * bits // 8
         count = (stop - start) * row_bytes // dtype.itemsize
         flat = np.fromfile(tensor.path, dtype, count, offset=(tensor.offset or 0) + start * row_bytes)
-        return (unpack_bits(flat, bits) if bits else flat).reshape(stop - start, *shape[1:])
+        return (unpack_bits(flat, bits) if few else flat).reshape(stop - start, *shape[1:])

@@ -27,8 +27,8 @@ TURNED = frozenset({"resampler.proj"})
 
 SCALE, ZERO_POINT = ".scale", ".zero_point"
 
-DTYPES = {-1: ir.DataType.INT8, 2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
-"""Of values by the bits that one takes; -1: signed."""
+UNSIGNED = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
+"""The types of unsigned values, by the bits that one takes."""
 
 UINT2_OPSET, UINT2_IR = 25, 12
 """ONNX has UINT2 from here on; graphs without it stay at `lensc.export.onnx.OPSET`, which more engines read."""
@@ -79,7 +79,7 @@ def quantize_linears(model: ir.Model, linears: Mapping[str, Linear], formats: Ma
         linear = linears[name]
         weight = graph.initializers[name]
         readers = [use.node for use in weight.uses()]
-        dtype = DTYPES[-1 if format.is_signed else format.container_bits]
+        dtype = ir.DataType.INT8 if format.is_signed else UNSIGNED[format.container_bits]
         if linear.inputs * format.container_bits % 8:
             raise GraphError(
                 f"weight {name}: rows of {linear.inputs} values in {format} do not end with whole bytes; use w8"

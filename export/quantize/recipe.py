@@ -214,10 +214,20 @@ LAYERS, HEAD = "llm.model.layers.*", "llm.lm_head.weight"
 
 
 def _whole(
-    name: str, layers: str, head: str, method: str = "rtn", table: str = "w8", kv_bits: int | None = None
+    name: str,
+    layers: str,
+    head: str,
+    method: str = "rtn",
+    table: str = "w8",
+    kv_bits: int | None = None,
+    gate_and_up: str | None = None,
 ) -> Recipe:
-    """Vision in eight bits, the decoder's layers, its head and the table as named; products of 8-bit activations."""
-    weights = (*((pattern, "w8") for pattern in VISION), (LAYERS, layers), (HEAD, head), (EMBEDDING, table))
+    """Vision in eight bits, the decoder's layers, its head and the table as named, and two projections of the MLPs, if they
+    are; products of 8-bit activations.
+    """
+    vision = ((pattern, "w8") for pattern in VISION)
+    inner = ((f"{LAYERS}.{part}_proj.weight", gate_and_up) for part in ("gate", "up") if gate_and_up is not None)
+    weights = (*vision, *inner, (LAYERS, layers), (HEAD, head), (EMBEDDING, table))
     return Recipe(name, weights, {"vision": 8, "decoder": 8}, method, kv_bits)
 
 
@@ -233,16 +243,7 @@ PRESETS: dict[str, Recipe] = {
         _whole("int4-g32-gptq", "w4-g32", "w4-g32", "gptq"),
         _whole("int4-small", "w4-g128", "w4-g128", "gptq", table="w4-g64"),
         _whole("int4-kv8", "w4-g128", "w4-g128", kv_bits=8),
-        Recipe(
-            "int2-mlp-gptq",
-            (
-                *((pattern, "w8") for pattern in VISION),
-                *((f"{LAYERS}.{part}_proj.weight", "w2-g64") for part in ("gate", "up")),
-                *((LAYERS, "w4-g128"), (HEAD, "w4-g128"), (EMBEDDING, "w8")),
-            ),
-            {"vision": 8, "decoder": 8},
-            "gptq",
-        ),
+        _whole("int2-mlp-gptq", "w4-g128", "w4-g128", "gptq", gate_and_up="w2-g64"),
         # three bits lie in four, in files and in both engines: as large as int4-g32 until an engine takes them packed
         _whole("int3-gptq", "w3-g32", "w4-g128", "gptq"),
         Recipe("int4-decoder", ((LAYERS, "w4-g128"), (HEAD, "w4-g128"), (EMBEDDING, "w8")), {"decoder": 8}),
