@@ -1,0 +1,245 @@
+"""What the native backend runs: a list of steps over matrices of float32, and where their constants lie.
+
+An artifact is this program as JSON, `<target>.json`, beside the data files that it names. A *value* is float32[rows,
+width] with its rows contiguous; its id is its place in `Program.values`. The inputs of the program are the first values,
+and each step makes the next one, so that a step can only read what was made before it and nothing is made twice. (Whoever
+plans memory may let a step write where it reads for the last time: Add, SiluMul, GeluTanh, and the residual of a Linear.)
+
+How many rows a value has is known when it runs. It is written as a product of the graph's symbolic dimensions and of
+numbers, `batch*tokens`, `slices*96`: the first factor counts what attention keeps apart (sequences, slices), the others
+the rows that each of them has.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from . import codec
+from .errors import GraphError
+
+FORMAT = 1
+PROGRAM_BYTES = 16 << 20
+"""The program of the full-size decoder has 450 steps in 350 KB."""
+
+SHOWN = 4
+"""Problems that one message lists."""
+
+Kind = Literal["f32", "int8", "uint8", "uint4", "uint2"]
+BITS: dict[Kind, int] = {"f32": 32, "int8": 8, "uint8": 8, "uint4": 4, "uint2": 2}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where bytes lie: a file of the program, and the offset in it."""
+
+    file: str
+    offset: int
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A float32[rows, width] in a file; `name` is that of the initializer it was, or made up for what was folded."""
+
+    name: str
+    rows: int
+    width: int
+    place: Place
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.rows * self.width
+
+
+@dataclass(frozen=True)
+class WeightRecord:
+    """The weight of a linear, [outputs, inputs] with its rows contiguous, quantized along the inputs.
+
+    It stands for `(values - zero_point) * scale`. A group is `group` neighbouring inputs of one output, the last of a row
+    may be shorter; 0 is one group per output. `scale` is float32[outputs, groups]. `zero_point` is [outputs, groups] in
+    the type of the values, packed as they are but as one long row, so that a row of it may begin within a byte; without
+    one it is 2^(bits-1), and 0 for int8, which has none. Values of few bits follow each other from the lowest bits of a
+    byte to the highest, and rows of values end with whole bytes.
+
+    `activations` int8: inputs are rounded to 8 bits, symmetric, with a scale per row and group, max|x| / 127.
+    """
+
+    name: str
+    kind: Kind
+    outputs: int
+    inputs: int
+    group: int
+    values: Place
+    scale: Place | None
+    zero_point: Place | None
+    activations: Literal["float", "int8"]
+
+    @property
+    def groups(self) -> int:
+        """Scales of one output."""
+        return -(-self.inputs // self.group) if self.group else 1
+
+    @property
+    def values_bytes(self) -> int:
+        return self.outputs * self.inputs * BITS[self.kind] // 8
+
+    @property
+    def scale_bytes(self) -> int:
+        return 4 * self.outputs * self.groups if self.scale is not None else 0
+
+    @property
+    def zero_point_bytes(self) -> int:
+        return -(-self.outputs * self.groups * BITS[self.kind] // 8) if self.zero_point is not None else 0
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """y = x / rms(x) * weight, or (x - mean(x)) / std(x) * weight + bias, along each row."""
+
+    step: ClassVar = "normalize"
+    kind: Literal["rms", "layer"]
+    x: int
+    weight: Constant
+    bias: Constant | None
+    epsilon: float
+    y: int
+
+
+@dataclass(frozen=True)
+class Add:
+    """y = a + b. A constant of fewer rows is repeated: row i of `a` takes row i modulo its rows."""
+
+    step: ClassVar = "add"
+    a: int
+    b: int | Constant
+    y: int
+
+
+@dataclass(frozen=True)
+class GatherRows:
+    """Row i of y is that row of the table which the int64 input `ids` names at i."""
+
+    step: ClassVar = "gather_rows"
+    table: Constant
+    ids: str
+    y: int
+
+
+@dataclass(frozen=True)
+class SelectRows:
+    """Of the rows of every sequence of x, those at the int64 input `positions`."""
+
+    step: ClassVar = "select_rows"
+    x: int
+    positions: str
+    y: int
+
+
+@dataclass(frozen=True)
+class SiluMul:
+    """y = gate * sigmoid(gate) * up."""
+
+    step: ClassVar = "silu_mul"
+    gate: int
+    up: int
+    y: int
+
+
+@dataclass(frozen=True)
+class GeluTanh:
+    """y = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))."""
+
+    step: ClassVar = "gelu_tanh"
+    x: int
+    y: int
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x W^T + bias + residual. Linears that read the same value in the same format follow each other."""
+
+    step: ClassVar = "linear"
+    x: int
+    weight: WeightRecord
+    bias: Constant | None
+    residual: int | None
+    y: int
+
+
+@dataclass(frozen=True)
+class CausalAttention:
+    """Grouped-query attention with rotary embedding over the KV cache of `layer`, to which it appends.
+
+    Rows of q, k, v are [batch, tokens]; the tokens stand at the positions that follow those in the cache. Keys are
+    stored rotated. inverse_frequencies: float32[1, head_dim / 2].
+    """
+
+    step: ClassVar = "causal_attention"
+    q: int
+    k: int
+    v: int
+    y: int
+    layer: int
+    num_heads: int
+    kv_num_heads: int
+    head_dim: int
+    scale: float
+    inverse_frequencies: Constant
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention of each slice's queries over all of its keys. `bias` is an input float32[slices, keys], added to the
+    logits of a key. A constant q is the same for every slice; q may have another number of rows per slice than k and v.
+    """
+
+    step: ClassVar = "attention"
+    q: int | Constant
+    k: int
+    v: int
+    bias: str | None
+    y: int
+    num_heads: int
+    scale: float
+
+
+Step = (
+    Normalize | Add | GatherRows | SelectRows | SiluMul | GeluTanh | Linear | CausalAttention | Attention
+)  # fmt: skip
+STEPS: dict[str, type[Any]] = {
+    kind.step: kind
+    for kind in (Normalize, Add, GatherRows, SelectRows, SiluMul, GeluTanh, Linear, CausalAttention, Attention)
+}
+
+
+@dataclass(frozen=True)
+class Value:
+    """A float32[rows, width]."""
+
+    rows: str
+    width: int
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of the graph that is a value."""
+
+    name: str
+    value: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """See the module. `files` are the names of the data files, which lie beside the program."""
+
+    graph: str
+    files: tuple[str, ...]
+    values: tuple[Value, ...]
+    inputs: tuple[Port, ...]
+    steps: tuple[Step, ...]
+    outputs: tuple[Port, ...]
