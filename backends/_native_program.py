@@ -13,22 +13,9 @@ the rows that each of them has.
 from __future__ import annotations
 
 import math
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, ClassVar, Literal
-
-from . import codec
-from .errors import GraphError
-
-FORMAT = 1
-PROGRAM_BYTES = 16 << 20
-"""The program of the full-size decoder has 450 steps in 350 KB."""
-
-SHOWN = 4
-"""Problems that one message lists."""
 
 Kind = Literal["f32", "int8", "uint8", "uint4", "uint2"]
 BITS: dict[Kind, int] = {"f32": 32, "int8": 8, "uint8": 8, "uint4": 4, "uint2": 2}
@@ -208,9 +195,7 @@ class Attention:
     scale: float
 
 
-Step = (
-    Normalize | Add | GatherRows | SelectRows | SiluMul | GeluTanh | Linear | CausalAttention | Attention
-)  # fmt: skip
+Step = Normalize | Add | GatherRows | SelectRows | SiluMul | GeluTanh | Linear | CausalAttention | Attention
 STEPS: dict[str, type[Any]] = {
     kind.step: kind
     for kind in (Normalize, Add, GatherRows, SelectRows, SiluMul, GeluTanh, Linear, CausalAttention, Attention)
@@ -243,3 +228,36 @@ class Program:
     inputs: tuple[Port, ...]
     steps: tuple[Step, ...]
     outputs: tuple[Port, ...]
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+
+def product(dims: Sequence[int | str]) -> str:
+    """The spelling of a number of rows: `("slices", 96)` is `slices*96`."""
+    return "*".join(map(str, dims)) or "1"
+
+
+def split(rows: str) -> tuple[str, str]:
+    """What attention keeps apart, and the rows that each of them has: `batch*tokens` is ("batch", "tokens")."""
+    first, _, rest = rows.partition("*")
+    return first, rest or "1"
+
+
+def count(rows: str, sizes: Mapping[str, int]) -> int:
+    """How many rows are meant where symbolic dimensions have `sizes`. KeyError for one that has none."""
+    return math.prod(int(factor) if factor.isdigit() else sizes[factor] for factor in rows.split("*"))
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+_READS: dict[str, tuple[str, ...]] = {
+    name: tuple(f.name for f in fields(kind) if f.name in ("x", "a", "b", "gate", "up", "residual", "q", "k", "v"))
+    for name, kind in STEPS.items()
+}
+"""The fields of each step that may be the id of a value it reads."""
+
+
+def reads(step: Step) -> list[int]:
+    """The values that a step reads, each as often as it does."""
+    return [value for name in _READS[step.step] if type(value := getattr(step, name)) is int]

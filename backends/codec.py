@@ -1,8 +1,8 @@
 """Frozen dataclasses to JSON and back, strictly. The dataclass is the schema; there is no second description of it.
 
-Understood types: str, int, float, bool, None, `Literal`, unions, `tuple[T, ...]`, `tuple[A, B]`, `dict[str, T]`,
-dataclasses, and types with a `parse` classmethod, which are written as `str(value)`. JSON has no infinity: an infinite
-float is written as the string "inf" or "-inf"; NaN is refused.
+Understood types: str, int, float, bool, None, `Literal`, unions (of which one member may be a dataclass), `tuple[T, ...]`,
+`tuple[A, B]`, `dict[str, T]`, dataclasses, and types with a `parse` classmethod, which are written as `str(value)`. JSON
+has no infinity: an infinite float is written as the string "inf" or "-inf"; NaN is refused.
 """
 
 from __future__ import annotations
@@ -154,6 +154,9 @@ def _decode_union(args: tuple[Any, ...], value: object, problems: list[str], at:
     if float in args and isinstance(value, str) and value in _INFINITE:
         return _INFINITE[value]
     kinds = [a for a in args if a is not types.NoneType]
+    records = [a for a in kinds if dataclasses.is_dataclass(a)]
+    if isinstance(value, dict) and len(records) == 1:
+        return _decode_dataclass(cast(type, records[0]), value, problems, at)
     exact = type(value) if type(value) in kinds else None
     if exact is None and len(kinds) > 1 and not (type(value) is int and float in kinds):
         return _mismatch(" or ".join(a.__name__ for a in kinds), value, problems, at)

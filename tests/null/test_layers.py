@@ -56,7 +56,7 @@ LAYERS = {
     ),
     "backends": Layer(
         (
-            *("backends.base", "backends.bundle", "backends.errors"),
+            *("backends.base", "backends.bundle", "backends.codec", "backends.errors"),
             *("export.graph", "export.quantize.scheme", "profiles", "kernels"),
         ),
         anywhere=frozenset({"numpy"}),

@@ -1,0 +1,1 @@
+"""The functions between the products of an MLP."""

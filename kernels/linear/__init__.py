@@ -1,0 +1,1 @@
+"""Products with a weight that stays the same."""
