@@ -69,11 +69,10 @@ def quantize_rows(x: Array, group: int) -> tuple[npt.NDArray[np.int8], npt.NDArr
     scales = np.stack([np.abs(x[:, c]).max(-1, initial=0) / np.float32(LARGEST) for c in columns], -1)
     values = np.zeros(x.shape, np.int8)
     for g, c in enumerate(columns):
-        # a scale may be 0 where the inputs are not: the largest is a denormal below 127 of them
-        inverse = np.divide(
-            np.float32(1), scales[:, g, None], where=scales[:, g, None] > 0, out=np.zeros((len(x), 1), np.float32)
-        )
-        values[:, c] = np.clip(np.rint(x[:, c] * inverse), -LARGEST, LARGEST)
+        # a scale may be 0 where the inputs are not: denormals
+        scale = scales[:, g, None]
+        quotients = np.divide(x[:, c], scale, where=scale > 0, out=np.zeros_like(x[:, c]))
+        values[:, c] = np.clip(np.rint(quotients), -LARGEST, LARGEST)
     return values, scales
 
 
