@@ -14,9 +14,8 @@ Floats = npt.NDArray[np.float64]
 def silu_mul(gate: Array, up: Array) -> Floats:
     """gate * sigmoid(gate) * up, element by element."""
     gate = np.asarray(gate, np.float64)
-    # tanh has no intermediate that overflows
-    sigmoid = (1 + np.tanh(gate / 2)) / 2
-    y: Floats = gate * sigmoid * up
+    # 1 / (1 + exp(-gate)) without an exp that overflows
+    y: Floats = gate * np.exp(-np.logaddexp(0, -gate)) * up
     return y
 
 
