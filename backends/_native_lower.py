@@ -52,6 +52,10 @@ from .base import Array
 from .errors import GraphError
 
 DOMAIN = "lensc"
+
+FOLDED = 1 << 20
+"""Weights that are dequantized at once where a product of constants is computed: 8 MiB of float64."""
+
 KINDS: dict[str, Kind] = {"FLOAT": "f32", "INT8": "int8", "UINT8": "uint8", "UINT4": "uint4", "UINT2": "uint2"}
 
 
@@ -412,9 +416,12 @@ class _Lowering:
     def _product(self, x: Array, weight: WeightRecord) -> Array:
         """x W^T of constants, some outputs at a time."""
         parts, start = [], 0
-        for rows in self.blobs.items[weight.values.offset].pieces():
-            parts.append(linear(x, self._dequantized(rows, weight, start)))
-            start += len(rows)
+        step = max(1, FOLDED // weight.inputs)
+        for piece in self.blobs.items[weight.values.offset].pieces():
+            for first in range(0, len(piece), step):
+                rows = piece[first : first + step]
+                parts.append(linear(x, self._dequantized(rows, weight, start)))
+                start += len(rows)
         return np.concatenate(parts, axis=1)
 
     def _dequantized(self, rows: Array, weight: WeightRecord, start: int) -> Array:

@@ -34,6 +34,7 @@ class Outer:
     shape: tuple[int | str, ...]
     inner: tuple[Inner, ...] = ()
     texts: dict[str, str] = field(default_factory=dict)
+    either: int | Inner | None = None
 
 
 # A union with str reads "inf" as the number (module docstring), so that text is left out.
@@ -49,6 +50,7 @@ OUTER = st.builds(
     shape=st.lists(st.integers() | TEXT, max_size=3).map(tuple),
     inner=st.lists(INNER, max_size=2).map(tuple),
     texts=st.dictionaries(TEXT, TEXT, max_size=3),
+    either=st.none() | st.integers() | INNER,
 )
 
 
@@ -64,7 +66,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=10,
 )
-KEYS = ("name", "flag", "target", "choice", "number", "shape", "inner", "texts")
+KEYS = ("name", "flag", "target", "choice", "number", "shape", "inner", "texts", "either")
 
 
 @given(JSON | st.fixed_dictionaries({key: JSON for key in KEYS}))
