@@ -261,3 +261,11 @@ _READS: dict[str, tuple[str, ...]] = {
 def reads(step: Step) -> list[int]:
     """The values that a step reads, each as often as it does."""
     return [value for name in _READS[step.step] if type(value := getattr(step, name)) is int]
+
+
+def last_reads(program: Program) -> dict[int, int]:
+    """The number of the step that reads a value last, by value; for outputs the number of steps. Values that nobody reads
+    are absent.
+    """
+    last = {value: i for i, step in enumerate(program.steps) for value in reads(step)}
+    return last | {port.value: len(program.steps) for port in program.outputs}

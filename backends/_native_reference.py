@@ -18,6 +18,7 @@ from lensc.kernels.activation.reference import gelu_tanh, silu_mul
 from lensc.kernels.linear.reference import linear, quantized_linear, unpack
 from lensc.kernels.norm.reference import layer_norm, rms_norm
 
+from ._native_file import check_spec
 from ._native_program import (
     BITS,
     Add,
@@ -35,6 +36,7 @@ from ._native_program import (
     Step,
     WeightRecord,
     count,
+    last_reads,
     reads,
     split,
 )
@@ -49,7 +51,8 @@ class NumpySession:
     """A program that `read` gave, whose data files lie in `folder`. See `Session`."""
 
     def __init__(self, spec: GraphSpec, program: Program, folder: Path) -> None:
-        """Map the data files. Raises OSError."""
+        """Map the data files. Raises GraphError for the program of another graph, OSError."""
+        check_spec(program, spec)
         self.spec = spec
         self._program = program
         self._files: dict[str, Array] = {
@@ -71,7 +74,7 @@ class NumpySession:
         values: dict[int, Array] = {}
         for port in self._program.inputs:
             values[port.value] = feeds[port.name].reshape(-1, self._program.values[port.value].width)
-        last = self._last_reads()
+        last = last_reads(self._program)
         # overflow is a value in IEEE arithmetic, not an event
         with np.errstate(all="ignore"):
             for i, step in enumerate(self._program.steps):
@@ -92,11 +95,6 @@ class NumpySession:
         """Let go of the files."""
         self._files.clear()
         self._closed = True
-
-    def _last_reads(self) -> dict[int, int]:
-        """The step that reads a value last, for each that is not an output."""
-        last = {value: i for i, step in enumerate(self._program.steps) for value in reads(step)}
-        return last | {port.value: len(self._program.steps) for port in self._program.outputs}
 
     def _made(
         self,
