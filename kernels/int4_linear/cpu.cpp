@@ -1,0 +1,567 @@
+// See int4_linear.h. Compiled once per instruction set, included by cpu/table.cpp.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "../cpu/tiles.h"
+#include "int4_linear.h"
+
+namespace lensc::LENSC_ISA {
+
+// --- inputs --------------------------------------------------------------------------------------------------------
+
+// One row to int8, plane by plane. Scales and corrections of neighbouring units lie `stride` apart.
+inline void quantize_row(const float* x, const QuantizeArgs& a, int8_t* values, float* scales, float* corrections,
+                         int64_t stride) {
+    const int64_t chunk = chunk_bytes * a.planes, unit = a.unit;
+    int8_t rounded[chunk_bytes * 4];
+    for (int64_t begin = 0; begin < a.padded_inputs; begin += chunk, values += chunk) {
+        const int64_t end = std::min(begin + chunk, a.inputs);
+        std::memset(rounded, 0, sizeof rounded);
+        for (int64_t first = begin; first < end; first += unit) {
+            const int64_t last = std::min(first + unit, end), slot = first / unit * stride;
+            float largest = 0;
+#pragma omp simd reduction(max : largest)
+            for (int64_t i = first; i < last; i++) largest = std::max(largest, std::fabs(x[i]));
+            const float inverse = largest > 0 ? 127 / largest : 0;
+            const float scale = largest / 127;
+            int32_t sum = 0;
+            // a row of denormals has an inverse that is infinite; what it adds is nothing
+            if (std::isfinite(inverse)) {
+#pragma omp simd reduction(+ : sum)
+                for (int64_t i = first; i < last; i++) {
+                    const int32_t q = static_cast<int32_t>(std::nearbyint(x[i] * inverse));
+                    rounded[i - begin] = static_cast<int8_t>(q);
+                    sum += q;
+                }
+            }
+            scales[slot] = scale;
+            corrections[slot] = scale * static_cast<float>(sum) * a.factor;
+        }
+        for (int64_t p = 0; p < a.planes; p++)
+            for (int64_t i = 0; i < chunk_bytes; i++) values[p * chunk_bytes + i] = rounded[i * a.planes + p];
+    }
+}
+
+// 64 values of 16 rows, `stride` apart, to [16, 16, 4]: four values of each row in turn.
+inline void interleave(const int8_t* rows, int64_t stride, int8_t* tile) {
+    for (int64_t r = 0; r < panel_rows; r++) {
+        int32_t quads[16];
+        std::memcpy(quads, rows + r * stride, sizeof quads);
+        for (int64_t i = 0; i < 16; i++) std::memcpy(tile + i * 64 + r * 4, &quads[i], 4);
+    }
+}
+
+// Quantize the rows of a panel, which `row(r)` gives as float32.
+template <class Row>
+void quantize_panel(const QuantizeArgs& a, int64_t block, int64_t panel, Row row, int8_t* scratch) {
+    const int64_t units = (a.inputs + a.unit - 1) / a.unit, chunk = chunk_bytes * a.planes;
+    const int64_t first = a.out.first_panel(block), panels = a.out.first_panel(block + 1) - first;
+    const int64_t stride = panels * panel_rows, lane = (panel - first) * panel_rows;
+    float* scales = a.out.scales + first * panel_rows * units + lane;
+    float* corrections = a.out.corrections + first * panel_rows * units + lane;
+    for (int64_t r = 0; r < panel_rows; r++) {
+        int8_t* values = scratch + r * a.padded_inputs;
+        if (panel * panel_rows + r < a.out.rows) {
+            quantize_row(row(panel * panel_rows + r), a, values, scales + r, corrections + r, stride);
+        } else {
+            std::memset(values, 0, static_cast<size_t>(a.padded_inputs));
+            for (int64_t u = 0; u < units; u++) scales[u * stride + r] = corrections[u * stride + r] = 0;
+        }
+    }
+    int8_t* tiles = a.out.values + first * panel_rows * a.padded_inputs + (panel - first) * panel_rows * chunk;
+    for (int64_t c = 0; c * chunk < a.padded_inputs; c++)
+        for (int64_t p = 0; p < a.planes; p++)
+            interleave(scratch + c * chunk + p * chunk_bytes, a.padded_inputs,
+                       tiles + c * panels * panel_rows * chunk + p * panel_rows * chunk_bytes);
+}
+
+// --- few rows: weights stream past -----------------------------------------------------------------------------------
+
+inline float zero_point_of(const GroupWeight& w, int64_t output, int64_t group) {
+    const int64_t bit = (output * w.groups() + group) * w.bits;
+    return static_cast<float>((w.zero_points[bit / 8] >> (bit % 8)) & ((1 << w.bits) - 1));
+}
+
+// What zero points take from an output: sum over units of scale * correction, times zero points if there are several.
+inline float correction_of(const GroupWeight& w, int64_t output, const float* corrections) {
+    const int64_t units = w.units(), groups = w.groups(), per_group = w.units_per_group();
+    const float* scales = w.scales + output * groups;
+    float sum = 0;
+    if (!w.zero_points && units == groups) {
+#pragma omp simd reduction(+ : sum)
+        for (int64_t u = 0; u < units; u++) sum += scales[u] * corrections[u];
+        return sum;
+    }
+    for (int64_t u = 0; u < units; u++) {
+        const int64_t g = u / per_group;
+        sum += scales[g] * corrections[u] * (w.zero_points ? zero_point_of(w, output, g) : 1);
+    }
+    return sum;
+}
+
+// The `count` bytes of a chunk as unsigned values: planes of 64, `stride` apart; what is missing is 0.
+inline void unpack(const GroupWeight& w, const uint8_t* bytes, int64_t count, uint8_t* values, int64_t stride) {
+#if defined(__AVX512BW__)
+    const __mmask64 held = count < chunk_bytes ? (__mmask64(1) << count) - 1 : ~__mmask64(0);
+    const __m512i packed = _mm512_maskz_loadu_epi8(held, bytes);
+    if (w.bits == 8) {
+        _mm512_storeu_si512(values, _mm512_xor_si512(packed, _mm512_set1_epi8(w.is_signed ? -128 : 0)));
+    } else if (w.bits == 4) {
+        const __m512i mask = _mm512_set1_epi8(15);
+        _mm512_storeu_si512(values, _mm512_and_si512(packed, mask));
+        _mm512_storeu_si512(values + stride, _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask));
+    } else {
+        const __m512i mask = _mm512_set1_epi8(3);
+        for (int p = 0; p < 4; p++)
+            _mm512_storeu_si512(values + p * stride, _mm512_and_si512(_mm512_srli_epi16(packed, 2 * p), mask));
+    }
+#else
+    uint8_t whole[chunk_bytes] = {};
+    std::memcpy(whole, bytes, static_cast<size_t>(count));
+    const uint8_t flip = w.is_signed ? 0x80 : 0, mask = static_cast<uint8_t>((1 << w.bits) - 1);
+    for (int64_t p = 0; p < w.planes(); p++)
+        for (int64_t i = 0; i < chunk_bytes; i++)
+            values[p * stride + i] = ((whole[i] >> (p * w.bits)) & mask) ^ flip;
+#endif
+}
+
+#if defined(__AVX512VNNI__)
+
+// Lanes that belong to each unit of a chunk, as indices into its scales.
+inline __m512i unit_lanes(const GroupWeight& w) {
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    int shift = 0;
+    while ((4 << shift) < w.unit_bytes()) shift++;
+    return _mm512_srli_epi32(lane, shift);
+}
+
+template <int Bits>
+inline __m512i plane_of(__m512i bytes, int p, __m512i mask, __m512i flip) {
+    if (Bits == 8) return _mm512_xor_si512(bytes, flip);
+    return _mm512_and_si512(p ? _mm512_srli_epi16(bytes, p * Bits) : bytes, mask);
+}
+
+// `Outputs` outputs of `Rows` rows.
+template <int Bits, int Outputs, int Rows, bool WholeChunk>
+inline void stream_outputs(const Int4LinearArgs& a, int64_t output, int64_t row) {
+    constexpr int planes = 8 / Bits;
+    const GroupWeight& w = a.weight;
+    const int64_t row_bytes = w.row_bytes(), chunks = w.chunks(), groups = w.groups(), units = w.units();
+    const int64_t padded = w.padded_inputs(), per_chunk = w.units_per_chunk();
+    const int64_t units_per_group = w.units_per_group();
+    const uint8_t* values = w.values + output * row_bytes;
+    const float* scales = w.scales + output * groups;
+    const __m512i mask = _mm512_set1_epi8(Bits == 2 ? 3 : 15), flip = _mm512_set1_epi8(w.is_signed ? -128 : 0);
+    const __m512i lanes = unit_lanes(w);
+    __m512 sums[Outputs][Rows];
+    for (auto& of_output : sums)
+        for (auto& sum : of_output) sum = _mm512_setzero_ps();
+    for (int64_t c = 0; c < chunks; c++) {
+        const int64_t left = row_bytes - c * chunk_bytes;
+        const __mmask64 bytes = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
+        const int64_t first = c * per_chunk;
+        const __mmask16 scale_mask = static_cast<__mmask16>((1u << std::min<int64_t>(per_chunk, units - first)) - 1);
+        __m512i unpacked[Outputs][planes];
+        for (int o = 0; o < Outputs; o++) {
+            const uint8_t* at = values + o * row_bytes + c * chunk_bytes;
+            _mm_prefetch(reinterpret_cast<const char*>(at + Outputs * row_bytes), _MM_HINT_T0);
+            const __m512i packed = _mm512_maskz_loadu_epi8(bytes, at);
+            for (int p = 0; p < planes; p++) unpacked[o][p] = plane_of<Bits>(packed, p, mask, flip);
+        }
+        for (int r = 0; r < Rows; r++) {
+            const int8_t* x = a.x.values + (row + r) * padded + c * chunk_bytes * planes;
+            const float* x_scales = a.x.scales + (row + r) * units + first;
+            const __m512 x_scale =
+                WholeChunk ? _mm512_set1_ps(*x_scales)
+                           : _mm512_permutexvar_ps(lanes, _mm512_maskz_loadu_ps(scale_mask, x_scales));
+            for (int o = 0; o < Outputs; o++) {
+                __m512i product = _mm512_setzero_si512();
+                for (int p = 0; p < planes; p++)
+                    product = _mm512_dpbusd_epi32(product, unpacked[o][p], _mm512_loadu_si512(x + p * 64));
+                const __m512 scale =
+                    WholeChunk ? _mm512_set1_ps(scales[o * groups + c / units_per_group])
+                               : _mm512_permutexvar_ps(
+                                     lanes, _mm512_maskz_loadu_ps(scale_mask, scales + o * groups + first));
+                sums[o][r] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(product), x_scale), scale, sums[o][r]);
+            }
+        }
+    }
+    for (int o = 0; o < Outputs; o++)
+        for (int r = 0; r < Rows; r++) {
+            const int64_t at = (row + r) * w.outputs + output + o;
+            float y = _mm512_reduce_add_ps(sums[o][r]) - correction_of(w, output + o, a.x.corrections + (row + r) * units);
+            if (a.bias) y += a.bias[output + o];
+            if (a.residual) y += a.residual[at];
+            a.y[at] = y;
+        }
+}
+
+template <int Bits, int Rows, bool WholeChunk>
+void stream_rows(const Int4LinearArgs& a, int64_t row, Range outputs) {
+    constexpr int together = Rows <= 2 ? 4 : 2;
+    int64_t o = outputs.begin;
+    for (; o + together <= outputs.end; o += together) stream_outputs<Bits, together, Rows, WholeChunk>(a, o, row);
+    for (; o < outputs.end; o++) stream_outputs<Bits, 1, Rows, WholeChunk>(a, o, row);
+}
+
+template <int Bits, bool WholeChunk>
+void stream_bits(const Int4LinearArgs& a, Range outputs) {
+    int64_t row = 0;
+    for (; row + 8 <= a.x.rows; row += 8) stream_rows<Bits, 8, WholeChunk>(a, row, outputs);
+    switch (a.x.rows - row) {
+        case 1: return stream_rows<Bits, 1, WholeChunk>(a, row, outputs);
+        case 2: return stream_rows<Bits, 2, WholeChunk>(a, row, outputs);
+        case 3: return stream_rows<Bits, 3, WholeChunk>(a, row, outputs);
+        case 4: return stream_rows<Bits, 4, WholeChunk>(a, row, outputs);
+        case 5: return stream_rows<Bits, 5, WholeChunk>(a, row, outputs);
+        case 6: return stream_rows<Bits, 6, WholeChunk>(a, row, outputs);
+        case 7: return stream_rows<Bits, 7, WholeChunk>(a, row, outputs);
+        default: return;
+    }
+}
+
+inline void stream(const Int4LinearArgs& a, Range outputs) {
+    const bool whole = a.weight.unit_bytes() == chunk_bytes;
+    switch (a.weight.bits) {
+        case 8: return whole ? stream_bits<8, true>(a, outputs) : stream_bits<8, false>(a, outputs);
+        case 4: return whole ? stream_bits<4, true>(a, outputs) : stream_bits<4, false>(a, outputs);
+        default: return whole ? stream_bits<2, true>(a, outputs) : stream_bits<2, false>(a, outputs);
+    }
+}
+
+#else
+
+// Products of the bytes of a unit: sum of values * x.
+inline int32_t dot(const uint8_t* values, const int8_t* x, int64_t count) {
+    int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < count; i++) sum += int32_t(values[i]) * x[i];
+    return sum;
+}
+
+inline void stream(const Int4LinearArgs& a, Range outputs) {
+    const GroupWeight& w = a.weight;
+    const int64_t planes = w.planes(), units = w.units(), per_chunk = w.units_per_chunk(), unit_bytes = w.unit_bytes();
+    const int64_t units_per_group = w.units_per_group(), row_bytes = w.row_bytes();
+    uint8_t values[4 * chunk_bytes];
+    for (int64_t o = outputs.begin; o < outputs.end; o++) {
+        float sums[most_streamed_rows] = {};
+        for (int64_t c = 0; c < w.chunks(); c++) {
+            const int64_t left = std::min(chunk_bytes, row_bytes - c * chunk_bytes);
+            unpack(w, w.values + o * row_bytes + c * chunk_bytes, left, values, chunk_bytes);
+            for (int64_t r = 0; r < a.x.rows; r++) {
+                const int8_t* x = a.x.values + r * w.padded_inputs() + c * chunk_bytes * planes;
+                for (int64_t u = 0; u < per_chunk && c * per_chunk + u < units; u++) {
+                    int32_t product = 0;
+                    for (int64_t p = 0; p < planes; p++)
+                        product += dot(values + p * chunk_bytes + u * unit_bytes, x + p * chunk_bytes + u * unit_bytes,
+                                       unit_bytes);
+                    const int64_t unit = c * per_chunk + u, group = unit / units_per_group;
+                    sums[r] += static_cast<float>(product) * a.x.scales[r * units + unit] *
+                               w.scales[o * w.groups() + group];
+                }
+            }
+        }
+        for (int64_t r = 0; r < a.x.rows; r++) {
+            const int64_t at = r * w.outputs + o;
+            float y = sums[r] - correction_of(w, o, a.x.corrections + r * units);
+            if (a.bias) y += a.bias[o];
+            if (a.residual) y += a.residual[at];
+            a.y[at] = y;
+        }
+    }
+}
+
+#endif
+
+// --- many rows: blocks of 32 outputs by 32 rows ------------------------------------------------------------------------
+
+constexpr int64_t block_outputs = 32;
+
+// Products of 32 outputs and one or two panels over `bytes` bytes of `planes` planes: c[32][Panels * 16], lanes are rows of
+// x. `values` is [planes][32][64], x [Panels][planes][16][16][4].
+#if defined(__AMX_INT8__)
+
+struct Tiles {
+    explicit Tiles(int64_t bytes) {
+        TileShapes shapes;
+        for (int i = 0; i < 4; i++) shapes.set(i, 16, 64);         // products
+        for (int i = 4; i < 6; i++) shapes.set(i, 16, bytes);      // weights
+        for (int i = 6; i < 8; i++) shapes.set(i, bytes / 4, 64);  // x
+        shapes.load();
+    }
+    ~Tiles() { TileShapes::release(); }
+};
+
+template <int Panels>
+inline void multiply(const uint8_t* values, const int8_t* x, int64_t planes, int64_t, int32_t* c) {
+    LENSC_TILE_ZERO(0);
+    LENSC_TILE_ZERO(2);
+    if (Panels == 2) {
+        LENSC_TILE_ZERO(1);
+        LENSC_TILE_ZERO(3);
+    }
+    for (int64_t p = 0; p < planes; p++) {
+        LENSC_TILE_LOAD(4, values + p * 32 * 64, 64);
+        LENSC_TILE_LOAD(6, x + p * 1024, 64);
+        LENSC_TILE_U8S8(0, 4, 6);
+        LENSC_TILE_LOAD(5, values + p * 32 * 64 + 16 * 64, 64);
+        LENSC_TILE_U8S8(2, 5, 6);
+        if (Panels == 2) {
+            LENSC_TILE_LOAD(7, x + (planes + p) * 1024, 64);
+            LENSC_TILE_U8S8(1, 4, 7);
+            LENSC_TILE_U8S8(3, 5, 7);
+        }
+    }
+    LENSC_TILE_STORE(0, c, 64 * Panels);
+    LENSC_TILE_STORE(2, c + 256 * Panels, 64 * Panels);
+    if (Panels == 2) {
+        LENSC_TILE_STORE(1, c + 16, 128);
+        LENSC_TILE_STORE(3, c + 16 * 32 + 16, 128);
+    }
+}
+
+#else
+
+struct Tiles {
+    explicit Tiles(int64_t) {}
+};
+
+#if defined(__AVX512VNNI__)
+
+template <int Panels>
+inline void multiply(const uint8_t* values, const int8_t* x, int64_t planes, int64_t bytes, int32_t* c) {
+    constexpr int together = 16 / Panels;
+    for (int64_t o = 0; o < 32; o += together) {
+        __m512i sums[together][Panels];
+        for (auto& of_output : sums)
+            for (auto& sum : of_output) sum = _mm512_setzero_si512();
+        for (int64_t p = 0; p < planes; p++)
+            for (int64_t b = 0; b < bytes; b += 4) {
+                __m512i quads[Panels];
+                for (int i = 0; i < Panels; i++) quads[i] = _mm512_loadu_si512(x + (i * planes + p) * 1024 + b * 16);
+#pragma GCC unroll 16
+                for (int i = 0; i < together; i++) {
+                    int32_t quad;
+                    std::memcpy(&quad, values + p * 32 * 64 + (o + i) * 64 + b, 4);
+                    const __m512i weight = _mm512_set1_epi32(quad);
+                    for (int j = 0; j < Panels; j++) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], weight, quads[j]);
+                }
+            }
+        for (int i = 0; i < together; i++)
+            for (int j = 0; j < Panels; j++) _mm512_storeu_si512(c + ((o + i) * Panels + j) * 16, sums[i][j]);
+    }
+}
+
+#else
+
+template <int Panels>
+inline void multiply(const uint8_t* values, const int8_t* x, int64_t planes, int64_t bytes, int32_t* c) {
+    for (int64_t o = 0; o < 32; o++)
+        for (int64_t j = 0; j < Panels; j++) {
+            int32_t sums[16] = {};
+            for (int64_t p = 0; p < planes; p++)
+                for (int64_t b = 0; b < bytes; b += 4) {
+                    const uint8_t* v = values + p * 32 * 64 + o * 64 + b;
+                    const int8_t* quads = x + (j * planes + p) * 1024 + b * 16;
+#pragma omp simd
+                    for (int64_t r = 0; r < 16; r++)
+                        for (int64_t i = 0; i < 4; i++) sums[r] += int32_t(v[i]) * quads[r * 4 + i];
+                }
+            std::memcpy(c + (o * Panels + j) * 16, sums, sizeof sums);
+        }
+}
+
+#endif
+#endif
+
+// What a unit of one or two panels adds: sums[output][row] += (c * x_scale - zero point * correction) * scale. Zero points
+// are one for all (`zeros` null, and multiplied with the corrections already) or one for each output.
+struct Fold {
+    const float* scales;
+    int64_t scale_stride;
+    const float* zeros;
+    const float *x_scales, *corrections;
+    int panels;
+};
+
+template <int Panels>
+inline void fold(const Fold& f, const int32_t* c, float* sums) {
+    constexpr int lanes = 16 * Panels;
+    float x_scale[lanes], correction[lanes];
+    std::memcpy(x_scale, f.x_scales, sizeof x_scale);
+    std::memcpy(correction, f.corrections, sizeof correction);
+    for (int64_t o = 0; o < 32; o++, c += lanes, sums += lanes) {
+        const float scale = f.scales[o * f.scale_stride];
+        if (f.zeros) {
+            const float zero = f.zeros[o];
+#pragma omp simd
+            for (int r = 0; r < lanes; r++)
+                sums[r] += (static_cast<float>(c[r]) * x_scale[r] - zero * correction[r]) * scale;
+        } else {
+#pragma omp simd
+            for (int r = 0; r < lanes; r++)
+                sums[r] += (static_cast<float>(c[r]) * x_scale[r] - correction[r]) * scale;
+        }
+    }
+}
+
+// 16 x 16 of sums, turned: y[row][output].
+inline void turn(const float* sums, int64_t sums_stride, float* turned) {
+#if defined(__AVX512F__)
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(sums + i * sums_stride);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            a[i + 2 * j] = _mm512_shuffle_ps(b[i + j], b[i + j + 2], 0x44);
+            a[i + 2 * j + 1] = _mm512_shuffle_ps(b[i + j], b[i + j + 2], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        b[i] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88);
+        b[i + 4] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; i++) {
+        _mm512_storeu_ps(turned + i * 16, _mm512_shuffle_f32x4(b[i], b[i + 8], 0x88));
+        _mm512_storeu_ps(turned + (i + 8) * 16, _mm512_shuffle_f32x4(b[i], b[i + 8], 0xdd));
+    }
+#else
+    for (int64_t r = 0; r < 16; r++)
+        for (int64_t o = 0; o < 16; o++) turned[r * 16 + o] = sums[o * sums_stride + r];
+#endif
+}
+
+// Finished sums to y, with bias and residual.
+inline void put(const Int4LinearArgs& a, const float* sums, int64_t output, int64_t panel, int64_t panels) {
+    alignas(64) float turned[16 * 16];
+    for (int64_t o = 0; o < block_outputs && output + o < a.weight.outputs; o += 16)
+        for (int64_t p = 0; p < panels; p++) {
+            const int64_t lanes = p / 2 * 2 + 1 < panels ? 32 : 16;  // a pair of panels, or the last one alone
+            turn(sums + p / 2 * 32 * 32 + o * lanes + p % 2 * 16, lanes, turned);
+            const int64_t rows = std::min(panel_rows, a.x.rows - (panel + p) * panel_rows);
+            const int64_t outputs = std::min<int64_t>(16, a.weight.outputs - output - o);
+            for (int64_t r = 0; r < rows; r++) {
+                const int64_t at = ((panel + p) * panel_rows + r) * a.weight.outputs + output + o;
+                for (int64_t i = 0; i < outputs; i++) {
+                    float y = turned[r * 16 + i];
+                    if (a.bias) y += a.bias[output + o + i];
+                    if (a.residual) y += a.residual[at + i];
+                    a.y[at + i] = y;
+                }
+            }
+        }
+}
+
+// 32 outputs of a block of panels. Weights of the next chunk are unpacked and products of the last pair of panels scaled while
+// tiles are busy: each of these stores what a later one loads, and would wait for it if it came at once.
+inline void multiply_block(const Int4LinearArgs& a, int64_t output, int64_t block) {
+    const GroupWeight& w = a.weight;
+    const int64_t planes = w.planes(), units = w.units(), per_chunk = w.units_per_chunk(), unit_bytes = w.unit_bytes();
+    const int64_t units_per_group = w.units_per_group(), groups = w.groups(), row_bytes = w.row_bytes();
+    const int64_t first = a.x.first_panel(block), panels = a.x.first_panel(block + 1) - first;
+    const int64_t outputs = std::min(block_outputs, w.outputs - output), tile = planes * chunk_bytes * panel_rows;
+    const int8_t* x = a.x.values + first * panel_rows * w.padded_inputs();
+    const float* x_scales = a.x.scales + first * panel_rows * units;
+    const float* corrections = a.x.corrections + first * panel_rows * units;
+    alignas(64) uint8_t values[2][4 * 32 * 64];
+    alignas(64) int32_t products[2][32 * 32];
+    alignas(64) float sums[block_outputs * most_panels * panel_rows];
+    float zeros[2][32] = {}, few_scales[2][32] = {};
+    if (outputs < 32) std::memset(values, 0, sizeof values);
+    std::memset(sums, 0, static_cast<size_t>((panels + 1) / 2 * 32 * 32) * sizeof(float));
+
+    const auto unpack_chunk = [&](int64_t chunk) {
+        const int64_t left = std::min(chunk_bytes, row_bytes - chunk * chunk_bytes);
+        const uint8_t* at = w.values + output * row_bytes + chunk * chunk_bytes;
+        for (int64_t o = 0; o < outputs; o++, at += row_bytes) {
+            __builtin_prefetch(at + block_outputs * row_bytes);
+            unpack(w, at, left, values[chunk % 2] + o * 64, 32 * 64);
+        }
+    };
+    Fold pending = {};
+    float* pending_sums = nullptr;
+    int64_t count = 0;
+    const auto fold_pending = [&] {
+        if (!pending_sums) return;
+        const int32_t* made = products[(count + 1) % 2];
+        pending.panels == 2 ? fold<2>(pending, made, pending_sums) : fold<1>(pending, made, pending_sums);
+    };
+    unpack_chunk(0);
+    for (int64_t chunk = 0; chunk < w.chunks(); chunk++) {
+        for (int64_t u = 0; u < per_chunk && chunk * per_chunk + u < units; u++) {
+            const int64_t unit = chunk * per_chunk + u, group = unit / units_per_group;
+            Fold next = {w.scales + output * groups + group, groups, nullptr, nullptr, nullptr, 2};
+            if (outputs < 32) {
+                for (int64_t o = 0; o < outputs; o++) few_scales[unit % 2][o] = next.scales[o * groups];
+                next.scales = few_scales[unit % 2], next.scale_stride = 1;
+            }
+            if (w.zero_points) {
+                for (int64_t o = 0; o < outputs; o++) zeros[unit % 2][o] = zero_point_of(w, output + o, group);
+                next.zeros = zeros[unit % 2];
+            }
+            for (int64_t p = 0; p < panels; p += 2, count++) {
+                const uint8_t* of_unit = values[chunk % 2] + u * unit_bytes;
+                const int8_t* of_pair = x + (chunk * panels + p) * tile + u * unit_bytes * 16;
+                next.panels = p + 1 < panels ? 2 : 1;
+                next.x_scales = x_scales + (unit * panels + p) * panel_rows;
+                next.corrections = corrections + (unit * panels + p) * panel_rows;
+                next.panels == 2 ? multiply<2>(of_unit, of_pair, planes, unit_bytes, products[count % 2])
+                                 : multiply<1>(of_unit, of_pair, planes, unit_bytes, products[count % 2]);
+                if (u == 0 && p == 0 && chunk + 1 < w.chunks()) unpack_chunk(chunk + 1);
+                fold_pending();
+                pending = next, pending_sums = sums + p / 2 * 32 * 32;
+            }
+        }
+    }
+    fold_pending();
+    put(a, sums, output, first, panels);
+}
+
+// A block of rows stays in the cache while all weights pass.
+inline void multiply_panels(const Int4LinearArgs& a, Range outputs) {
+    const Tiles tiles(a.weight.unit_bytes());
+    for (int64_t block = 0; block < a.x.blocks(); block++)
+        for (int64_t output = outputs.begin; output < outputs.end; output += block_outputs)
+            multiply_block(a, output, block);
+}
+
+// --- the kernel --------------------------------------------------------------------------------------------------------
+
+inline void int4_linear(const Int4LinearArgs& a, Share share) {
+    const Range outputs = range_of(a.weight.outputs, block_outputs, share);
+    a.x.in_panels ? multiply_panels(a, outputs) : stream(a, outputs);
+}
+
+inline size_t quantize_scratch_bytes(const QuantizeArgs& a) {
+    return a.out.in_panels ? static_cast<size_t>(panel_rows * a.padded_inputs) : 0;
+}
+
+// Quantize rows that `row(r)` gives as float32[inputs].
+template <class Row>
+void quantize_with(const QuantizeArgs& a, Row row, int8_t* scratch, Share share) {
+    const int64_t units = (a.inputs + a.unit - 1) / a.unit;
+    if (a.out.in_panels) {
+        const Range panels = range_of(a.out.panels(), 1, share);
+        for (int64_t p = panels.begin, block = 0; p < panels.end; p++) {
+            while (a.out.first_panel(block + 1) <= p) block++;
+            quantize_panel(a, block, p, row, scratch);
+        }
+    } else {
+        const Range rows = range_of(a.out.rows, 1, share);
+        for (int64_t r = rows.begin; r < rows.end; r++)
+            quantize_row(row(r), a, a.out.values + r * a.padded_inputs, a.out.scales + r * units,
+                         a.out.corrections + r * units, 1);
+    }
+}
+
+inline void quantize(const QuantizeArgs& a, void* scratch, Share share) {
+    quantize_with(a, [&](int64_t r) { return a.x + r * a.inputs; }, static_cast<int8_t*>(scratch), share);
+}
+
+}  // namespace lensc::LENSC_ISA

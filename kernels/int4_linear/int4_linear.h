@@ -1,0 +1,73 @@
+// y = x W^T for weights of 2, 4 or 8 bits with a scale per group of inputs, on inputs quantized to int8 as they come.
+//
+// Weights are read where they lie in the portable graph's data file: a row per output, low bits first. A *chunk* is 64
+// bytes of a row. Byte i of a chunk holds `planes` = 8 / bits neighbouring inputs, so taking all low bits at once gives
+// every second (or fourth) input: plane p of a chunk is inputs i * planes + p. The int8 inputs are therefore stored plane
+// by plane, and no weight is ever moved.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "../cpu/share.h"
+
+namespace lensc {
+
+constexpr int64_t chunk_bytes = 64;
+constexpr int64_t panel_rows = 16, most_panels = 8;
+// Up to so many rows are computed one by one while weights stream past; more go in panels.
+constexpr int64_t most_streamed_rows = 8;
+
+struct GroupWeight {
+    const uint8_t* values;       // [outputs, inputs * bits / 8]
+    const float* scales;         // [outputs, groups]
+    const uint8_t* zero_points;  // [outputs, groups], packed like values without gaps; null: all are `zero_point`
+    int64_t outputs, inputs, group;
+    int bits;        // 2, 4 or 8
+    int zero_point;  // what stands for 0 where zero_points is null
+    bool is_signed;  // int8: values are two's complement around 0
+
+    int64_t planes() const { return 8 / bits; }
+    int64_t groups() const { return inputs / group; }
+    int64_t row_bytes() const { return inputs * bits / 8; }
+    int64_t chunks() const { return (row_bytes() + chunk_bytes - 1) / chunk_bytes; }
+    // Inputs that are summed as integers before they are scaled: a group, or a chunk of it.
+    int64_t unit() const { return group < chunk_bytes * planes() ? group : chunk_bytes * planes(); }
+    int64_t unit_bytes() const { return unit() * bits / 8; }
+    int64_t units() const { return (inputs + unit() - 1) / unit(); }
+    int64_t units_per_group() const { return (group + unit() - 1) / unit(); }
+    int64_t units_per_chunk() const { return chunk_bytes / unit_bytes(); }
+    int64_t padded_inputs() const { return chunks() * chunk_bytes * planes(); }
+};
+
+// Inputs quantized to int8, symmetric, a scale per row and unit: either row by row, or in blocks of up to 8 panels of 16 rows
+// (the last one filled with zeros), in which four neighbouring bytes of 16 rows lie together. A block lies in one piece: it
+// stays in the cache while all weights pass.
+struct QuantizedRows {
+    int8_t* values;      // [rows, chunks, planes, 64], or of each block [chunks, panels, planes, 16, 16 rows, 4]
+    float* scales;       // [rows, units], or of each block [units, panels, 16]
+    float* corrections;  // as scales: what a unit has too much per unit of zero point, scale * sum of values * `factor`
+    int64_t rows;
+    bool in_panels;
+
+    int64_t panels() const { return (rows + panel_rows - 1) / panel_rows; }
+    int64_t blocks() const { return (panels() + most_panels - 1) / most_panels; }
+    // The first panel of a block; that of the block behind the last is panels().
+    int64_t first_panel(int64_t block) const { return panels() * block / blocks(); }
+};
+
+struct Int4LinearArgs {
+    GroupWeight weight;
+    QuantizedRows x;
+    const float* bias;      // [outputs] or null
+    const float* residual;  // [rows, outputs] or null; may be y
+    float* y;               // [rows, outputs]
+};
+
+struct QuantizeArgs {
+    const float* x;  // [rows, inputs]
+    int64_t inputs, planes, unit, padded_inputs;
+    float factor;  // of corrections: the weights' zero point if they have one for all, else 1
+    QuantizedRows out;
+};
+
+}  // namespace lensc
