@@ -2,6 +2,10 @@
 #pragma once
 #include <cstdint>
 
+// A function of a header that every instruction set compiles: were it a symbol, the linker would keep one copy for all, and a
+// processor could meet instructions that it lacks.
+#define LENSC_INLINE inline __attribute__((always_inline))
+
 namespace lensc {
 
 // Part `index` of `count`. The parts need no barrier between them, and their sum has the same bits whatever `count` is.
@@ -14,7 +18,7 @@ struct Range {
     int64_t begin, end;
 };
 
-inline Range range_of(int64_t items, int64_t step, Share share) {
+LENSC_INLINE Range range_of(int64_t items, int64_t step, Share share) {
     const int64_t blocks = (items + step - 1) / step;
     const int64_t first = blocks * share.index / share.count, last = blocks * (share.index + 1) / share.count;
     const int64_t end = last * step;

@@ -283,15 +283,15 @@ constexpr int64_t block_outputs = 32;
 // x. `values` is [planes][32][64], x [Panels][planes][16][16][4].
 #if defined(__AMX_INT8__)
 
-struct Tiles {
-    explicit Tiles(int64_t bytes) {
+struct GroupTiles {
+    explicit GroupTiles(int64_t bytes) {
         TileShapes shapes;
         for (int i = 0; i < 4; i++) shapes.set(i, 16, 64);         // products
         for (int i = 4; i < 6; i++) shapes.set(i, 16, bytes);      // weights
         for (int i = 6; i < 8; i++) shapes.set(i, bytes / 4, 64);  // x
         shapes.load();
     }
-    ~Tiles() { TileShapes::release(); }
+    ~GroupTiles() { TileShapes::release(); }
 };
 
 template <int Panels>
@@ -324,8 +324,8 @@ inline void multiply(const uint8_t* values, const int8_t* x, int64_t planes, int
 
 #else
 
-struct Tiles {
-    explicit Tiles(int64_t) {}
+struct GroupTiles {
+    explicit GroupTiles(int64_t) {}
 };
 
 #if defined(__AVX512VNNI__)
@@ -525,7 +525,7 @@ inline void multiply_block(const Int4LinearArgs& a, int64_t output, int64_t bloc
 
 // A block of rows stays in the cache while all weights pass.
 inline void multiply_panels(const Int4LinearArgs& a, Range outputs) {
-    const Tiles tiles(a.weight.unit_bytes());
+    const GroupTiles tiles(a.weight.unit_bytes());
     for (int64_t block = 0; block < a.x.blocks(); block++)
         for (int64_t output = outputs.begin; output < outputs.end; output += block_outputs)
             multiply_block(a, output, block);

@@ -26,17 +26,17 @@ struct GroupWeight {
     int zero_point;  // what stands for 0 where zero_points is null
     bool is_signed;  // int8: values are two's complement around 0
 
-    int64_t planes() const { return 8 / bits; }
-    int64_t groups() const { return inputs / group; }
-    int64_t row_bytes() const { return inputs * bits / 8; }
-    int64_t chunks() const { return (row_bytes() + chunk_bytes - 1) / chunk_bytes; }
+    LENSC_INLINE int64_t planes() const { return 8 / bits; }
+    LENSC_INLINE int64_t groups() const { return (inputs + group - 1) / group; }
+    LENSC_INLINE int64_t row_bytes() const { return inputs * bits / 8; }
+    LENSC_INLINE int64_t chunks() const { return (row_bytes() + chunk_bytes - 1) / chunk_bytes; }
     // Inputs that are summed as integers before they are scaled: a group, or a chunk of it.
-    int64_t unit() const { return group < chunk_bytes * planes() ? group : chunk_bytes * planes(); }
-    int64_t unit_bytes() const { return unit() * bits / 8; }
-    int64_t units() const { return (inputs + unit() - 1) / unit(); }
-    int64_t units_per_group() const { return (group + unit() - 1) / unit(); }
-    int64_t units_per_chunk() const { return chunk_bytes / unit_bytes(); }
-    int64_t padded_inputs() const { return chunks() * chunk_bytes * planes(); }
+    LENSC_INLINE int64_t unit() const { return group < chunk_bytes * planes() ? group : chunk_bytes * planes(); }
+    LENSC_INLINE int64_t unit_bytes() const { return unit() * bits / 8; }
+    LENSC_INLINE int64_t units() const { return (inputs + unit() - 1) / unit(); }
+    LENSC_INLINE int64_t units_per_group() const { return (group + unit() - 1) / unit(); }
+    LENSC_INLINE int64_t units_per_chunk() const { return chunk_bytes / unit_bytes(); }
+    LENSC_INLINE int64_t padded_inputs() const { return chunks() * chunk_bytes * planes(); }
 };
 
 // Inputs quantized to int8, symmetric, a scale per row and unit: either row by row, or in blocks of up to 8 panels of 16 rows
@@ -49,10 +49,10 @@ struct QuantizedRows {
     int64_t rows;
     bool in_panels;
 
-    int64_t panels() const { return (rows + panel_rows - 1) / panel_rows; }
-    int64_t blocks() const { return (panels() + most_panels - 1) / most_panels; }
+    LENSC_INLINE int64_t panels() const { return (rows + panel_rows - 1) / panel_rows; }
+    LENSC_INLINE int64_t blocks() const { return (panels() + most_panels - 1) / most_panels; }
     // The first panel of a block; that of the block behind the last is panels().
-    int64_t first_panel(int64_t block) const { return panels() * block / blocks(); }
+    LENSC_INLINE int64_t first_panel(int64_t block) const { return panels() * block / blocks(); }
 };
 
 struct Int4LinearArgs {

@@ -1,0 +1,1 @@
+"""Attention: causal over a KV cache, and of every query to all keys."""

@@ -1,0 +1,234 @@
+// Attention of a few rows of queries in float32: keys and values go by once, as dot products and sums of rows.
+#pragma once
+
+#include "blocks.h"
+
+namespace lensc::LENSC_ISA {
+
+// result[i] := sum of x[i], for kLanes vectors; destroys x.
+inline vfloat sums_of(vfloat* x) {
+#if defined(__AVX512F__)
+    // Each step halves what is left of each sum and puts two side by side; pairs are such that the end is in order.
+    __m512 y[8], z[4];
+    for (int i = 0; i < 8; ++i) {
+        const int first = i < 4 ? i : i + 4;
+        y[i] = _mm512_shuffle_f32x4(x[first], x[first + 4], 0x44) + _mm512_shuffle_f32x4(x[first], x[first + 4], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+        z[i] = _mm512_shuffle_f32x4(y[i], y[i + 4], 0x88) + _mm512_shuffle_f32x4(y[i], y[i + 4], 0xdd);
+    }
+    for (int i = 0; i < 2; ++i) {
+        y[i] = _mm512_shuffle_ps(z[2 * i], z[2 * i + 1], 0x44) + _mm512_shuffle_ps(z[2 * i], z[2 * i + 1], 0xee);
+    }
+    return _mm512_shuffle_ps(y[0], y[1], 0x88) + _mm512_shuffle_ps(y[0], y[1], 0xdd);
+#elif defined(__AVX2__)
+    __m256 y[4];
+    for (int i = 0; i < 4; ++i) y[i] = _mm256_hadd_ps(x[2 * i], x[2 * i + 1]);
+    const __m256 low = _mm256_hadd_ps(y[0], y[1]), high = _mm256_hadd_ps(y[2], y[3]);
+    return _mm256_permute2f128_ps(low, high, 0x20) + _mm256_permute2f128_ps(low, high, 0x31);
+#else
+    vfloat result;
+    for (int i = 0; i < kLanes; ++i) result[i] = reduce_add(x[i]);
+    return result;
+#endif
+}
+
+class Stream {
+  public:
+    static constexpr int kMaxRows = 16;
+    static constexpr int kKeyBlock = 64;
+
+    static size_t scratch_bytes(int dim) {
+        return 2 * aligned(sizeof(float) * kMaxRows * size_t(dim)) + sizeof(float) * kMaxRows * kKeyBlock;
+    }
+
+    // Computes all rows of the problem, at most kMaxRows.
+    static void attend(const Problem& problem, void* scratch) {
+        with_type(problem.keys.type, [&](auto* null) { Stream(problem, scratch).run(null); });
+    }
+
+  private:
+    // Rows of queries whose accumulators, four vectors each, fit the registers.
+#if defined(__AVX512F__) || defined(__ARM_NEON)
+    static constexpr int kRows = 4;
+#elif defined(__AVX2__)
+    static constexpr int kRows = 2;
+#else
+    static constexpr int kRows = 1;
+#endif
+
+    const Problem& problem_;
+    const int dim_, rows_;
+    float* queries_;  // [rows][dim], scaled
+    float* mixed_;    // [rows][dim]
+    float* logits_;   // [rows][kKeyBlock]
+    float most_[kMaxRows], sum_[kMaxRows];
+
+    Stream(const Problem& problem, void* scratch)
+        : problem_(problem), dim_(problem.dim), rows_(problem.tokens * problem.group) {
+        char* at = static_cast<char*>(scratch);
+        const size_t bytes = aligned(sizeof(float) * kMaxRows * size_t(dim_));
+        queries_ = reinterpret_cast<float*>(at);
+        mixed_ = reinterpret_cast<float*>(at + bytes);
+        logits_ = reinterpret_cast<float*>(at + 2 * bytes);
+        const float factor = problem.scale * kLog2E;
+        for (int row = 0; row < rows_; ++row) {
+            const float* from = problem.query_row(row);
+            for (int d = 0; d < dim_; ++d) {
+                queries_[row * dim_ + d] = from[d] * factor;
+                mixed_[row * dim_ + d] = 0;
+            }
+            most_[row] = -__builtin_inff();
+            sum_[row] = 0;
+        }
+    }
+
+    template <class Type>
+    void run(const Type*) {
+        const Type* keys = static_cast<const Type*>(problem_.keys.data);
+        const Type* values = static_cast<const Type*>(problem_.values.data);
+        const int end = problem_.visible(rows_ - 1);
+        for (int first = 0; first < end; first += kKeyBlock) {
+            const int count = least(kKeyBlock, end - first);
+            const Type* block_keys = keys + first * problem_.keys.stride;
+            const Type* block_values = values + first * problem_.values.stride;
+            in_groups([&](auto group, int row) { multiply_keys<group.value>(block_keys, block_values, row, count); });
+            for (int row = 0; row < rows_; ++row) weigh(row, first, count);
+            const Type* next = first + kKeyBlock < end ? block_keys + kKeyBlock * problem_.keys.stride : nullptr;
+            in_groups([&](auto group, int row) { multiply_values<group.value>(block_values, next, row, count); });
+        }
+        for (int row = 0; row < rows_; ++row) {
+            const float inverse = 1.0f / sum_[row];
+            float* to = problem_.output_row(row);
+            for (int d = 0; d < dim_; ++d) to[d] = mixed_[row * dim_ + d] * inverse;
+        }
+    }
+
+    template <int kValue>
+    struct Number {
+        static constexpr int value = kValue;
+    };
+
+    // Calls with every row once: kRows at a time, then the rest one by one.
+    template <class Call>
+    void in_groups(Call call) const {
+        int row = 0;
+        for (; row + kRows <= rows_; row += kRows) call(Number<kRows>{}, row);
+        for (; row < rows_; ++row) call(Number<1>{}, row);
+    }
+
+    // Blocks of keys and of values come in turns: the hardware's prefetcher would start anew with each.
+    template <class Type>
+    void prefetch(const Type* row) const {
+        const char* bytes = reinterpret_cast<const char*>(row);
+        for (size_t at = 0; at < sizeof(Type) * size_t(dim_); at += 64) __builtin_prefetch(bytes + at, 0, 2);
+    }
+
+    // logits[row ..][k] := queries * keys[k], kGroup rows.
+    template <int kGroup, class Type>
+    void multiply_keys(const Type* keys, const Type* values, int row, int count) {
+        constexpr int kKeys = kLanes / kGroup > 4 ? kLanes / kGroup : 4;
+        const float* left = queries_ + row * dim_;
+        for (int k = 0; k < count; k += kKeys) {
+            const Type* right[kKeys];
+            for (int j = 0; j < kKeys; ++j) {
+                const int key = least(k + j, count - 1);
+                right[j] = keys + key * problem_.keys.stride;
+                if (row == 0) prefetch(values + key * problem_.values.stride);
+            }
+            vfloat sum[kGroup * kKeys] = {};
+            int d = 0;
+            for (; d + kLanes <= dim_; d += kLanes) {
+                vfloat query[kGroup];
+                for (int i = 0; i < kGroup; ++i) query[i] = load(left + i * dim_ + d);
+                for (int j = 0; j < kKeys; ++j) {
+                    const vfloat key = load(right[j] + d);
+                    for (int i = 0; i < kGroup; ++i) sum[i * kKeys + j] += query[i] * key;
+                }
+            }
+            if (d < dim_) {
+                for (int j = 0; j < kKeys; ++j) {
+                    const vfloat key = load_first(right[j] + d, dim_ - d);
+                    for (int i = 0; i < kGroup; ++i) {
+                        sum[i * kKeys + j] += load_first(left + i * dim_ + d, dim_ - d) * key;
+                    }
+                }
+            }
+            float sums[kGroup * kKeys];
+            for (int i = 0; i < kGroup * kKeys; i += kLanes) store(sums + i, sums_of(sum + i));
+            for (int i = 0; i < kGroup; ++i) {
+                std::memcpy(logits_ + (row + i) * kKeyBlock + k, sums + i * kKeys, sizeof(float) * kKeys);
+            }
+        }
+    }
+
+    // logits[row] := 2**(logits - most), with what was summed up to here faded to the new maximum.
+    void weigh(int row, int first, int count) {
+        float* logits = logits_ + row * kKeyBlock;
+        if (const float* scales = problem_.keys.scales) {
+            for (int k = 0; k < count; ++k) logits[k] *= scales[first + k];
+        }
+        const int seen = least(count, problem_.visible(row) - first);
+        for (int k = seen < 0 ? 0 : seen; k < round_up(count, kLanes); ++k) logits[k] = -__builtin_inff();
+        vfloat high = splat(most_[row]);
+        for (int k = 0; k < count; k += kLanes) high = max(high, load(logits + k));
+        const float most = reduce_max(high);
+        const float fade = exp2(splat(most_[row] - most))[0];
+        most_[row] = most;
+        vfloat sum = {};
+        for (int k = 0; k < count; k += kLanes) {
+            const vfloat weight = exp2(load(logits + k) - most);
+            sum += weight;
+            store(logits + k, weight);
+        }
+        sum_[row] = sum_[row] * fade + reduce_add(sum);
+        if (const float* scales = problem_.values.scales) {
+            for (int k = 0; k < count; ++k) logits[k] *= scales[first + k];
+        }
+        if (fade == 1.0f) return;
+        float* mixed = mixed_ + row * dim_;
+        for (int d = 0; d < dim_; ++d) mixed[d] *= fade;
+    }
+
+    template <int kGroup, class Type>
+    void multiply_values(const Type* values, const Type* next_keys, int row, int count) {
+        int d = 0;
+        for (; d + 4 * kLanes <= dim_; d += 4 * kLanes) {
+            const bool ahead = row == 0 && d == 0 && next_keys;
+            add_values<kGroup, 4>(values + d, ahead ? next_keys : nullptr, row, d, count);
+        }
+        for (; d + kLanes <= dim_; d += kLanes) add_values<kGroup, 1>(values + d, (const Type*)nullptr, row, d, count);
+        if (d == dim_) return;
+        for (int i = row; i < row + kGroup; ++i) {
+            float* to = mixed_ + i * dim_ + d;
+            vfloat sum = load_first(static_cast<const float*>(to), dim_ - d);
+            for (int k = 0; k < count; ++k) {
+                sum += logits_[i * kKeyBlock + k] * load_first(values + k * problem_.values.stride + d, dim_ - d);
+            }
+            std::memcpy(to, &sum, sizeof(float) * size_t(dim_ - d));
+        }
+    }
+
+    // mixed[row ..][d ..] += weights * values, kGroup rows of kVectors vectors.
+    template <int kGroup, int kVectors, class Type>
+    void add_values(const Type* values, const Type* next_keys, int row, int d, int count) {
+        vfloat sum[kGroup][kVectors];
+        for (int i = 0; i < kGroup; ++i) {
+            for (int v = 0; v < kVectors; ++v) sum[i][v] = load(mixed_ + (row + i) * dim_ + d + v * kLanes);
+        }
+        const float* weights = logits_ + row * kKeyBlock;
+        for (int k = 0; k < count; ++k) {
+            const Type* from = values + k * problem_.values.stride;
+            if (next_keys) prefetch(next_keys + k * problem_.keys.stride);
+            for (int v = 0; v < kVectors; ++v) {
+                const vfloat value = load(from + v * kLanes);
+                for (int i = 0; i < kGroup; ++i) sum[i][v] += weights[i * kKeyBlock + k] * value;
+            }
+        }
+        for (int i = 0; i < kGroup; ++i) {
+            for (int v = 0; v < kVectors; ++v) store(mixed_ + (row + i) * dim_ + d + v * kLanes, sum[i][v]);
+        }
+    }
+};
+
+}  // namespace lensc::LENSC_ISA

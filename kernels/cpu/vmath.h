@@ -1,0 +1,140 @@
+// Vectors of float32 as wide as the instruction set, with exp that vectorizes.
+//
+// GCC's and clang's vector extensions give arithmetic (+, -, *, /, comparisons, `mask ? a : b`) on every instruction
+// set; only what they lack is written with intrinsics. Everything lies in the namespace of the instruction set, so
+// that the linker cannot exchange copies compiled with different flags.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace lensc::LENSC_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+inline constexpr int kLanes = 8;
+#else
+inline constexpr int kLanes = 4;
+#endif
+
+typedef float vfloat __attribute__((vector_size(4 * kLanes)));
+typedef int32_t vint __attribute__((vector_size(4 * kLanes)));
+
+inline vfloat load(const float* from) {
+    vfloat x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+inline void store(float* to, vfloat x) { std::memcpy(to, &x, sizeof x); }
+
+inline vfloat splat(float x) { return x - vfloat{}; }
+
+inline vfloat max(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_max_ps(a, b);
+#elif defined(__ARM_NEON)
+    return vmaxq_f32(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+inline float reduce_add(vfloat x) {
+    float sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += x[i];
+    return sum;
+}
+
+inline float reduce_max(vfloat x) {
+    float most = x[0];
+    for (int i = 1; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+inline vfloat as_float(vint x) { return reinterpret_cast<vfloat>(x); }
+inline vint as_int(vfloat x) { return reinterpret_cast<vint>(x); }
+
+// p * 2**n for whole n; 0 where the result would be below 2**-126. 1/2 < p <= 2, n < 127.
+inline vfloat scale_by_power(vfloat p, vfloat n) {
+#if defined(__AVX512F__)
+    return _mm512_scalef_ps(p, n);
+#else
+    // Adding 3 * 2**22 leaves n in the low bits of the mantissa.
+    const vint exponent = as_int(n + 12582912.0f) << 23;
+    const vfloat scaled = as_float(as_int(p) + exponent);
+    return n < splat(-125.0f) ? splat(0.0f) : scaled;
+#endif
+}
+
+// Nearest whole number, for |x| < 2**22.
+inline vfloat nearest(vfloat x) {
+#if defined(__AVX512F__)
+    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    return (x + 12582912.0f) - 12582912.0f;
+#endif
+}
+
+// 2**(x - floor(x)) by `polynomial`, times 2**floor(x); -inf gives 0.
+template <class Polynomial>
+inline vfloat exp2_by(vfloat x, Polynomial polynomial) {
+#if defined(__AVX512DQ__)
+    // reduce leaves 0 of -inf; scalef takes the floor of its second argument by itself.
+    const vfloat fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    return _mm512_scalef_ps(polynomial(fraction), x);
+#else
+    const vfloat bounded = max(x, splat(-200.0f));
+    const vfloat floor = nearest(bounded - 0.5f);
+    return scale_by_power(polynomial(bounded - floor), floor);
+#endif
+}
+
+// 2**x, x < 127, -inf included: relative error below 2e-7 (minimax polynomial on [0, 1]: 8e-8).
+inline vfloat exp2(vfloat x) {
+    return exp2_by(x, [](vfloat r) {
+        vfloat p = splat(0.0018671300495043397f);
+        p = p * r + 0.009017030708491802f;
+        p = p * r + 0.05579991266131401f;
+        p = p * r + 0.24016444385051727f;
+        p = p * r + 0.6931512951850891f;
+        return p * r + 1.0f;
+    });
+}
+
+// 2**x with a relative error below 1e-4, for what is rounded to bfloat16 (half a unit: 2e-3).
+inline vfloat exp2_coarse(vfloat x) {
+    return exp2_by(x, [](vfloat r) {
+        vfloat p = splat(0.07706703990697861f);
+        p = p * r + 0.22764499485492706f;
+        p = p * r + 0.6951167583465576f;
+        return p * r + 1.0f;
+    });
+}
+
+// e**x, x < 88, -inf included: relative error below 3e-7.
+inline vfloat exp(vfloat x) {
+    const vfloat bounded = max(x, splat(-140.0f));
+    const vfloat n = nearest(bounded * 1.44269504f);
+    // ln 2 in two parts: the product of n with the first is exact.
+    const vfloat r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
+    vfloat p = splat(0.0014035567874088883f);
+    p = p * r + 0.008372277952730656f;
+    p = p * r + 0.04166555404663086f;
+    p = p * r + 0.16666488349437714f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return scale_by_power(p, n);
+}
+
+}  // namespace lensc::LENSC_ISA

@@ -1,0 +1,1 @@
+"""Rotary position embedding, and the rows of the KV cache."""
