@@ -8,11 +8,9 @@ it then reads the rows below `seqlens_k` and writes behind them.
 from __future__ import annotations
 
 import math
-import mmap
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -20,103 +18,34 @@ import numpy.typing as npt
 
 from lensc.export.graph import GraphSpec
 
+from ._engine_cache import EngineCache
 from ._onnxruntime_kv import dequantize, quantize, scales_of
 from ._onnxruntime_lower import LENGTHS, NEW_SCALES, SCALES, TOTAL, WIDEN, present_name
 from ._onnxruntime_session import Weights, engine_errors
 from .base import Array, Cache, check_feeds, check_out
-from .errors import ExecutionError, PromptError, UsageError
+from .errors import ExecutionError, UsageError
 
 F32 = npt.NDArray[np.float32]
 
 
-MAPPED_BYTES = 1 << 20
-"""Arrays from this size on have pages of their own: those of tokens to come take no memory, and all go back to the system
-with the array. From the heap 1024 tokens of a full-size model took 90 MB more, in huge pages and in gaps."""
-
-
-class OrtCache:
-    """See `Cache`. Capacity doubles when it is full, up to `limit`; rows cost memory once they are written."""
+class OrtCache(EngineCache):
+    """See `Cache`. `arrays` hold float32, or int8 with `scales`."""
 
     def __init__(self, spec: GraphSpec, capacity: int, batch: int, int8: bool = False) -> None:
-        limit = spec.dims["past"].max
-        if not 1 <= capacity <= limit:
-            raise UsageError(f"KV cache: capacity {capacity}, expected 1 to {limit}")
-        if not 1 <= batch <= spec.dims["batch"].max:
-            raise UsageError(f"KV cache: batch {batch}, expected 1 to {spec.dims['batch'].max}")
-        self.batch = batch
-        self.length = 0
-        self.growths = 0
-        """How often the arrays were made anew: what is bound to them holds as long as this stays the same."""
-        self.limit = limit
-        self.names = tuple(pair.input for pair in spec.states)
-        self._spec = spec
-        self._rows = tuple(int(d) for d in spec.input(self.names[0]).shape[2:])
-        self._dtype = np.dtype(np.int8 if int8 else np.float32)
-        self.arrays: list[Array] = [self._empty(capacity) for _ in self.names]
-        self.scales: F32 | None = np.zeros((len(self.names), math.prod(self._rows)), np.float32) if int8 else None
+        super().__init__(spec, capacity, batch, np.int8 if int8 else np.float32)
+        channels = math.prod(spec.input(self.names[0]).shape[2:])  # type: ignore[arg-type]
+        self.scales: F32 | None = np.zeros((len(self.names), channels), np.float32) if int8 else None
         """Of the channels of each array, set by the first tokens of a sequence; None in float32."""
 
-    @property
-    def capacity(self) -> int:
-        """How many tokens there is room for."""
-        return int(self.arrays[0].shape[2])
-
-    @property
-    def nbytes(self) -> int:
-        """See `Cache.nbytes`; without the scales."""
-        return sum(array.nbytes for array in self.arrays)
-
-    @property
-    def used_bytes(self) -> int:
-        """See `Cache.used_bytes`."""
-        return self.nbytes // self.capacity * self.length
-
-    def trim(self, length: int) -> None:
-        """See `Cache.trim`."""
-        if not 0 <= length <= self.length:
-            raise UsageError(f"KV cache: cannot trim to {length}, expected 0 to {self.length}")
-        self.length = length
-
-    def fork(self, batch: int) -> OrtCache:
+    def fork(self, batch: int) -> Self:
         """See `Cache.fork`."""
-        if self.batch != 1:
-            raise UsageError(f"KV cache: cannot fork a batch of {self.batch}, expected 1")
-        copy = OrtCache(self._spec, self.capacity, batch, self.scales is not None)
+        copy = super().fork(batch)
         if self.scales is not None and copy.scales is not None:
             copy.scales[:] = self.scales
-        for mine, other in zip(self.arrays, copy.arrays, strict=True):
-            other[:, :, : self.length] = mine[:, :, : self.length]
-        copy.length = self.length
         return copy
 
-    def reorder(self, beams: npt.NDArray[np.int64], start: int) -> None:
-        """See `Cache.reorder`."""
-        if len(beams) != self.batch or beams.min() < 0 or beams.max() >= self.batch:
-            raise UsageError(
-                f"KV cache: cannot reorder by {beams.tolist()}, expected {self.batch} indices below {self.batch}"
-            )
-        moved = np.flatnonzero(beams != np.arange(self.batch))
-        if start >= self.length or not len(moved):
-            return
-        for array in self.arrays:
-            array[moved, :, start : self.length] = array[beams[moved], :, start : self.length]
-
-    def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` more. Raises PromptError if the model's context is full."""
-        needed = self.length + tokens
-        if needed <= self.capacity:
-            return
-        if needed > self.limit:
-            raise PromptError(
-                f"{needed} tokens do not fit: context_length is {self.limit}; shorten the prompt or use fewer pictures"
-            )
-        capacity = min(self.limit, max(needed, 2 * self.capacity))
-        self.growths += 1
-        for i, old in enumerate(self.arrays):
-            # one layer at a time: the old array is freed before the next is made
-            new = self._empty(capacity)
-            new[:, :, : self.length] = old[:, :, : self.length]
-            self.arrays[i] = new
+    def _like(self, batch: int) -> Self:
+        return type(self)(self.spec, self.capacity, batch, self.scales is not None)
 
     def fill(self, rows: Mapping[str, Array]) -> None:
         """Hold the tokens of `rows`, float32[tokens, batch, kv_heads, head_dim] by name; scales become wide enough."""
@@ -132,18 +61,6 @@ class OrtCache:
         """The rows of array i from `start` on: float32[tokens, batch, kv_heads, head_dim]."""
         stored = self.arrays[i][:, :, start : self.length].transpose(2, 0, 1, 3)
         return stored if self.scales is None else dequantize(stored, self.scales[i])
-
-    def _empty(self, capacity: int) -> Array:
-        kv_heads, head_dim = self._rows
-        shape = (self.batch, kv_heads, capacity, head_dim)
-        nbytes = math.prod(shape) * self._dtype.itemsize
-        if nbytes < MAPPED_BYTES:
-            return np.empty(shape, self._dtype)
-        if sys.platform == "win32":
-            pages = mmap.mmap(-1, nbytes)
-        else:  # told nothing, a process would share them with those that it forks
-            pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        return np.frombuffer(pages, self._dtype).reshape(shape)
 
 
 @dataclass(frozen=True)
