@@ -329,8 +329,10 @@ def _linear_problems(step: Linear, values: Sequence[Value]) -> Iterator[str]:
         yield "a weight in float32 has no group, scale, zero point or inputs in int8"
     if not is_float and weight.scale is None:
         yield f"a weight in {weight.kind} has no scale"
-    if weight.kind == "int8" and weight.zero_point is not None:
-        yield "a weight in int8 has a zero point"
+    if weight.kind in ("int8", "int8_tiles") and weight.zero_point is not None:
+        yield f"a weight in {weight.kind} has a zero point"
+    if weight.kind == "int8_tiles" and (weight.group or weight.activations != "int8"):
+        yield "a weight in int8_tiles has groups or inputs that are not int8"
 
 
 def _same(expected: Value, found: Value, name: str) -> Iterator[str]:

@@ -49,10 +49,21 @@ def renumbered(step: Step, order: Mapping[int, int]) -> Step:
 
 def placed(program: Program, blobs: Blobs, own: Path) -> Program:
     """The program with its constants in files, of which `own` is written if it is needed. Raises GraphError, StorageError."""
-    used = list(dict.fromkeys(place.offset for step in program.steps for place in _places(step)))
+    packed = [_tiled(step, blobs) if isinstance(step, Linear) else step for step in program.steps]
+    used = list(dict.fromkeys(place.offset for step in packed for place in _places(step)))
     places = blobs.settle(used, own)
-    steps = tuple(_swapped(step, lambda place: places[place.offset]) for step in program.steps)
+    steps = tuple(_swapped(step, lambda place: places[place.offset]) for step in packed)
     return replace(program, steps=steps, files=tuple(dict.fromkeys(places[i].file for i in used)))
+
+
+def _tiled(step: Linear, blobs: Blobs) -> Linear:
+    """The step with its weight in tiles, if it is one that the kernel multiplies so."""
+    weight = step.weight
+    if (weight.kind, weight.group, weight.activations) != ("int8", 0, "int8"):
+        return step
+    blob = blobs.items[weight.values.offset]
+    values = blobs.add(blob.tensor, blob.turned, tiled=True)
+    return replace(step, weight=replace(weight, kind="int8_tiles", values=values))
 
 
 def _places(item: Any) -> Iterator[Place]:

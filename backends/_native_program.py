@@ -17,8 +17,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
-Kind = Literal["f32", "int8", "uint8", "uint4", "uint2"]
-BITS: dict[Kind, int] = {"f32": 32, "int8": 8, "uint8": 8, "uint4": 4, "uint2": 2}
+Kind = Literal["f32", "int8", "int8_tiles", "uint8", "uint4", "uint2"]
+BITS: dict[Kind, int] = {"f32": 32, "int8": 8, "int8_tiles": 8, "uint8": 8, "uint4": 4, "uint2": 2}
+
+TILE = (16, 4)
+"""Outputs and inputs that lie together in `int8_tiles`, whose rows and columns are filled with zeros to whole tiles."""
+TILED_OUTPUTS, TILED_INPUTS = 32, 64
+CHUNK_BYTES = 64
+"""Of a row of weights in groups: inputs are rounded in units of a group, or of a chunk where that is smaller."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,10 @@ class WeightRecord:
     one it is 2^(bits-1), and 0 for int8, which has none. Values of few bits follow each other from the lowest bits of a
     byte to the highest, and rows of values end with whole bytes.
 
-    `activations` int8: inputs are rounded to 8 bits, symmetric, with a scale per row and group, max|x| / 127.
+    `int8_tiles` is int8 with one group per output, packed for the kernel: [outputs / 16, inputs / 4, 16, 4], both filled
+    with zeros to whole tiles (multiples of 32 outputs and 64 inputs), then int32[outputs], the sum of each output's weights.
+
+    `activations` int8: inputs are rounded to 8 bits, symmetric, scale max|x| / 127, with a scale per row and `unit`.
     """
 
     name: str
@@ -72,7 +81,21 @@ class WeightRecord:
         return -(-self.inputs // self.group) if self.group else 1
 
     @property
+    def unit(self) -> int:
+        """Neighbouring inputs that are rounded to 8 bits with one scale; the last of a row may be fewer."""
+        group = self.group or self.inputs
+        return group if self.kind == "int8_tiles" else min(group, 8 * CHUNK_BYTES // BITS[self.kind])
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Outputs and inputs of `int8_tiles` with the zeros."""
+        return -(-self.outputs // TILED_OUTPUTS) * TILED_OUTPUTS, -(-self.inputs // TILED_INPUTS) * TILED_INPUTS
+
+    @property
     def values_bytes(self) -> int:
+        if self.kind == "int8_tiles":
+            outputs, inputs = self.padded
+            return outputs * inputs + 4 * self.outputs
         return self.outputs * self.inputs * BITS[self.kind] // 8
 
     @property

@@ -21,6 +21,7 @@ from lensc.kernels.norm.reference import layer_norm, rms_norm
 from ._native_file import check_spec
 from ._native_program import (
     BITS,
+    TILE,
     Add,
     Attention,
     CausalAttention,
@@ -202,7 +203,9 @@ class NumpySession:
         parts = [
             linear(x, values)
             if scales is None
-            else quantized_linear(x, values, scales, zeros, weight.group, weight.activations == "int8")
+            else quantized_linear(
+                x, values, scales, zeros, weight.group, weight.unit if weight.activations == "int8" else None
+            )
             for values, scales, zeros in self._blocks(weight)
         ]
         return np.concatenate(parts, axis=1)
@@ -211,10 +214,15 @@ class NumpySession:
         """Values, scales and zero points of some outputs at a time, as the references take them."""
         bits, groups = BITS[weight.kind], weight.groups
         row_bytes = weight.inputs * bits // 8
-        step = max(1, BLOCK // weight.inputs)
+        step = max(1, BLOCK // weight.inputs // TILE[0]) * TILE[0]
         zeros = self._zero_points(weight)
         for start in range(0, weight.outputs, step):
             n = min(step, weight.outputs - start)
+            if weight.kind == "int8_tiles":
+                assert weight.scale is not None
+                scales = np.frombuffer(self._bytes(weight.scale, 4 * start, 4 * n), "<f4")
+                yield self._untiled(weight, start, n), scales.reshape(n, 1), None
+                continue
             data = self._bytes(weight.values, start * row_bytes, n * row_bytes)
             if weight.scale is None:
                 yield np.frombuffer(data, "<f4").reshape(n, weight.inputs), None, None
@@ -225,9 +233,18 @@ class NumpySession:
             part = None if zeros is None else zeros[start : start + n]
             yield values.reshape(n, weight.inputs), scales.reshape(n, groups), part
 
+    def _untiled(self, weight: WeightRecord, start: int, n: int) -> Array:
+        """Outputs start to start + n of `int8_tiles`: int8[n, inputs]. `start` begins a tile."""
+        inputs = weight.padded[1]
+        rows = -(-n // TILE[0]) * TILE[0]
+        tiles = np.frombuffer(self._bytes(weight.values, start * inputs, rows * inputs), np.int8)
+        whole = tiles.reshape(rows // TILE[0], inputs // TILE[1], *TILE).transpose(0, 2, 1, 3).reshape(rows, inputs)
+        values: Array = whole[:n, : weight.inputs]
+        return values
+
     def _zero_points(self, weight: WeightRecord) -> Array | None:
         """uint8[outputs, groups], None for int8."""
-        if weight.kind in ("f32", "int8"):
+        if weight.kind in ("f32", "int8", "int8_tiles"):
             return None
         bits, shape = BITS[weight.kind], (weight.outputs, weight.groups)
         if weight.zero_point is None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ._native_program import Place
+from ._native_program import TILE, TILED_INPUTS, TILED_OUTPUTS, Place
 from .base import Array
 from .errors import GraphError, StorageError
 
@@ -102,10 +102,11 @@ def tensor_of(name: str, found: Any) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Blob:
-    """A matrix as a kernel takes it: the tensor's rows, or with `turned` its columns."""
+    """A matrix as a kernel takes it: the tensor's rows, or with `turned` its columns; `tiled` is the order of `int8_tiles`."""
 
     tensor: Tensor
     turned: bool = False
+    tiled: bool = False
 
     @property
     def rows(self) -> int:
@@ -118,8 +119,23 @@ class Blob:
         return width * BITS[self.tensor.type] // 8
 
     def pieces(self) -> Iterator[Array]:
-        """The rows from the first to the last, some at a time: uint8[n, row_bytes]. Raises GraphError."""
-        step = max(1, PIECE_BYTES // max(self.row_bytes, 1))
+        """The bytes from the first to the last, some rows at a time: uint8[n, row_bytes]. Raises GraphError."""
+        if not self.tiled:
+            yield from self._rows(1)
+            return
+        sums: list[Array] = []
+        for rows in self._rows(TILED_OUTPUTS):
+            values = rows.view(np.int8)
+            sums.append(values.sum(1, dtype=np.int32))
+            outputs, inputs = (-n % step for n, step in zip(values.shape, (TILED_OUTPUTS, TILED_INPUTS), strict=True))
+            filled = np.pad(values, ((0, outputs), (0, inputs)))
+            tiles = filled.reshape(len(filled) // TILE[0], TILE[0], -1, TILE[1]).transpose(0, 2, 1, 3)
+            yield np.ascontiguousarray(tiles).view(np.uint8)
+        yield np.concatenate(sums).astype("<i4").view(np.uint8)
+
+    def _rows(self, multiple: int) -> Iterator[Array]:
+        """Some rows at a time, a multiple of `multiple` but for the last: uint8[n, row_bytes]."""
+        step = max(1, PIECE_BYTES // max(self.row_bytes, 1) // multiple) * multiple
         for start in range(0, self.rows, step):
             count = min(step, self.rows - start)
             if self.turned:
@@ -147,14 +163,14 @@ class Blobs:
     """The constants of a program while it is made. A `Place` without a file is the number of one of them."""
 
     items: list[Blob] = field(default_factory=list)
-    _known: dict[tuple[int, bool], int] = field(default_factory=dict)
+    _known: dict[tuple[int, bool, bool], int] = field(default_factory=dict)
 
-    def add(self, tensor: Tensor, turned: bool = False) -> Place:
+    def add(self, tensor: Tensor, turned: bool = False, tiled: bool = False) -> Place:
         """The place of a tensor, or of its columns; the same for the same tensor."""
-        key = (id(tensor), turned)
+        key = (id(tensor), turned, tiled)
         if key not in self._known:
             self._known[key] = len(self.items)
-            self.items.append(Blob(tensor, turned))
+            self.items.append(Blob(tensor, turned, tiled))
         return Place("", self._known[key])
 
     def settle(self, used: list[int], own: Path) -> Mapping[int, Place]:
@@ -181,7 +197,8 @@ class Blobs:
                     file.write(bytes(-file.tell() % ALIGNMENT))
                     places[i] = Place(own.name, file.tell())
                     blob = self.items[i]
-                    file.writelines((piece.data for piece in blob.pieces()) if blob.turned else blob.tensor.pieces())
+                    as_it_is = not (blob.turned or blob.tiled)
+                    file.writelines(blob.tensor.pieces() if as_it_is else (piece.data for piece in blob.pieces()))
             os.replace(partial, own)
         except OSError as error:
             raise StorageError(f"{own}: cannot be written: {error.strerror or error}") from error
@@ -193,4 +210,4 @@ class Blobs:
 def _lies_well(blob: Blob, shared: Path) -> bool:
     """Whether a kernel can read the bytes where they lie."""
     alignment = 4 if blob.tensor.type == "FLOAT" else 1
-    return not blob.turned and blob.tensor.file == shared and blob.tensor.offset % alignment == 0
+    return not (blob.turned or blob.tiled) and blob.tensor.file == shared and blob.tensor.offset % alignment == 0

@@ -33,7 +33,7 @@ class OrtCache(EngineCache):
 
     def __init__(self, spec: GraphSpec, capacity: int, batch: int, int8: bool = False) -> None:
         super().__init__(spec, capacity, batch, np.int8 if int8 else np.float32)
-        channels = math.prod(spec.input(self.names[0]).shape[2:])  # type: ignore[arg-type]
+        channels = math.prod(int(d) for d in spec.input(self.names[0]).shape[2:])
         self.scales: F32 | None = np.zeros((len(self.names), channels), np.float32) if int8 else None
         """Of the channels of each array, set by the first tokens of a sequence; None in float32."""
 

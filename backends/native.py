@@ -1,0 +1,218 @@
+"""Our own kernels on the CPU: a program of steps, run by a small executor in C++ (`lensc.kernels`).
+
+The artifact is the program as JSON and its constants. Weights in groups are read where they lie in the portable graph's data
+file, which other targets share; what the kernels want otherwise is in a data file of the target's own. Nothing is packed
+when an artifact is loaded: files are mapped, and processes that run the same bundle share their pages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from lensc.export.graph import Graph, GraphSpec
+from lensc.export.quantize.scheme import Scheme
+from lensc.profiles import probe
+
+from ._native_file import FORMAT, check_spec, read, write
+from ._native_lower import lower
+from ._native_program import BITS, CHUNK_BYTES, Attention, CausalAttention, GatherRows, Linear, Program, SelectRows
+from ._native_reference import NumpySession
+from ._native_session import NativeDecoderSession, NativeSession
+from .base import (
+    Artifact,
+    Probe,
+    Session,
+    Target,
+    check_compatibility,
+    check_interface,
+    file_record,
+    share_weights,
+)
+from .errors import ExecutionError, GraphError, StorageError, UnavailableError, UnsupportedError
+
+NAME = "native"
+INSTALL = "pip install lensc on a machine with a C++17 compiler builds them"
+
+ISA_VARIABLE = "LENSC_ISA"
+"""Names the instruction set to use in the place of the best one: amx, avx512, avx2, neon or generic."""
+
+PROGRAM = {"native program": str(FORMAT)}
+"""What an artifact needs of the version of lensc that loads it. It runs on every CPU."""
+
+
+class Native:
+    """See `Backend`."""
+
+    name = NAME
+
+    def probe(self) -> tuple[Probe, ...]:
+        """One probe, for the CPU. Without the compiled kernels numpy computes, which is slow and says so."""
+        try:
+            return (Probe(NAME, "cpu", True, f"kernels for {_isa(_kernels())}"),)
+        except UnavailableError as error:
+            return (Probe(NAME, "cpu", True, f"numpy, many times slower: {error}", "emulated"),)
+
+    def supports(self, spec: GraphSpec, scheme: str, target: Target, linear_inputs: Collection[int] = ()) -> str | None:
+        """Every portable graph, in float or with weights in groups that a vector can sum."""
+        if target.backend != NAME:
+            return f"target {target} is not one of backend {NAME}"
+        if target.processor != "cpu":
+            return f"target {target}: backend {NAME} runs on the cpu; expected {NAME}:cpu"
+        if target.arch:
+            return f"target {target}: backend {NAME} takes no architecture; expected {NAME}:cpu"
+        parsed = Scheme.parse(scheme)
+        if parsed.kv_bits == 4:
+            nearest = dataclasses.replace(parsed, kv_bits=8)
+            return f"scheme {scheme}: backend {NAME} keeps the KV cache in 8, 16 or 32 bits; the nearest is {nearest}"
+        return _no_kernel(parsed)
+
+    def compile(self, graph: Graph, target: Target, out: Path) -> Artifact:
+        """Lower `graph` to a program and save it as `<out>/<target>.json`, with a data file of its own if it needs one."""
+        reason = self.supports(graph.spec, graph.scheme, target)
+        if reason:
+            raise UnsupportedError(reason)
+        scheme = Scheme.parse(graph.scheme)
+        name, own = f"{target.slug}.json", f"{target.slug}.data"
+        partial = out / f"{target.slug}.partial"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            program = lower(_model(graph.path), graph.spec, partial / own, scheme.activation_bits)
+            _check_groups(program)
+            write(program, partial / name)
+            data = [share_weights(graph.path.parent / file, out) for file in program.files if file != own]
+            data += [(partial / file).replace(out / file) for file in program.files if file == own]
+            (partial / name).replace(out / name)
+            files = tuple(file_record(path, out.parent) for path in (out / name, *data))
+        except OSError as error:
+            raise StorageError(f"{out}: cannot be written: {error.strerror or error}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return Artifact(
+            graph=graph.spec.name,
+            target=target,
+            scheme=graph.scheme,
+            files=files,
+            toolchain=dict(PROGRAM),
+            options=_options(scheme, program),
+            compatibility=dict(PROGRAM),
+            placement={"CPU": len(program.steps)},
+        )
+
+    def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, threads: int | None = None) -> Session:
+        """Map a program's files and plan it for this CPU."""
+        check_compatibility(artifact, PROGRAM)
+        path = bundle / artifact.files[0].path
+        try:
+            program = read(path)
+        except GraphError as error:
+            raise ExecutionError(str(error)) from error
+        check_interface(spec, *_interface(program, spec))
+        check_spec(program, spec)
+        scheme = Scheme.parse(artifact.scheme)
+        try:
+            kernels = _kernels()
+        except UnavailableError:
+            try:
+                return NumpySession(spec, program, path.parent)
+            except OSError as error:
+                raise ExecutionError(f"{path}: its data cannot be mapped: {error.strerror or error}") from error
+        count = probe.machine().cores if threads is None else threads
+        kind = NativeDecoderSession if spec.states else NativeSession
+        return kind(spec, program, path.parent, kernels, _isa(kernels), count, scheme)
+
+
+def _no_kernel(scheme: Scheme) -> str | None:
+    """Why no kernel computes linears of `scheme` on int8 inputs, with the nearest that one does; None if one does."""
+    if scheme.weights_are_float or scheme.activation_bits != 8 or scheme.group_size is None:
+        return None
+    problem = _no_sum(next(bits for bits in (2, 4, 8) if scheme.weight_bits <= bits), scheme.group_size)
+    nearest = dataclasses.replace(scheme, group_size=max(32, 1 << (scheme.group_size.bit_length() - 1)))
+    return problem and f"scheme {scheme}: {problem}; the nearest is {nearest}"
+
+
+def _no_sum(bits: int, group: int) -> str | None:
+    """Why no kernel sums groups of `group` weights of `bits` bits; None if one does."""
+    size, rest = divmod(group * bits, 8)
+    is_part = 4 <= size <= CHUNK_BYTES and not size & (size - 1)
+    if not rest and (is_part or size % CHUNK_BYTES == 0):
+        return None
+    return f"groups of {group} take {group * bits / 8:g} bytes, which vectors of {CHUNK_BYTES} bytes do not sum; expected a power of two"
+
+
+def _check_groups(program: Program) -> None:
+    """Raise UnsupportedError for a weight of a format that no kernel takes: a mixed scheme does not name them all."""
+    for step in program.steps:
+        if isinstance(step, Linear) and step.weight.activations == "int8" and step.weight.groups > 1:
+            problem = _no_sum(BITS[step.weight.kind], step.weight.group)
+            if problem:
+                raise UnsupportedError(f"weight {step.weight.name}: {problem}")
+
+
+def _kernels() -> Any:
+    """The compiled module. Raises UnavailableError that says how to get it, or that LENSC_ISA names what is not here."""
+    try:
+        from lensc.kernels import _cpu
+    except ImportError as error:
+        raise UnavailableError(
+            f"the compiled kernels are missing ({' '.join(str(error).split())}); {INSTALL}"
+        ) from error
+    _isa(_cpu)
+    return _cpu
+
+
+def _isa(kernels: Any) -> str:
+    """The instruction set to use: the best one, or the one that the environment names."""
+    usable = kernels.usable_isas()
+    wanted = os.environ.get(ISA_VARIABLE) or usable[0]
+    if wanted not in usable:
+        raise UnavailableError(f"{ISA_VARIABLE}={wanted} is not one of {', '.join(usable)}; name one of them or none")
+    return str(wanted)
+
+
+def _model(path: Path) -> Any:
+    import onnx_ir as ir
+
+    try:
+        return ir.load(path)
+    except Exception as error:  # protobuf's own, and whatever a damaged file makes of the reader
+        reason = " ".join(str(error).split())[:200]
+        raise ExecutionError(f"{path}: cannot be read as ONNX: {reason}; export it again") from error
+
+
+def _options(scheme: Scheme, program: Program) -> dict[str, str]:
+    """What the manifest says of how the program computes."""
+    is_int8 = scheme.activation_bits == 8
+    options = {"products": "int8" if is_int8 else "float32"}
+    if any(isinstance(step, Attention | CausalAttention) for step in program.steps):
+        options["attention"] = "bfloat16 where the CPU has tiles, else float32" if is_int8 else "float32"
+    if any(isinstance(step, CausalAttention) for step in program.steps):
+        cache = {8: "int8, a scale per head and token", 16: "float16"}
+        options["kv_cache"] = cache.get(scheme.kv_bits or 0, "float16" if is_int8 else "float32")
+    return options
+
+
+def _interface(program: Program, spec: GraphSpec) -> tuple[set[str], set[str]]:
+    """Names of the inputs and outputs of the graph that a program computes."""
+    inputs = {port.name for port in program.inputs}
+    outputs = {port.name for port in program.outputs}
+    for step in program.steps:
+        if isinstance(step, GatherRows):
+            inputs.add(step.ids)
+        elif isinstance(step, SelectRows):
+            inputs.add(step.positions)
+        elif isinstance(step, Attention) and step.bias is not None:
+            inputs.add(step.bias)
+        elif isinstance(step, CausalAttention):
+            states = spec.states[2 * step.layer : 2 * step.layer + 2]
+            inputs |= {"position_ids", *(state.input for state in states)}
+            outputs |= {state.output for state in states}
+    return inputs, outputs
+
+
+backend = Native()
