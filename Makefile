@@ -16,6 +16,7 @@ BIN := $(VENV)/bin
 INSTALLED := build/installed
 BUNDLE := build/demo-bundle
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
+KERNELS := $(shell find kernels -name '*.cpp' -o -name '*.h')
 SOURCES := $(shell find backends export runtime lensc profiles kernels -name '*.py' -o -name '*.safetensors' -o -name '*.toml')
 
 # The root folders must not be importable by their bare names (`kernels` is somebody else's package).
@@ -54,7 +55,7 @@ $(BIN)/python:
 
 # The editable install imports through links in build/ (kernels/CMakeLists.txt), hence the stamp there. A file added to
 # lensc/ needs a link, hence the folder; importing it first keeps the bytecode folder from looking like a new file.
-$(INSTALLED): pyproject.toml constraints.txt kernels/CMakeLists.txt lensc $(BIN)/python
+$(INSTALLED): pyproject.toml constraints.txt kernels/CMakeLists.txt $(KERNELS) lensc $(BIN)/python
 	@if $(BIN)/python -c 'from urllib.request import urlopen; urlopen("$(TORCH_INDEX)/torch/", timeout=20)' 2>/dev/null; \
 	then echo "installing torch from $(TORCH_INDEX)"; index="--extra-index-url $(TORCH_INDEX)"; \
 	else echo "installing torch; $(TORCH_INDEX) cannot be reached, so pip's configuration chooses the build"; index=; fi; \

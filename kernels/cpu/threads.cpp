@@ -20,7 +20,7 @@ inline void pause_briefly() {
 // About 50 us: what lies between two tokens of a decoder is shorter, and an idle session soon stops burning a core.
 constexpr int spins_before_sleep = 2000;
 // A barrier waits for others that compute. Beyond this one of them has lost its core, perhaps to this thread.
-constexpr int spins_before_yield = 20000;
+constexpr int spins_before_yield = 1000;
 
 #if defined(__linux__)
 std::vector<int> allowed_processors() {
