@@ -260,9 +260,6 @@ def test_an_engine_computes_a_layer_of_true_size(layer: Layer, target: Target, t
         allowed = compared(layer.calls[i][1], layer.rounded[i])
         for name, tally in metrics.outputs.items():
             least = allowed.outputs[name].sqnr_db - ALLOWED_DB
-            print(
-                f"XX {layer.graph.spec.name} {layer.graph.scheme} {target} {name} {tally.sqnr_db:.1f} {least + 3:.1f}"
-            )
             assert metrics.finite and tally.sqnr_db >= least, f"{name}: {tally.sqnr_db:.1f} dB, expected {least:.1f}"
 
 

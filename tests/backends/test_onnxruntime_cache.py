@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("onnx_ir", reason="pip install 'lensc[export]'")
 pytest.importorskip("onnxruntime", reason="pip install lensc")
 
-from lensc.backends import _onnxruntime_cache as module
+from lensc.backends import _engine_cache as module
 from lensc.backends._onnxruntime_cache import OrtCache, OrtDecoderSession
 from lensc.backends._onnxruntime_kv import scales_of
 from lensc.backends.base import Array, Artifact, Target

@@ -64,9 +64,9 @@ def test_a_quantized_linear_is_that_of_the_weight_it_stands_for(group: int, zero
     assert weight[2, 3] == (int(values[2, 3]) - (int(zeros[2, g]) if zeros is not None else 0)) * float(scales[2, g])
     expected = x.astype(np.float64) @ weight.T + bias + residual
     np.testing.assert_allclose(linear(x, weight, bias, residual), expected)
-    np.testing.assert_allclose(quantized_linear(x, values, scales, zeros, group, False, bias, residual), expected)
+    np.testing.assert_allclose(quantized_linear(x, values, scales, zeros, group, None, bias, residual), expected)
     rounded, steps = quantize_rows(x, group)
     spread = np.repeat(steps, group or inputs, axis=1)[:, :inputs].astype(np.float64)
     assert (np.abs(rounded * spread - x) <= spread / 2 * (1 + 1e-5)).all()
-    got = quantized_linear(x, values, scales, zeros, group, True, bias, residual)
+    got = quantized_linear(x, values, scales, zeros, group, group, bias, residual)
     np.testing.assert_allclose(got, rounded * spread @ weight.T + bias + residual, rtol=1e-12, atol=1e-12)
