@@ -12,7 +12,7 @@ namespace {
 #if defined(__AMX_BF16__)
 using FastCore = AmxCore;
 // Beyond these rows of queries a kv head, tiles are ahead of dot products.
-constexpr int kStreamRows = 4;
+constexpr int kStreamRows = 8;
 #else
 using FastCore = FloatCore;
 constexpr int kStreamRows = Stream::kMaxRows;
@@ -126,6 +126,7 @@ size_t causal_attention_scratch(const CausalAttentionArgs& args) {
 }
 
 void causal_attention(const CausalAttentionArgs& args, Share share) {
+    const NoDenormals fast;
     if (streams(args)) {
         const int64_t heads = args.cache.kv_heads;
         const int end = int(heads * (share.index + 1) / share.count);
@@ -145,6 +146,7 @@ size_t attention_scratch(const AttentionArgs& args) {
 }
 
 void attention(const AttentionArgs& args, Share share) {
+    const NoDenormals fast;
     if (args.exact) {
         full<FloatCore>(args, share);
     } else {

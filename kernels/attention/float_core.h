@@ -43,6 +43,10 @@ inline void product(const float* a, int64_t a_row, int64_t a_step, int rows, con
     for (; m + kTileRows <= rows; m += kTileRows) {
         product_rows<kTileRows>(a + m * a_row, a_row, a_step, b, steps, c + m * kWidth, add);
     }
+    if (m + kTileRows / 2 <= rows) {
+        product_rows<kTileRows / 2>(a + m * a_row, a_row, a_step, b, steps, c + m * kWidth, add);
+        m += kTileRows / 2;
+    }
     for (; m < rows; ++m) product_rows<1>(a + m * a_row, a_row, a_step, b, steps, c + m * kWidth, add);
 }
 

@@ -31,7 +31,8 @@ def causal_attention(query: Array, keys: Array, values: Array, past: int, scale:
     logits = np.einsum("thd,hkd->htk", np.asarray(query, np.float64), k) * scale
     seen = np.arange(end) <= past + np.arange(tokens)[:, None]
     weights = softmax(np.where(seen, logits, -np.inf))
-    return np.einsum("htk,hkd->thd", weights, v).reshape(tokens, heads * dim)
+    mixed: Floats = np.einsum("htk,hkd->thd", weights, v).reshape(tokens, heads * dim)
+    return mixed
 
 
 def attention(query: Array, key: Array, value: Array, bias: Array | None, heads: int, scale: float) -> Floats:
@@ -45,5 +46,6 @@ def attention(query: Array, key: Array, value: Array, bias: Array | None, heads:
     logits = np.einsum("sqhd,skhd->shqk", q, k) * scale
     if bias is not None:
         # As small as it takes to lose the logits beside it, and finite: -inf less -inf would be no number.
-        logits = (logits + np.maximum(np.asarray(bias, np.float64), -1e30)[:, None, None]).astype(np.float64)
-    return np.einsum("shqk,skhd->sqhd", softmax(logits), v).reshape(query.shape)
+        logits = logits + np.maximum(np.asarray(bias, np.float64), -1e30)[:, None, None]
+    mixed: Floats = np.einsum("shqk,skhd->sqhd", softmax(logits), v).reshape(query.shape)
+    return mixed

@@ -48,13 +48,13 @@ class Stream {
     }
 
   private:
-    // Rows of queries whose accumulators, four vectors each, fit the registers.
+    // Rows of queries taken together, and vectors of their mixtures: what fits the registers.
 #if defined(__AVX512F__) || defined(__ARM_NEON)
-    static constexpr int kRows = 4;
+    static constexpr int kRows = 4, kVectors = 4;
 #elif defined(__AVX2__)
-    static constexpr int kRows = 2;
+    static constexpr int kRows = 4, kVectors = 2;
 #else
-    static constexpr int kRows = 1;
+    static constexpr int kRows = 2, kVectors = 2;
 #endif
 
     const Problem& problem_;
@@ -117,24 +117,21 @@ class Stream {
         for (; row < rows_; ++row) call(Number<1>{}, row);
     }
 
-    // Blocks of keys and of values come in turns: the hardware's prefetcher would start anew with each.
-    template <class Type>
-    void prefetch(const Type* row) const {
-        const char* bytes = reinterpret_cast<const char*>(row);
-        for (size_t at = 0; at < sizeof(Type) * size_t(dim_); at += 64) __builtin_prefetch(bytes + at, 0, 2);
-    }
+    // Blocks of keys and of values come in turns, and the hardware's prefetcher would start anew with each: so rows of
+    // the next block are asked for while those of this one are read.
 
     // logits[row ..][k] := queries * keys[k], kGroup rows.
     template <int kGroup, class Type>
     void multiply_keys(const Type* keys, const Type* values, int row, int count) {
-        constexpr int kKeys = kLanes / kGroup > 4 ? kLanes / kGroup : 4;
+        // As many dot products as a vector has sums; four keys where vectors are short.
+        constexpr int kKeys = kLanes > kGroup ? kLanes / kGroup : 4;
         const float* left = queries_ + row * dim_;
         for (int k = 0; k < count; k += kKeys) {
             const Type* right[kKeys];
             for (int j = 0; j < kKeys; ++j) {
                 const int key = least(k + j, count - 1);
                 right[j] = keys + key * problem_.keys.stride;
-                if (row == 0) prefetch(values + key * problem_.values.stride);
+                if (row == 0) prefetch_row(values + key * problem_.values.stride, dim_);
             }
             vfloat sum[kGroup * kKeys] = {};
             int d = 0;
@@ -154,7 +151,7 @@ class Stream {
                     }
                 }
             }
-            float sums[kGroup * kKeys];
+            alignas(64) float sums[kGroup * kKeys];
             for (int i = 0; i < kGroup * kKeys; i += kLanes) store(sums + i, sums_of(sum + i));
             for (int i = 0; i < kGroup; ++i) {
                 std::memcpy(logits_ + (row + i) * kKeyBlock + k, sums + i * kKeys, sizeof(float) * kKeys);
@@ -193,9 +190,9 @@ class Stream {
     template <int kGroup, class Type>
     void multiply_values(const Type* values, const Type* next_keys, int row, int count) {
         int d = 0;
-        for (; d + 4 * kLanes <= dim_; d += 4 * kLanes) {
+        for (; d + kVectors * kLanes <= dim_; d += kVectors * kLanes) {
             const bool ahead = row == 0 && d == 0 && next_keys;
-            add_values<kGroup, 4>(values + d, ahead ? next_keys : nullptr, row, d, count);
+            add_values<kGroup, kVectors>(values + d, ahead ? next_keys : nullptr, row, d, count);
         }
         for (; d + kLanes <= dim_; d += kLanes) add_values<kGroup, 1>(values + d, (const Type*)nullptr, row, d, count);
         if (d == dim_) return;
@@ -209,24 +206,24 @@ class Stream {
         }
     }
 
-    // mixed[row ..][d ..] += weights * values, kGroup rows of kVectors vectors.
-    template <int kGroup, int kVectors, class Type>
+    // mixed[row ..][d ..] += weights * values, kGroup rows of kWide vectors.
+    template <int kGroup, int kWide, class Type>
     void add_values(const Type* values, const Type* next_keys, int row, int d, int count) {
-        vfloat sum[kGroup][kVectors];
+        vfloat sum[kGroup][kWide];
         for (int i = 0; i < kGroup; ++i) {
-            for (int v = 0; v < kVectors; ++v) sum[i][v] = load(mixed_ + (row + i) * dim_ + d + v * kLanes);
+            for (int v = 0; v < kWide; ++v) sum[i][v] = load(mixed_ + (row + i) * dim_ + d + v * kLanes);
         }
         const float* weights = logits_ + row * kKeyBlock;
         for (int k = 0; k < count; ++k) {
             const Type* from = values + k * problem_.values.stride;
-            if (next_keys) prefetch(next_keys + k * problem_.keys.stride);
-            for (int v = 0; v < kVectors; ++v) {
+            if (next_keys) prefetch_row(next_keys + k * problem_.keys.stride, dim_);
+            for (int v = 0; v < kWide; ++v) {
                 const vfloat value = load(from + v * kLanes);
                 for (int i = 0; i < kGroup; ++i) sum[i][v] += weights[i * kKeyBlock + k] * value;
             }
         }
         for (int i = 0; i < kGroup; ++i) {
-            for (int v = 0; v < kVectors; ++v) store(mixed_ + (row + i) * dim_ + d + v * kLanes, sum[i][v]);
+            for (int v = 0; v < kWide; ++v) store(mixed_ + (row + i) * dim_ + d + v * kLanes, sum[i][v]);
         }
     }
 };
