@@ -480,7 +480,7 @@ inline void multiply_block(const Int4LinearArgs& a, int64_t output, int64_t bloc
         const int64_t left = std::min(chunk_bytes, row_bytes - chunk * chunk_bytes);
         const uint8_t* at = w.values + output * row_bytes + chunk * chunk_bytes;
         for (int64_t o = 0; o < outputs; o++, at += row_bytes) {
-            __builtin_prefetch(at + block_outputs * row_bytes);
+            __builtin_prefetch(at + block_outputs * row_bytes, 0, 2);  // to the second level: the first is full
             unpack(w, at, left, values[chunk % 2] + o * 64, 32 * 64);
         }
     };
