@@ -42,7 +42,7 @@ Team::Team(int count) : count_(count) {
     for (int i = 1; i < count; i++) {
         threads_.emplace_back([this, i] { serve(i); });
 #if defined(__linux__)
-        if (processors.size() >= static_cast<size_t>(count)) {
+        if (processors.size() == static_cast<size_t>(count)) {
             cpu_set_t one;
             CPU_ZERO(&one);
             CPU_SET(processors[static_cast<size_t>(i)], &one);

@@ -13,8 +13,8 @@ namespace lensc {
 
 class Team {
   public:
-    // The calling thread is member 0, so count - 1 threads are started. Each is pinned to a processor of its own where the
-    // process has that many and the system lets it.
+    // The calling thread is member 0, so count - 1 threads are started. Where the team has as many as the process has
+    // processors, each of them is pinned to one; a smaller team is left to the system, which knows who else is there.
     explicit Team(int count);
     ~Team();
     Team(const Team&) = delete;
