@@ -284,7 +284,8 @@ constexpr int64_t block_outputs = 32;
 #if defined(__AMX_INT8__)
 
 struct GroupTiles {
-    explicit GroupTiles(int64_t bytes) {
+    explicit GroupTiles(int64_t unit_bytes) {
+        const int64_t bytes = (unit_bytes + 3) / 4 * 4;  // tiles multiply four at once: zeros follow a shorter row
         TileShapes shapes;
         for (int i = 0; i < 4; i++) shapes.set(i, 16, 64);         // products
         for (int i = 4; i < 6; i++) shapes.set(i, 16, bytes);      // weights
