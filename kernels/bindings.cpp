@@ -103,8 +103,16 @@ void run(Program& program, std::vector<int64_t> counts, const std::vector<std::p
          int64_t tokens) {
     Frame frame;
     frame.counts = std::move(counts);
-    for (const auto& [value, array] : values)
+    for (const auto& [value, array] : values) {
+        require(value >= 0 && size_t(value) < program.values().size(),
+                "values: there is none with the number " + std::to_string(value));
+        const auto [row_class, width] = program.values()[size_t(value)];
+        const int64_t rows = size_t(row_class) < frame.counts.size() ? frame.counts[size_t(row_class)] : 0;
+        require(array.dtype() == nb::dtype<float>() && int64_t(array.size()) == rows * width,
+                "value " + std::to_string(value) + ": float32[" + std::to_string(rows) + ", " + std::to_string(width) +
+                    "] is needed");
         frame.bound[value] = static_cast<float*>(const_cast<void*>(static_cast<const void*>(array.data())));
+    }
     for (const auto& array : arrays) frame.arrays.push_back(array ? array->data() : nullptr);
     frame.past = past;
     for (int64_t i = 0; i < tokens; i++) frame.positions.push_back(past + i);
@@ -227,7 +235,7 @@ NB_MODULE(_cpu, module) {
         .def("run", run, "counts"_a, "values"_a, "arrays"_a, "caches"_a.none(), "past"_a, "sequences"_a, "tokens"_a,
              "Run once. counts: the rows of each row class; values: (id, float32 array) of all inputs and outputs;\n"
              "arrays: int64 indices and float32 biases by slot; caches: of `sequences` sequences with `past` tokens each,\n"
-             "to which `tokens` are appended. Sizes are the caller's to get right. Python's lock is released.");
+             "to which `tokens` are appended. Indices are the caller's to get right. Python's lock is released.");
 
     bind_attention(module);
     bind_rope(module);

@@ -23,7 +23,8 @@ void require(bool holds, const char* what) {
 
 }  // namespace
 
-Program::Program(const std::string& isa, int threads) : kernels_(table(isa)), team_(threads) {
+Program::Program(const std::string& isa, int threads)
+    : kernels_(table(isa)), team_((require(threads >= 1, "threads: at least 1"), threads)) {
     scratch_.resize(static_cast<size_t>(threads));
 }
 
@@ -38,6 +39,7 @@ int Program::value(int row_class, int64_t width) {
     require(row_class >= 0 && width > 0, "a value needs a row class and a width");
     values_.push_back({row_class, width});
     makers_.push_back(-1);
+    uses_class(row_class);
     return static_cast<int>(values_.size()) - 1;
 }
 
@@ -77,6 +79,7 @@ void Program::gather_rows(const float* table, int ids, int y) {
     step.table = table, step.x = -1, step.indices = ids, step.y = y, step.x_class = step.apart = 0;
     step.makes = {y};
     step.row_class = values_.at(static_cast<size_t>(y)).row_class, step.width = values_[static_cast<size_t>(y)].width;
+    uses_array(ids);
     append(std::move(step));
 }
 
@@ -86,6 +89,7 @@ void Program::select_rows(int x, int positions, int apart, int y) {
     step.reads = {x}, step.makes = {y};
     step.x_class = values_.at(static_cast<size_t>(x)).row_class;
     step.row_class = values_.at(static_cast<size_t>(y)).row_class, step.width = values_[static_cast<size_t>(y)].width;
+    uses_array(positions), uses_class(apart);
     append(std::move(step));
 }
 
@@ -169,6 +173,7 @@ void Program::causal_attention(int q, int k, int v, int y, int apart, int layer,
                                const float* inverse_frequencies) {
     const Value queries = values_.at(static_cast<size_t>(q)), keys = values_.at(static_cast<size_t>(k));
     require(heads > 0 && queries.width % heads == 0, "the width of queries is no multiple of the heads");
+    uses_class(apart);
     RopeAppendStep rope;
     rope.program = this, rope.q = q, rope.k = k, rope.v = v, rope.apart = apart, rope.layer = layer, rope.heads = heads;
     rope.q_width = queries.width, rope.k_width = keys.width;
@@ -188,6 +193,8 @@ void Program::attention(int q, const float* constant_q, int k, int v, int y, int
     AttentionStep step;
     const Value made = values_.at(static_cast<size_t>(y));
     require(heads > 0 && made.width % heads == 0, "the width of queries is no multiple of the heads");
+    uses_class(apart);
+    if (bias >= 0) uses_array(bias);
     step.program = this, step.constant_q = constant_q, step.q = q, step.k = k, step.v = v, step.bias = bias, step.y = y;
     step.y_class = made.row_class, step.k_class = values_.at(static_cast<size_t>(k)).row_class, step.apart = apart;
     step.heads = heads, step.width = made.width, step.scale = scale, step.exact = exact;
@@ -198,19 +205,28 @@ void Program::attention(int q, const float* constant_q, int k, int v, int y, int
 
 void Program::output(int value) { outputs_.push_back(value); }
 
+void Program::uses_class(int row_class) {
+    require(row_class >= 0, "a row class is at least 0");
+    classes_ = std::max(classes_, row_class + 1);
+}
+
+void Program::uses_array(int slot) {
+    require(slot >= 0, "the slot of an array is at least 0");
+    arrays_ = std::max(arrays_, slot + 1);
+}
+
 void Program::finish() {
-    std::vector<int> readers(values_.size());
+    std::vector<int> readers(values_.size()), slot_readers(slots_.size());
     for (const int value : outputs_) readers.at(static_cast<size_t>(value))++;
-    for (const auto& step : steps_)
-        for (const int value : step->reads) readers[static_cast<size_t>(value)]++;
-    std::vector<std::unique_ptr<Step>> kept;
+    std::vector<std::unique_ptr<Step>> kept;  // those that somebody reads, the last first
     for (auto step = steps_.rbegin(); step != steps_.rend(); ++step) {
-        bool is_read = !(*step)->made_slots.empty();
+        bool is_read = false;
         for (const int value : (*step)->makes) is_read |= readers[static_cast<size_t>(value)] > 0;
-        if (is_read)
-            kept.push_back(std::move(*step));
-        else
-            for (const int value : (*step)->reads) readers[static_cast<size_t>(value)]--;
+        for (const int slot : (*step)->made_slots) is_read |= slot_readers[static_cast<size_t>(slot)] > 0;
+        if (!is_read) continue;
+        for (const int value : (*step)->reads) readers[static_cast<size_t>(value)]++;
+        for (const int slot : (*step)->read_slots) slot_readers[static_cast<size_t>(slot)]++;
+        kept.push_back(std::move(*step));
     }
     steps_.assign(std::make_move_iterator(kept.rbegin()), std::make_move_iterator(kept.rend()));
 
@@ -314,6 +330,10 @@ const Program::Plan& Program::plan_for(const std::vector<int64_t>& counts) {
 // --- running it ----------------------------------------------------------------------------------------------------
 
 void Program::run(Frame& frame) {
+    require(frame.counts.size() >= static_cast<size_t>(classes_), "counts: of every row class");
+    for (const int64_t count : frame.counts) require(count > 0, "counts: at least 1 row of every class");
+    require(frame.arrays.size() >= static_cast<size_t>(arrays_), "arrays: of every slot");
+    for (const int value : outputs_) require(frame.bound.count(value) != 0, "an output of the program was not given");
     const Plan& plan = plan_for(frame.counts);
     if (plan.bytes > arena_bytes_) {
         delete_bytes(arena_);

@@ -90,6 +90,8 @@ class Program {
 
     template <class S>
     void append(S step);
+    void uses_class(int row_class);
+    void uses_array(int slot);
     int slot_of(int x, Slot format);
     int rope_table_of(int row_class, const float* inverse_frequencies, int64_t dim);
     size_t slot_bytes(const Slot& slot, int64_t rows) const;
@@ -100,6 +102,7 @@ class Program {
     std::vector<Value> values_;
     std::vector<int> makers_;  // the step that makes each value, -1 for inputs
     std::vector<int> outputs_;
+    int classes_ = 0, arrays_ = 0;  // that a run has to give
     std::vector<Slot> slots_;
     std::vector<std::unique_ptr<Step>> steps_;
     std::map<const float*, int> rope_tables_;
