@@ -59,8 +59,8 @@ class Graph:
 
     def whole(self, isa: str, threads: int) -> Any:
         program = _cpu.Program(isa, threads)
-        for value in self.values:
-            program.value(*value)
+        for row_class, width in self.values:
+            program.value(row_class, width)
         for y, reads, add in self.steps:
             add(program, reads, y)
         for value in self.outputs:
@@ -326,7 +326,7 @@ def test_sequences_of_a_batch_do_not_see_each_other(tokens: int, dtype: str, isa
             whole[0][:, :past], whole[1][:, :past] = 1, 2
             whole[0][:, past : past + tokens] = keys.transpose(1, 0, 2)
             whole[1][:, past : past + tokens] = v[rows].reshape(tokens, kv_heads, dim).transpose(1, 0, 2)
-            expected = causal_attention(rotated, *whole, past, dim**-0.5)
+            expected = causal_attention(rotated, whole[0], whole[1], past, dim**-0.5)
             np.testing.assert_allclose(together[rows], expected, atol=2e-2 if isa == "amx" else 1e-5)
 
 

@@ -236,6 +236,6 @@ def test_rows_are_rounded_to_the_nearest_of_255_steps(width: int, bits: int, gro
 @pytest.mark.parametrize("rows", (1, 40))
 @pytest.mark.parametrize("group", (16, 0), ids=("group", "channel"))
 def test_ties_go_to_the_even_step(group: int, rows: int, isa: str) -> None:
-    x = np.tile(np.float32([127, 0.5, 1.5, -2.5, -0.5, 3.5, 0.25, -126.5] * 2), (rows, 1))
+    x = np.tile(np.array([127, 0.5, 1.5, -2.5, -0.5, 3.5, 0.25, -126.5] * 2, np.float32), (rows, 1))
     _, got = Rounded(isa, 16, group).run(x)
     assert got[-1, :8].tolist() == [127, 0, 2, -2, 0, 4, 0, -126]
