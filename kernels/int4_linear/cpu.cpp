@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "../cpu/bytes.h"
 #include "../cpu/tiles.h"
 #include "int4_linear.h"
 
@@ -83,11 +84,23 @@ inline float zero_point_of(const GroupWeight& w, int64_t output, int64_t group) 
     return static_cast<float>((w.zero_points[bit / 8] >> (bit % 8)) & ((1 << w.bits) - 1));
 }
 
+// Whole bytes that are stored as signed are 128 less already.
+inline int64_t taken_from_zero_points(const GroupWeight& w) {
+#if defined(LENSC_BYTES)
+    return w.bits == 8 && bytes_are_signed ? 128 : 0;
+#else
+    static_cast<void>(w);
+    return 0;
+#endif
+}
+
 // What zero points take from an output: sum over units of scale * correction, times zero points if there are several.
 inline float correction_of(const GroupWeight& w, int64_t output, const float* corrections) {
     const int64_t units = w.units(), groups = w.groups(), per_group = w.units_per_group();
     const float* scales = w.scales + output * groups;
+    const auto taken = static_cast<float>(taken_from_zero_points(w));
     float sum = 0;
+    if (!w.zero_points && taken != 0) return 0;  // one for all of whole bytes is 128
     if (!w.zero_points && units == groups) {
 #pragma omp simd reduction(+ : sum)
         for (int64_t u = 0; u < units; u++) sum += scales[u] * corrections[u];
@@ -95,12 +108,21 @@ inline float correction_of(const GroupWeight& w, int64_t output, const float* co
     }
     for (int64_t u = 0; u < units; u++) {
         const int64_t g = u / per_group;
-        sum += scales[g] * corrections[u] * (w.zero_points ? zero_point_of(w, output, g) : 1);
+        sum += scales[g] * corrections[u] * (w.zero_points ? zero_point_of(w, output, g) - taken : 1);
     }
     return sum;
 }
 
-// The `count` bytes of a chunk as unsigned values: planes of 64, `stride` apart; what is missing is 0.
+// A finished sum of products to y, with what zero points take from it, bias and residual.
+inline void put_streamed(const Int4LinearArgs& a, int64_t output, int64_t row, float sum) {
+    const int64_t at = row * a.weight.outputs + output;
+    float y = sum - correction_of(a.weight, output, a.x.corrections + row * a.weight.units());
+    if (a.bias) y += a.bias[output];
+    if (a.residual) y += a.residual[at];
+    a.y[at] = y;
+}
+
+// The `count` bytes of a chunk as values of a byte each: planes of 64, `stride` apart; what is missing is 0.
 inline void unpack(const GroupWeight& w, const uint8_t* bytes, int64_t count, uint8_t* values, int64_t stride) {
 #if defined(__AVX512BW__)
     const __mmask64 held = count < chunk_bytes ? (__mmask64(1) << count) - 1 : ~__mmask64(0);
@@ -119,12 +141,23 @@ inline void unpack(const GroupWeight& w, const uint8_t* bytes, int64_t count, ui
 #else
     uint8_t whole[chunk_bytes] = {};
     std::memcpy(whole, bytes, static_cast<size_t>(count));
-    const uint8_t flip = w.is_signed ? 0x80 : 0, mask = static_cast<uint8_t>((1 << w.bits) - 1);
+#if defined(LENSC_BYTES)
+    const uint8_t flip = w.bits == 8 && w.is_signed != bytes_are_signed ? 0x80 : 0;
+#else
+    const uint8_t flip = w.is_signed ? 0x80 : 0;
+#endif
+    const auto mask = static_cast<uint8_t>((1 << w.bits) - 1);
     for (int64_t p = 0; p < w.planes(); p++)
         for (int64_t i = 0; i < chunk_bytes; i++)
             values[p * stride + i] = ((whole[i] >> (p * w.bits)) & mask) ^ flip;
 #endif
 }
+
+}  // namespace lensc::LENSC_ISA
+
+#include "narrow.h"
+
+namespace lensc::LENSC_ISA {
 
 #if defined(__AVX512VNNI__)
 
@@ -188,14 +221,12 @@ inline void stream_outputs(const Int4LinearArgs& a, int64_t output, int64_t row)
         }
     }
     for (int o = 0; o < Outputs; o++)
-        for (int r = 0; r < Rows; r++) {
-            const int64_t at = (row + r) * w.outputs + output + o;
-            float y = _mm512_reduce_add_ps(sums[o][r]) - correction_of(w, output + o, a.x.corrections + (row + r) * units);
-            if (a.bias) y += a.bias[output + o];
-            if (a.residual) y += a.residual[at];
-            a.y[at] = y;
-        }
+        for (int r = 0; r < Rows; r++) put_streamed(a, output + o, row + r, _mm512_reduce_add_ps(sums[o][r]));
 }
+
+#endif
+
+#if defined(__AVX512VNNI__) || defined(LENSC_BYTES)
 
 template <int Bits, int Rows, bool WholeChunk>
 void stream_rows(const Int4LinearArgs& a, int64_t row, Range outputs) {
@@ -263,13 +294,7 @@ inline void stream(const Int4LinearArgs& a, Range outputs) {
                 }
             }
         }
-        for (int64_t r = 0; r < a.x.rows; r++) {
-            const int64_t at = r * w.outputs + o;
-            float y = sums[r] - correction_of(w, o, a.x.corrections + r * units);
-            if (a.bias) y += a.bias[o];
-            if (a.residual) y += a.residual[at];
-            a.y[at] = y;
-        }
+        for (int64_t r = 0; r < a.x.rows; r++) put_streamed(a, o, r, sums[r]);
     }
 }
 
@@ -355,7 +380,7 @@ inline void multiply(const uint8_t* values, const int8_t* x, int64_t planes, int
     }
 }
 
-#else
+#elif !defined(LENSC_BYTES)
 
 template <int Panels>
 inline void multiply(const uint8_t* values, const int8_t* x, int64_t planes, int64_t bytes, int32_t* c) {
@@ -474,6 +499,7 @@ inline void multiply_block(const Int4LinearArgs& a, int64_t output, int64_t bloc
     alignas(64) int32_t products[2][32 * 32];
     alignas(64) float sums[block_outputs * most_panels * panel_rows];
     float zeros[2][32] = {}, few_scales[2][32] = {};
+    const int64_t taken = taken_from_zero_points(w);
     if (outputs < 32) std::memset(values, 0, sizeof values);
     std::memset(sums, 0, static_cast<size_t>((panels + 1) / 2 * 32 * 32) * sizeof(float));
 
@@ -503,8 +529,11 @@ inline void multiply_block(const Int4LinearArgs& a, int64_t output, int64_t bloc
                 next.scales = few_scales[unit % 2], next.scale_stride = 1;
             }
             if (w.zero_points) {
-                for (int64_t o = 0; o < outputs; o++) zeros[unit % 2][o] = zero_point_of(w, output + o, group);
+                for (int64_t o = 0; o < outputs; o++)
+                    zeros[unit % 2][o] = zero_point_of(w, output + o, group) - static_cast<float>(taken);
                 next.zeros = zeros[unit % 2];
+            } else if (taken) {
+                next.zeros = zeros[0];
             }
             for (int64_t p = 0; p < panels; p += 2, count++) {
                 const uint8_t* of_unit = values[chunk % 2] + u * unit_bytes;

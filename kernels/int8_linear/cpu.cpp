@@ -3,15 +3,18 @@
 #include <cmath>
 #include <cstring>
 
+#include "../cpu/bytes.h"
 #include "../cpu/tiles.h"
 #include "int8_linear.h"
 
 namespace lensc::LENSC_ISA {
 
+// vpdpbusd multiplies unsigned by signed: inputs are stored 128 too large, and the outputs' sums take it off again
 #if defined(__AMX_INT8__)
 constexpr int8_t channel_offset = 0;
+#elif defined(LENSC_BYTES)
+constexpr int8_t channel_offset = bytes_are_signed ? 0 : -128;
 #else
-// vpdpbusd multiplies unsigned by signed: inputs are stored 128 too large, and the outputs' sums take it off again
 constexpr int8_t channel_offset = -128;
 #endif
 
@@ -81,7 +84,30 @@ struct ChannelTiles {
 };
 
 inline void multiply_channels(const int8_t* x, const int8_t* weights, int64_t padded, int32_t* c) {
-#if defined(__AVX512VNNI__)
+#if defined(LENSC_BYTES)
+    constexpr int64_t together = 4, vectors = 64 / vector_bytes;
+    typedef Products<8> P;
+    for (int64_t r = 0; r < 32; r += together)
+        for (int64_t half = 0; half < 2; half++) {
+            typename P::Sum sums[together][vectors];
+            for (auto& of_row : sums)
+                for (auto& sum : of_row) sum = P::zero();
+            for (int64_t k = 0; k < padded; k += 4) {
+                const int8_t* tile = weights + (half * padded + k) * 16;
+                vbytes quads[vectors];
+                for (int64_t v = 0; v < vectors; v++) quads[v] = load_bytes(tile + v * vector_bytes);
+                for (int64_t i = 0; i < together; i++) {
+                    const vbytes value = repeat_quad(x + (r + i) * padded + k);
+                    for (int64_t v = 0; v < vectors; v++) sums[i][v] = P::add_channels(sums[i][v], value, quads[v]);
+                }
+            }
+            for (int64_t i = 0; i < together; i++)
+                for (int64_t v = 0; v < vectors; v++) {
+                    const vint whole = P::whole(sums[i][v]);
+                    std::memcpy(c + (r + i) * 32 + half * 16 + v * kLanes, &whole, sizeof whole);
+                }
+        }
+#elif defined(__AVX512VNNI__)
     for (int64_t r = 0; r < 32; r += 8) {
         __m512i sums[8][2];
         for (auto& of_row : sums) of_row[0] = of_row[1] = _mm512_setzero_si512();
