@@ -15,6 +15,7 @@
 namespace lensc {
 
 void bind_attention(nb::module_& module);
+void bind_peak(nb::module_& module);
 void bind_rope(nb::module_& module);
 
 namespace {
@@ -238,6 +239,7 @@ NB_MODULE(_cpu, module) {
              "to which `tokens` are appended. Indices are the caller's to get right. Python's lock is released.");
 
     bind_attention(module);
+    bind_peak(module);
     bind_rope(module);
 }
 

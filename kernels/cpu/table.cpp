@@ -11,6 +11,7 @@
 #include "../float_linear/cpu.cpp"
 #include "../rope/cpu.cpp"
 #include "../rows/cpu.cpp"
+#include "peak.cpp"
 
 #define LENSC_TEXT_OF(name) #name
 #define LENSC_TEXT(name) LENSC_TEXT_OF(name)
@@ -36,6 +37,8 @@ const Table kernels = {
     causal_attention_scratch,
     attention,
     attention_scratch,
+    multiply,
+    read,
 };
 
 }  // namespace lensc::LENSC_ISA

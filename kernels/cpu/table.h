@@ -10,6 +10,7 @@
 #include "../int8_linear/int8_linear.h"
 #include "../rope/rope.h"
 #include "../rows/rows.h"
+#include "peak.h"
 
 namespace lensc {
 
@@ -27,6 +28,8 @@ struct Table {
     size_t (*causal_attention_scratch)(const CausalAttentionArgs&);
     void (*attention)(const AttentionArgs&, Share);
     size_t (*attention_scratch)(const AttentionArgs&);
+    int64_t (*multiply)(Product, int64_t rounds);
+    uint64_t (*read)(const uint8_t* data, int64_t bytes, int streams, Share);
 };
 
 // The instruction sets that were compiled and that this processor has, the best first.
