@@ -1,0 +1,150 @@
+"""Each of our CPU kernels beside what the machine could reach: memory read, or products in registers.
+
+    python -m lensc.bench.kernels [--only int4_linear] [--isa avx512] [--threads 2]
+
+A kernel runs at the sizes of Llama-3-8B and SigLIP (`kernel_cases`), and what it computed is compared with its reference; one
+that differs has no speed, and the command ends with 1. The limits are measured before and after, and the larger counts:
+bandwidth by a loop that only reads in several places at once, products by a loop that only multiplies. What streams is given
+in GB/s, what computes in GOP/s, two operations for a multiplication with its addition.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from lensc.backends.errors import LensError, UnavailableError, UsageError
+from lensc.profiles import probe
+
+from . import limits, record
+from .kernel_cases import ALLOWED, Case, Limit, Machine, Pool, Ready, cases
+
+COMMAND = "python -m lensc.bench.kernels"
+POOL_BYTES = 640 << 20
+"""Of weights and caches: more than twice the largest cache of today's servers."""
+LEAST_RUNS, MOST_RUNS = 5, 50
+
+
+def machine_of(isa: str | None, threads: int, pool_bytes: int = POOL_BYTES) -> Machine:
+    """The kernels for `isa`, by default the best instruction set of this CPU. Raises UnavailableError, UsageError."""
+    try:
+        from lensc.kernels import _cpu
+    except ImportError as error:
+        raise UnavailableError(f"the compiled kernels are missing ({error}); install lensc with a compiler") from error
+    usable = _cpu.usable_isas()
+    if isa is not None and isa not in usable:
+        raise UsageError(f"--isa {isa} is not one of {', '.join(usable)}")
+    return Machine(_cpu, isa or usable[0], threads, Pool.make(pool_bytes))
+
+
+def reach(machine: Machine) -> dict[Limit, float]:
+    """What the machine does at best now, in GB/s and GOP/s. Products that the instruction set lacks are absent, but for
+    bfloat16, whose kernels compute in float32 then.
+    """
+    data = machine.pool.values.view(np.int64)
+    int8, bfloat16, float32 = (
+        limits.product_gop_s(name, machine.threads, machine.isa) for name in ("int8", "bfloat16", "float32")
+    )
+    found: dict[Limit, float | None] = {
+        "bandwidth": max(limits.read_gb_s(data, machine.threads, streams) for streams in limits.STREAMS),
+        "int8": int8,
+        "bfloat16": bfloat16 or float32,
+    }
+    return {kind: value for kind, value in found.items() if value is not None}
+
+
+def error_of(ready: Ready) -> float:
+    """The norm of the difference from the reference over the norm of the reference; infinite where there are NaN."""
+    found, expected = ready.shown()
+    error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    return error if np.isfinite(error) else float("inf")
+
+
+def speeds(ready: Ready, seconds: float) -> list[float]:
+    """In `ready.unit`, of at least 5 runs, and more if there is time."""
+    found: list[float] = []
+    ends = time.perf_counter() + seconds
+    while len(found) < LEAST_RUNS or (len(found) < MOST_RUNS and time.perf_counter() < ends):
+        started = time.perf_counter()
+        ready.run()
+        found.append(ready.amount / (time.perf_counter() - started) / 1e9)
+    return found
+
+
+def measure(case: Case, machine: Machine, reached: Mapping[Limit, float], seconds: float) -> record.Row:
+    """The row of a case. It has no speed if its error is too large."""
+    ready = case.make(machine)
+    ready.run()
+    limit = reached.get(ready.limit)
+    error = error_of(ready)
+    if error > ALLOWED[ready.arithmetic]:
+        print(f"{case.what}: error {error:.2g}, allowed are {ALLOWED[ready.arithmetic]:g}", file=sys.stderr)
+        return record.Row(case.what, ready.unit, None, limit=limit, parity="fail")
+    found = speeds(ready, seconds)
+    return record.Row(case.what, ready.unit, median(found), (min(found), max(found)), limit=limit, parity="pass")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table, write the record; 1 if a kernel differs from its reference."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", metavar="TEXT", help="cases that have this in their name, which the list shows")
+    parser.add_argument("--isa", help="instruction set (default: the best of this CPU)")
+    parser.add_argument("--threads", type=int, default=probe.machine().cores, help="default: the physical cores")
+    parser.add_argument("--seconds", type=float, default=0.3, help="for each case (default %(default)s)")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="write the record here (default: do not)")
+    options = parser.parse_args(arguments)
+    if options.threads < 1:
+        parser.error(f"--threads {options.threads}: expected at least 1")
+    chosen = [case for case in cases() if options.only is None or options.only in case.what]
+    if not chosen:
+        parser.error(f"--only {options.only}: no case has this in its name")
+    try:
+        machine = machine_of(options.isa, options.threads)
+        before = reach(machine)
+        rows = []
+        for case in chosen:
+            rows.append(measure(case, machine, before, options.seconds))
+            _print(rows[-1])
+        after = reach(machine)
+        reached = {kind: max(value, after.get(kind, value)) for kind, value in before.items()}
+        shown = ", ".join(f"{kind} {value:.0f}" for kind, value in reached.items())
+        print(f"{machine.isa}, {machine.threads} threads; the machine reached: {shown}")
+        if options.results:
+            record.write("native_cpu", _command(options), rows, options.results, _stored(reached, options.threads))
+    except LensError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return int(any(row.parity == "fail" for row in rows))
+
+
+def _command(options: argparse.Namespace) -> str:
+    """What reproduces the record: a machine that is measured in part, or with other instructions, has one of its own."""
+    parts = [COMMAND]
+    parts += [f"--{name} {getattr(options, name)}" for name in ("only", "isa") if getattr(options, name)]
+    return " ".join(parts)
+
+
+def _stored(reached: Mapping[Limit, float], threads: int) -> dict[str, float]:
+    """As it stands in the record of a machine."""
+    names = {"bandwidth": "bandwidth_gb_s", "int8": "int8_product_gop_s", "bfloat16": "bfloat16_product_gop_s"}
+    return {names[kind]: round(value, 1) for kind, value in reached.items()}
+
+
+def _print(row: record.Row) -> None:
+    if row.lensc is None or row.spread is None:
+        print(f"{row.what:68} differs from the reference", flush=True)
+        return
+    text = f"{row.what:68} {row.lensc:9.1f} {row.unit} ({row.spread[0]:.1f} to {row.spread[1]:.1f})"
+    if row.of_limit is not None:
+        text += f"   {row.of_limit:.2f} of {row.limit:.0f}"
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
