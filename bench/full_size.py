@@ -25,13 +25,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 from lensc.backends.bundle import load_manifest
 from lensc.backends.errors import ExecutionError, LensError, StorageError
 from lensc.profiles import probe
 
-from . import limits, record
+from . import limits, record, turns
 from .contender import Contender
 
 SCHEME, MAX_MEMORY = "int4", "4GiB"
@@ -99,6 +98,10 @@ class Place:
         """What the rival runs."""
         return self.folder / "rivals" / script.replace("_", "-")
 
+    def files(self, graph: str, engine: str) -> list[Path]:
+        """What our server of a graph opens."""
+        return turns.files_of(self.bundle, graph, TARGETS[engine])
+
 
 DECODERS = {"onnxruntime": ("ort_genai", "ONNX Runtime GenAI, int4 block 128"),
             "openvino": ("openvino_decoder", "OpenVINO GenAI, int4_sym group 128, float32")}  # fmt: skip
@@ -113,32 +116,37 @@ SETTINGS = {
 
 def prepare(place: Place, sections: Sequence[str]) -> None:
     """Make what the sections need and is not there yet. Raises ExecutionError if a step fails."""
-    place.folder.mkdir(parents=True, exist_ok=True)
-    (place.folder / "rivals").mkdir(exist_ok=True)
-    if not place.checkpoint.is_dir():
-        _run([sys.executable, "-P", "-m", "lensc.bench.checkpoint", "-o", str(place.checkpoint)])
+    prepare_checkpoint(place)
     if "build" not in sections and not place.bundle.is_dir():
-        _run(_build_command(place))
-    needed = [DECODERS[name] for name in DECODERS if name in sections]
-    needed += [TOWERS[name] for name in TOWERS if "vision" in sections]
-    for engine, table in (("onnxruntime", (DECODERS, TOWERS)), ("openvino", (DECODERS, TOWERS))):
-        scripts = [of[engine][0] for of in table if of[engine] in needed]
-        if scripts and not Path(place.python(engine)).exists():
-            environment = place.folder / f"env-{engine}"
-            _run([sys.executable, "-m", "venv", str(environment)])
-            _run([place.python(engine), "-m", "pip", "install", "-qq", TORCH])
-            _run([place.python(engine), "-m", "pip", "install", "-qq", TORCH, *ENVIRONMENTS[engine]])
-        for script in scripts:
-            if not place.model(script).is_dir():
-                command = [place.python(engine), str(RIVALS / f"{script}.py"), "build", str(place.checkpoint)]
-                _run([*command, str(place.model(script))], _outside())
+        run(_build_command(place))
+    scripts = [(name, DECODERS[name][0]) for name in DECODERS if name in sections]
+    prepare_rivals(place, scripts + [(name, TOWERS[name][0]) for name in TOWERS if "vision" in sections])
+
+
+def prepare_checkpoint(place: Place) -> None:
+    """Make the folder and the checkpoint in it."""
+    (place.folder / "rivals").mkdir(parents=True, exist_ok=True)
+    if not place.checkpoint.is_dir():
+        run([sys.executable, "-P", "-m", "lensc.bench.checkpoint", "-o", str(place.checkpoint)])
+
+
+def prepare_rivals(place: Place, scripts: Sequence[tuple[str, str]]) -> None:
+    """Make the environments and models of (engine, script). Raises ExecutionError if a step fails."""
+    for engine, script in scripts:
+        if not Path(place.python(engine)).exists():
+            run([sys.executable, "-m", "venv", str(place.folder / f"env-{engine}")])
+            run([place.python(engine), "-m", "pip", "install", "-qq", TORCH])
+            run([place.python(engine), "-m", "pip", "install", "-qq", TORCH, *ENVIRONMENTS[engine]])
+        if not place.model(script).is_dir():
+            command = [place.python(engine), str(RIVALS / f"{script}.py"), "build", str(place.checkpoint)]
+            run([*command, str(place.model(script))], _outside())
 
 
 def build(place: Place) -> list[record.Row]:
     """Checkpoint to bundle, from nothing."""
-    _run(["rm", "-rf", str(place.bundle), f"{place.bundle}.partial"])
+    run(["rm", "-rf", str(place.bundle), f"{place.bundle}.partial"])
     started = time.perf_counter()
-    _run(_build_command(place))
+    run(_build_command(place))
     seconds = time.perf_counter() - started
     manifest = load_manifest(place.bundle)
     peak = max(stage.peak_bytes for stage in manifest.stages)
@@ -157,21 +165,16 @@ def decoder(place: Place, engine: str, reach: Mapping[str, float]) -> list[recor
         "ours": lambda: place.ours("decoder", engine),
         "theirs": lambda: place.rival(engine, script),
     }
-    files = {"ours": _files(place, "decoder", engine), "theirs": [*place.model(script).iterdir()]}
-    loads: dict[str, list[float]] = {who: [] for who in starts}
-    for _ in range(place.repeat):
-        for who, start in starts.items():
-            _into_page_cache(files[who])
-            with start() as contender:
-                loads[who].append(contender.load_s)
-    rows = [_times(f"{engine}: load until ready", "s", loads, label, limit=LOAD_LIMIT_S)]
+    files = {"ours": place.files("decoder", engine), "theirs": [*place.model(script).iterdir()]}
+    loads = turns.loads(starts, files, place.repeat)
+    rows = [_row(f"{engine}: load until ready", "s", loads, label, limit=LOAD_LIMIT_S)]
     short, long = f"decode, context {SHORT}", f"decode, context {LONG}"
     first, *prefills = ((line, line) for line in (f"prefill {count}" for count in (SHORT, 128, LONG)))
     asked = [first, *TURNS * [(short, f"decode {STEPS}")], *prefills, *TURNS * [(long, f"decode {STEPS}")]]
     with starts["ours"]() as ours, starts["theirs"]() as theirs:
-        took = _in_turn({"ours": ours, "theirs": theirs}, asked, place.repeat)
+        took = turns.in_turn({"ours": ours, "theirs": theirs}, asked, place.repeat)
         memory = {"ours": [ours.peak_bytes() / 1e9], "theirs": [theirs.peak_bytes() / 1e9]}
-    weights = sum(f.stat().st_size for f in _files(place, "decoder", engine))
+    weights = sum(f.stat().st_size for f in place.files("decoder", engine))
     decode_limit = reach["bandwidth_gb_s"] * 1e9 / weights
     prefill_limit = reach["int8_gemm_gop_s"] * 1e9 / FLOP_PER_TOKEN
     for what, tokens, limit in (
@@ -181,8 +184,8 @@ def decoder(place: Place, engine: str, reach: Mapping[str, float]) -> list[recor
         (f"prefill {LONG}", LONG, prefill_limit),
     ):
         speeds = {who: [tokens / seconds for seconds in of[what]] for who, of in took.items()}
-        rows.append(_times(f"{engine}: {what}", "tokens/s", speeds, label, limit=limit))
-    rows.append(_times(f"{engine}: peak memory, {LONG} tokens", "GB", memory, label, limit=MEMORY_LIMIT_GB))
+        rows.append(_row(f"{engine}: {what}", "tokens/s", speeds, label, limit=limit))
+    rows.append(_row(f"{engine}: peak memory, {LONG} tokens", "GB", memory, label, limit=MEMORY_LIMIT_GB))
     return rows
 
 
@@ -193,65 +196,20 @@ def vision(place: Place) -> list[record.Row]:
         with place.ours("vision", engine) as ours, place.rival(engine, script) as theirs:
             pair = {"ours": ours, "theirs": theirs}
             # the first run with other inputs may still allocate
-            _in_turn(pair, [("vision", "vision")], 1)
-            took = _in_turn(pair, TURNS * [("vision", "vision")], place.repeat)
+            turns.in_turn(pair, [("vision", "vision")], 1)
+            took = turns.in_turn(pair, TURNS * [("vision", "vision")], place.repeat)
             quality = {who: [contender.ask(f"sqnr {place.judge}")["db"]] for who, contender in pair.items()}
             memory = {who: [contender.peak_bytes() / 1e9] for who, contender in pair.items()}
-        rows.append(_times(f"{engine}: slice of 448 x 448", "s", {w: t["vision"] for w, t in took.items()}, label))
-        rows.append(_times(f"{engine}: slice, SQNR against float32", "dB", quality, label))
-        rows.append(_times(f"{engine}: slice, peak memory", "GB", memory, label))
+        rows.append(_row(f"{engine}: slice of 448 x 448", "s", {w: t["vision"] for w, t in took.items()}, label))
+        rows.append(_row(f"{engine}: slice, SQNR against float32", "dB", quality, label))
+        rows.append(_row(f"{engine}: slice, peak memory", "GB", memory, label))
     return rows
 
 
-def _in_turn(
-    contenders: Mapping[str, Contender], asked: Sequence[tuple[str, str]], repeat: int
-) -> dict[str, dict[str, list[float]]]:
-    """Seconds by who, and by what a line is asked for; everybody answers a line before the next one is asked."""
-    took: dict[str, dict[str, list[float]]] = {who: {what: [] for what, _ in asked} for who in contenders}
-    for _ in range(repeat):
-        for what, line in asked:
-            for who, contender in contenders.items():
-                took[who][what].append(contender.seconds(line))
-    return took
-
-
-def _times(
+def _row(
     what: str, unit: str, values: Mapping[str, Sequence[float]], rival: str, limit: float | None = None
 ) -> record.Row:
-    """The row of what both reached in turn."""
-    ours, theirs = values["ours"], values["theirs"]
-    up = unit in record.HIGHER_IS_BETTER
-    ratios = [a / b if up else b / a for a, b in zip(ours, theirs, strict=True)]
-    several = len(ours) > 1
-    return record.Row(
-        what,
-        unit,
-        median(ours),
-        (min(ours), max(ours)) if several else None,
-        rival=rival,
-        rival_value=median(theirs),
-        rival_spread=(min(theirs), max(theirs)) if several else None,
-        pair_ratio=median(ratios) if several and unit != "dB" else None,
-        ratio_spread=(min(ratios), max(ratios)) if several else None,
-        limit=limit,
-        parity="pass",
-    )
-
-
-def _into_page_cache(files: Sequence[Path]) -> None:
-    """Read `files` once, so that loading them is not reading the disk."""
-    piece = bytearray(16 << 20)
-    for path in files:
-        with open(path, "rb", buffering=0) as file:
-            while file.readinto(piece):
-                pass
-
-
-def _files(place: Place, graph: str, engine: str) -> list[Path]:
-    """Those of the bundle that the engine opens for a graph."""
-    manifest = load_manifest(place.bundle)
-    artifact = next(a for a in manifest.artifacts if a.graph == graph and str(a.target) == TARGETS[engine])
-    return [place.bundle / file.path for file in artifact.files]
+    return turns.compared(what, unit, values["ours"], values["theirs"], rival, limit)
 
 
 def _build_command(place: Place) -> list[str]:
@@ -266,7 +224,8 @@ def _outside() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
 
 
-def _run(command: list[str], environment: dict[str, str] | None = None) -> None:
+def run(command: list[str], environment: dict[str, str] | None = None) -> None:
+    """Run a step that must succeed. Raises ExecutionError."""
     print("+ " + " ".join(command), file=sys.stderr, flush=True)
     done = subprocess.run(command, env=environment, stdout=sys.stderr, check=False)
     if done.returncode:
@@ -305,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows = SECTIONS[section](place, reach)
             after = limits.measure(options.threads)
             reach = {name: max(value, after[name]) for name, value in reach.items()}
-            _print(section, rows, reach)
+            turns.show(section, rows, reach)
             if options.results:
                 command = f"python -m lensc.bench.full_size {section}"
                 record.write("full_size", command, rows, options.results, reach)
@@ -316,18 +275,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
-
-
-def _print(section: str, rows: Sequence[record.Row], reach: Mapping[str, float]) -> None:
-    print(f"\n{section}: " + ", ".join(f"{name} {value:.0f}" for name, value in reach.items()))
-    for row in rows:
-        value = f"{row.what:48} {row.lensc:8.3f} {row.unit}"
-        if row.ratio is not None and row.rival_value is not None:
-            spread = f" ({row.ratio_spread[0]:.2f} to {row.ratio_spread[1]:.2f})" if row.ratio_spread else ""
-            value += f"   {row.ratio:.2f}x of {row.rival}: {row.rival_value:.3f}{spread}"
-        if row.of_limit is not None:
-            value += f"   {row.of_limit:.2f} of the limit {row.limit:.3g}"
-        print(value, flush=True)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ RESULTS = Path("bench/results")
 
 TOPICS = ("full_size", "native_cpu", "qnn", "gpu", "runtime", "demo_accuracy")
 HIGHER_IS_BETTER = frozenset({"tokens/s", "slices/s", "GB/s", "GOP/s", "TOPS", "%", "dB"})
-LOWER_IS_BETTER = frozenset({"s", "ms", "MB", "GB", "errors", "% errors", "millinats"})
+LOWER_IS_BETTER = frozenset({"s", "ms", "steps", "MB", "GB", "errors", "% errors", "millinats"})
 PACKAGES = ("lensc", "numpy", "onnxruntime", "tokenizers", "pillow", "torch", "onnx", "openvino", "onnxruntime-qnn")
 
 

@@ -1,9 +1,16 @@
-"""One graph of a bundle, answering lines on stdin as the rivals of `lensc.bench.rivals` do.
+"""A bundle, or one graph of it, answering lines on stdin as the rivals of `lensc.bench.rivals` do.
 
-    python -m lensc.bench.serve BUNDLE decoder|vision [--target onnxruntime:cpu] [--threads 2]
+    python -m lensc.bench.serve BUNDLE decoder|vision|whole [--target onnxruntime:cpu] [--threads 2]
 
-The parts are those that `lensc.load` puts together: the plan's artifact, the golden probes, the KV cache, the embedding
-table, the picture's slices. Ready means that the probes have passed and that it answers: a first token, or a first slice.
+The parts of a graph are those that `lensc.load` puts together: the plan's artifact, the golden probes, the KV cache, the
+embedding table, the picture's slices. Ready means that the probes have passed and that it answers: a first token, or a first
+slice. Besides the lines that every rival answers:
+
+    verify 8       {"what": "verify 8", "seconds": 0.3}           a step of 8 tokens with their logits, forgotten again
+    vision [COUNT] {"what": "vision", "seconds": 0.9}             so many slices of 448 x 448, by default one
+    sqnr JUDGE     {"what": "sqnr …", "db": 31.2}                 the pictures of `judge.npz` against float32
+    request SIDE   {"what": "request 1344", "seconds": 19.1,      of the whole bundle: a question about a picture of
+                    "tokens": 991, "slices": 10}                  SIDE x SIDE pixels, to the first token of the answer
 """
 
 from __future__ import annotations
@@ -14,10 +21,13 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+import lensc
 from lensc.backends import registry
 from lensc.backends.base import Session, Target
 from lensc.backends.bundle import Manifest, load_manifest
@@ -25,29 +35,36 @@ from lensc.backends.errors import LensError, UnsupportedError
 from lensc.profiles import probe
 from lensc.runtime.decoder import Decoder
 from lensc.runtime.embedding import open_table
+from lensc.runtime.pipeline import VLM
+from lensc.runtime.result import Metrics
 from lensc.runtime.selftest import check, run_selftest
 from lensc.runtime.vision import VisionEncoder
 
 Answer = dict[str, bool | float | str]
 
+QUESTION = "What is in the picture?"
+
 ROOM = 128
 """Tokens a cache has room for beyond the prompt, as the rivals' have."""
 
 
-def serve(bundle: Path, graph: str, target: Target, threads: int) -> Iterator[Answer]:
+def serve(bundle: Path, what: str, target: Target, threads: int) -> Iterator[Answer]:
     """Answer the lines of stdin."""
     started = time.perf_counter()
-    manifest = load_manifest(bundle)
-    session = _open(bundle, manifest, graph, target, threads)
-    serving = _decoder if graph == "decoder" else _vision
-    answer = serving(bundle, manifest, session)
-    yield {"ready": True, "load_seconds": time.perf_counter() - started}
-    for line in sys.stdin:
-        what = line.strip()
-        if what == "quit":
-            break
-        yield {"what": what} | answer(what.split())
-    session.close()
+    with ExitStack() as opened:
+        if what == "whole":
+            answer = _whole(opened.enter_context(lensc.load(bundle, str(target), threads=threads)))
+        else:
+            manifest = load_manifest(bundle)
+            session = _open(bundle, manifest, what, target, threads)
+            opened.callback(session.close)
+            answer = (_decoder if what == "decoder" else _vision)(bundle, manifest, session)
+        yield {"ready": True, "load_seconds": time.perf_counter() - started}
+        for line in sys.stdin:
+            asked = line.strip()
+            if asked == "quit":
+                break
+            yield {"what": asked} | answer(asked.split())
 
 
 def _open(bundle: Path, manifest: Manifest, graph: str, target: Target, threads: int) -> Session:
@@ -77,8 +94,14 @@ def _decoder(bundle: Path, manifest: Manifest, session: Session) -> Callable[[li
         for _ in range(count):
             token = int(decoder.decode_one_token(np.array([token]))[0].argmax())
 
+    def verify(count: int) -> None:
+        length = decoder.cache.length
+        ids = np.random.default_rng(length).integers(0, spec.vocab_size, count)
+        decoder.run(table.gather(ids)[None], np.arange(count)).argmax(-1)
+        decoder.cache.trim(length)
+
     def answer(words: list[str]) -> Answer:
-        run = {"prefill": prefill, "decode": decode}[words[0]]
+        run = {"prefill": prefill, "decode": decode, "verify": verify}[words[0]]
         started = time.perf_counter()
         run(int(words[1]))
         return {"seconds": time.perf_counter() - started}
@@ -93,18 +116,35 @@ def _vision(bundle: Path, manifest: Manifest, session: Session) -> Callable[[lis
     side = spec.scale_resolution
     random = np.random.default_rng(0)
 
-    def one_slice() -> None:
+    def run(slices: int) -> None:
         # never seen before: no encoding is reused
-        encoder.encode([random.integers(0, 256, (side, side, 3), dtype=np.uint8)])
+        encoder.encode(list(random.integers(0, 256, (slices, side, side, 3), dtype=np.uint8)))
 
     def answer(words: list[str]) -> Answer:
         if words[0] == "sqnr":
             return {"db": _sqnr_db(encoder, Path(words[1]))}
+        count = int(words[1]) if len(words) > 1 else 1
         started = time.perf_counter()
-        one_slice()
+        run(count)
         return {"seconds": time.perf_counter() - started}
 
-    one_slice()
+    run(1)
+    return answer
+
+
+def _whole(vlm: VLM) -> Callable[[list[str]], Answer]:
+    random = np.random.default_rng(0)
+
+    def request(side: int) -> Metrics:
+        picture = Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        return vlm.generate(QUESTION, [picture], max_new_tokens=1).metrics
+
+    def answer(words: list[str]) -> Answer:
+        metrics = request(int(words[1]))
+        seconds = metrics.ttft_ms / 1e3
+        return {"seconds": seconds, "tokens": metrics.prompt_tokens, "slices": len(metrics.image_ms)}
+
+    request(vlm.spec.picture.scale_resolution)
     return answer
 
 
@@ -121,12 +161,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until `quit` or the end of stdin."""
     parser = argparse.ArgumentParser(prog="python -m lensc.bench.serve", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("graph", choices=("decoder", "vision"))
+    parser.add_argument("what", choices=("decoder", "vision", "whole"))
     parser.add_argument("--target", type=Target.parse, default=Target("onnxruntime", "cpu"))
     parser.add_argument("--threads", type=int, default=probe.machine().cores, help="default: the physical cores")
     options = parser.parse_args(arguments)
     try:
-        for answer in serve(options.bundle, options.graph, options.target, options.threads):
+        for answer in serve(options.bundle, options.what, options.target, options.threads):
             print(json.dumps(answer), flush=True)
     except LensError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ are known, and positions are constants. `build` calibrates with drawn pictures a
 gives for them in float32, in `judge.npz`: `pictures: uint8[n, 448, 448, 3]`, `image_embeds: float32[n, queries, width]`.
 `serve` answers, besides the lines that every rival does:
 
-    vision         {"what": "vision", "seconds": 0.91}        one slice
+    vision [COUNT] {"what": "vision", "seconds": 0.91}        as many slices, one if nothing is said
     sqnr JUDGE     {"what": "sqnr …", "db": 31.2}             the pictures of `judge.npz` against float32
 """
 

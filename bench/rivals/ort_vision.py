@@ -7,7 +7,7 @@ The tower is that of `vision_tower`, exported by `torch.onnx` and quantized by `
 says: weights in int8 with a scale per output, activations as they come. `serve` answers, besides the lines that every
 rival does:
 
-    vision         {"what": "vision", "seconds": 1.26}        one slice
+    vision [COUNT] {"what": "vision", "seconds": 1.26}        as many slices, one if nothing is said
     sqnr JUDGE     {"what": "sqnr …", "db": 31.2}             the pictures of `judge.npz` against float32
 """
 

@@ -125,7 +125,8 @@ def pixels(picture: Any) -> Any:
 
 
 def answers(run: Callable[[Any], Any], picture: Any) -> Iterator[dict[str, Any]]:
-    """Answer the lines of stdin: `vision` runs one slice, `sqnr JUDGE` compares the pictures of a `judge.npz`.
+    """Answer the lines of stdin: `vision COUNT` runs so many slices, by default one; `sqnr JUDGE` compares the pictures of
+    a `judge.npz`.
 
     `run` takes what `pixels` gives and returns `image_embeds: float32[1, queries, width]`.
     """
@@ -142,7 +143,8 @@ def answers(run: Callable[[Any], Any], picture: Any) -> Iterator[dict[str, Any]]
             yield {"what": line.strip(), "db": 10 * math.log10(float(np.square(expected).sum()) / noise)}
         elif what == "vision":
             started = time.perf_counter()
-            run(one)
-            yield {"what": what, "seconds": time.perf_counter() - started}
+            for _ in range(int(rest[0]) if rest else 1):
+                run(one)
+            yield {"what": line.strip(), "seconds": time.perf_counter() - started}
         else:
             raise SystemExit(f"error: {what!r}: expected vision, sqnr or quit")

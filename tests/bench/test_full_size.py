@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from lensc.backends.base import Target
 from lensc.backends.errors import ExecutionError, InputError
-from lensc.bench import chart, demo, full_size, record
+from lensc.bench import chart, demo, full_size, record, turns
 from lensc.bench.contender import Contender
 from lensc.export.build import build
 
@@ -71,9 +71,7 @@ def test_bytes_of_a_token_are_those_of_the_decoder(bundle: Path) -> None:
     weights = 4 * sum(math.prod(array.shape) for name, array in load_file(GOLDEN / "checkpoint/model.safetensors").items()
                       if name.startswith("llm.") and "embed_tokens" not in name)  # fmt: skip
     assert weights < demo.decoder_bytes(bundle) < 1.5 * weights
-    assert sum(
-        f.stat().st_size for f in full_size._files(place(bundle), "decoder", "onnxruntime")
-    ) == demo.decoder_bytes(bundle)
+    assert sum(f.stat().st_size for f in place(bundle).files("decoder", "onnxruntime")) == demo.decoder_bytes(bundle)
 
 
 def place(bundle: Path) -> full_size.Place:
@@ -81,10 +79,10 @@ def place(bundle: Path) -> full_size.Place:
 
 
 def test_ratios_are_of_runs_that_followed_each_other() -> None:
-    times = {"ours": [1.0, 4.0, 4.0], "theirs": [1.0, 8.0, 2.0]}
-    row = full_size._times("x", "s", times, "other")
+    ours, theirs = [1.0, 4.0, 4.0], [1.0, 8.0, 2.0]
+    row = turns.compared("x", "s", ours, theirs, "other")
     assert (row.lensc, row.rival_value, row.ratio, row.ratio_spread) == (4.0, 2.0, 1.0, (0.5, 2.0))
-    assert full_size._times("x", "tokens/s", times, "other").ratio_spread == (0.5, 2.0)
+    assert turns.compared("x", "tokens/s", ours, theirs, "other").ratio_spread == (0.5, 2.0)
 
 
 def test_decibels_have_no_quotient() -> None:
