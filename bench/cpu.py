@@ -25,6 +25,7 @@ from statistics import median
 
 from lensc.backends.bundle import DecoderSpec, load_manifest
 from lensc.backends.errors import LensError, StorageError
+from lensc.export.quantize.scheme import Scheme
 from lensc.profiles import probe
 
 from . import full_size, limits, record, turns
@@ -64,14 +65,17 @@ class Bench:
         return Contender(f"lensc {what} native", command, self.place.folder)
 
     def bytes_per_token(self, context: int) -> int:
-        """What decoding reads for a token: the weights, and the keys and values of `context` tokens in float16."""
-        weights = sum(file.stat().st_size for file in turns.files_of(self.bundle, "decoder", TARGET))
-        return weights + cache_bytes(load_manifest(self.bundle).model.decoder, context)
+        """What decoding reads for a token: the weights, and the keys and values of `context` tokens."""
+        manifest = load_manifest(self.bundle)
+        artifact = next(a for a in manifest.artifacts if a.graph == "decoder" and str(a.target) == TARGET)
+        kv_bits = Scheme.parse(artifact.scheme).kv_bits
+        return sum(file.bytes for file in artifact.files) + cache_bytes(manifest.model.decoder, context, kv_bits)
 
 
-def cache_bytes(spec: DecoderSpec, context: int) -> int:
-    """Of `context` tokens in float16."""
-    return 2 * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * context
+def cache_bytes(spec: DecoderSpec, context: int, kv_bits: int | None) -> int:
+    """Of `context` tokens: in 8 bits with a float32 scale for each head and token, else in float16."""
+    row = spec.head_dim + 4 if kv_bits == 8 else 2 * spec.head_dim
+    return 2 * spec.num_layers * spec.num_kv_heads * context * row
 
 
 def prepare(bench: Bench, sections: Sequence[str]) -> None:
