@@ -1,6 +1,9 @@
 # make demo   build the demo bundle and let it answer questions about pictures
 # make test   run all tests
 # make lint   check format, style and types
+# make sanitize       run the kernels' tests on kernels compiled with AddressSanitizer and UBSan (Linux, gcc; minutes)
+# make check-aarch64  run the kernels of aarch64 under emulation (g++-aarch64-linux-gnu, qemu-user-static; a minute)
+# make check-x86      run the kernels under emulation of processors without AVX-512, and without AVX (qemu-user-static; minutes)
 # make clean  remove what was built, the virtual environment included
 #
 # Everything is installed into .venv, in the versions of constraints.txt. torch comes first and from TORCH_INDEX too, so
@@ -22,7 +25,7 @@ SOURCES := $(shell find backends export runtime lensc profiles kernels -name '*.
 # The root folders must not be importable by their bare names (`kernels` is somebody else's package).
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint sanitize check-aarch64 check-x86 clean
 # A bundle is swapped in whole, so an interrupted build leaves the former one: make must not delete it.
 .PRECIOUS: $(BUNDLE)/manifest.json
 
@@ -38,6 +41,27 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check --quiet . || failed=1; \
 	$(BIN)/mypy || failed=1; \
 	exit $$failed
+
+# Python itself is not instrumented, so the sanitizer's library comes first; what Python leaks at its end is not ours.
+sanitize: $(INSTALLED)
+	cmake -S kernels -B build/sanitize -DLENSC_SANITIZE=address,undefined -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	cmake --build build/sanitize --parallel
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc OPENBLAS_NUM_THREADS=1 \
+	$(BIN)/python tests/kernels/with_module.py build/sanitize/_cpu.*.so -q -p no:cacheprovider tests/kernels
+
+check-aarch64:
+	cmake -S kernels -B build/check-aarch64 -DLENSC_CHECK=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static
+	cmake --build build/check-aarch64 --parallel
+	qemu-aarch64-static build/check-aarch64/lensc_check neon generic
+
+check-x86:
+	cmake -S kernels -B build/check-x86 -DLENSC_CHECK=ON
+	cmake --build build/check-x86 --parallel
+	build/check-x86/lensc_check
+	qemu-x86_64-static -cpu Nehalem build/check-x86/lensc_check generic
+	qemu-x86_64-static -cpu Haswell build/check-x86/lensc_check avx2 generic
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
