@@ -1,6 +1,6 @@
-"""The chart of `bench/results/full_size.json`: how many times better than the rival, for every row that has one.
+"""The chart of `bench/results/<topic>.json`: how many times better than the rival, for every row that has one.
 
-python -m lensc.bench.chart [-o docs/full_size.svg]
+python -m lensc.bench.chart [full_size|native_cpu] [-o docs/full_size.svg]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
 
     rows = [row for found in records for row in found["rows"] if "ratio" in row]
     if not rows:
-        raise InputError("no row of full_size.json has a rival; run python -m lensc.bench.full_size --results first")
+        raise InputError("no row of the record has a rival; run the benchmark with --results first")
     figure = Figure(figsize=(8, 0.9 + 0.34 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(rows):
@@ -42,7 +42,7 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
         axes.plot([low, high], [place, place], color="black", linewidth=1.2, marker="|", markersize=5)
         text = f"{ratio:.2f}×  ({row['lensc']:.3g} against {row['rival_value']:.3g} {row['unit']})"
         axes.text(max(ratio, high) + 0.03, place, text, va="center")
-    axes.set_yticks(range(len(rows)), [row["what"] for row in rows])
+    axes.set_yticks(range(len(rows)), [_label(row, rows) for row in rows])
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
     widest = max(max(row["ratio"], row.get("ratio_spread", [0, 0])[1]) for row in rows)
@@ -54,15 +54,23 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
     partial.replace(path)
 
 
+def _label(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """What was measured, and beside whom where that was measured beside several."""
+    several = sum(other["what"] == row["what"] for other in rows) > 1
+    return f"{row['what']} / {row['rival'].split(',')[0]}" if several else str(row["what"])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw the chart."""
     parser = argparse.ArgumentParser(prog="python -m lensc.bench.chart", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("-o", "--output", type=Path, default=Path("docs/full_size.svg"), help="default: %(default)s")
+    parser.add_argument("topic", nargs="?", choices=("full_size", "native_cpu"), default="full_size")
+    parser.add_argument("-o", "--output", type=Path, help="default: docs/TOPIC.svg")
     options = parser.parse_args(arguments)
+    output = options.output or Path(f"docs/{options.topic}.svg")
     try:
-        draw(record.read(record.RESULTS / "full_size.json"), options.output)
+        draw(record.read(record.RESULTS / f"{options.topic}.json"), output)
     except OSError as error:
-        print(f"error: {options.output}: cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"error: {output}: cannot be written: {error.strerror}", file=sys.stderr)
         return 1
     except LensError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -22,14 +22,21 @@ from lensc.export.quantize.scheme import ALLOWED_LOSS, USUAL_LOSS
 
 from . import record
 
-FILES = ("README.md", "docs/cli.md", "docs/full_size.md")
+FILES = ("README.md", "docs/cli.md", "docs/full_size.md", "docs/native_cpu.md")
 REACH = {
     "bandwidth_gb_s": "GB/s",
+    "int8_product_gop_s": "GOP/s in int8 in registers",
+    "bfloat16_product_gop_s": "in bfloat16 in registers",
     "int8_gemm_gop_s": "GOP/s in int8",
     "bfloat16_gemm_gop_s": "in bfloat16",
     "float32_gemm_gop_s": "in float32",
 }
-"""What `lensc.bench.limits` measures, as it is printed."""
+"""What `lensc.bench.limits` and `lensc.bench.kernels` measure, as it is printed."""
+FULL_SIZE, NATIVE, KERNELS = (
+    "python -m lensc.bench.full_size",
+    "python -m lensc.bench.cpu",
+    "python -m lensc.bench.kernels",
+)
 
 _PART = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -127,9 +134,46 @@ def startup(root: Path) -> str:
 
 def full_size(root: Path) -> str:
     """The full-size model beside its rivals, section by section."""
-    path = root / record.RESULTS / "full_size.json"
+    return _beside(root, "full_size", FULL_SIZE)
+
+
+def full_size_short(root: Path) -> str:
+    """The medians of the full-size model and its rivals."""
+    return _beside_short(root, "full_size", FULL_SIZE)
+
+
+def native_cpu(root: Path) -> str:
+    """The full-size model on our own kernels beside its rivals, section by section."""
+    return _beside(root, "native_cpu", NATIVE)
+
+
+def native_cpu_short(root: Path) -> str:
+    """The medians of the full-size model on our own kernels, and of its rivals."""
+    return _beside_short(root, "native_cpu", NATIVE)
+
+
+def kernels(root: Path) -> str:
+    """Our kernels beside what the machine could reach, a table for each."""
     parts = []
-    for found in record.read(path):
+    for found in _records(root, "native_cpu", KERNELS):
+        tables: dict[str, list[str]] = {}
+        for row in found["rows"]:
+            kernel, size = row["what"].split(": ", 1)
+            if kernel not in tables:
+                tables[kernel] = [f"| `{kernel}` | | spread | of the limit |", "|---|---|---|---|"]
+            if row["parity"] != "pass":
+                tables[kernel].append(f"| {size} | no speed: it differs from the reference | | |")
+                continue
+            limit = f"{row['of_limit']:.2f} of {row['limit']:.3g} {row['unit']}" if "limit" in row else ""
+            tables[kernel].append(f"| {size} | {row['lensc']:.4g} {row['unit']} | {_spread(row, 'spread')} | {limit} |")
+        parts += ["\n".join(lines) for lines in tables.values()] + [_reached(found)]
+    return "\n\n".join(parts)
+
+
+def _beside(root: Path, topic: str, command: str) -> str:
+    """All that is known of the rows of a command's records, a table for each."""
+    parts = []
+    for found in _records(root, topic, command):
         lines = [
             "| | lensc | spread | beside it | | ratio | spread | of the limit |",
             "|---|---|---|---|---|---|---|---|",
@@ -141,15 +185,14 @@ def full_size(root: Path) -> str:
             cells += [row.get("rival", ""), rival, f"{row['ratio']:.2f} ×" if "ratio" in row else ""]
             limit = f"{row['of_limit']:.2f} of {row['limit']:.3g} {unit}" if "limit" in row else ""
             lines.append(f"| {' | '.join([*cells, _spread(row, 'ratio_spread'), limit])} |")
-        reach = ", ".join(f"{found['machine'][name]:.0f} {label}" for name, label in REACH.items())
-        parts.append("\n".join([*lines, "", f"{_reproduce(found)} The machine reached {reach}."]))
+        parts.append("\n".join([*lines, "", _reached(found)]))
     return "\n\n".join(parts)
 
 
-def full_size_short(root: Path) -> str:
-    """The medians of the full-size model and its rivals."""
+def _beside_short(root: Path, topic: str, command: str) -> str:
+    """The medians of a command's rows that have a rival, in one table."""
     lines = ["| | lensc | beside it | | times better |", "|---|---|---|---|---|"]
-    for found in record.read(root / record.RESULTS / "full_size.json"):
+    for found in _records(root, topic, command):
         for row in found["rows"]:
             if "rival" in row:
                 unit, ratio = row["unit"], f"{row['ratio']:.2f}" if "ratio" in row else ""
@@ -180,6 +223,9 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "demo_speed": demo_speed,
     "full_size": full_size,
     "full_size_short": full_size_short,
+    "kernels": kernels,
+    "native_cpu": native_cpu,
+    "native_cpu_short": native_cpu_short,
     "schemes": schemes,
     "startup": startup,
     "command_line": command_line,
@@ -198,10 +244,22 @@ def fresh(text: str, root: Path) -> str:
 
 
 def _rows(root: Path, topic: str, command: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    for found in record.read(root / record.RESULTS / f"{topic}.json"):
-        if found["command"].startswith(command):
-            return found, found["rows"]
-    raise InputError(f"bench/results/{topic}.json holds no record of {command}; run it first")
+    found = _records(root, topic, command)[0]
+    return found, found["rows"]
+
+
+def _records(root: Path, topic: str, command: str) -> list[dict[str, Any]]:
+    """Those whose command begins with `command`. Raises InputError if there is none."""
+    found = [r for r in record.read(root / record.RESULTS / f"{topic}.json") if r["command"].startswith(command)]
+    if not found:
+        raise InputError(f"bench/results/{topic}.json holds no record of {command}; run it first")
+    return found
+
+
+def _reached(found: dict[str, Any]) -> str:
+    machine = found["machine"]
+    reach = ", ".join(f"{machine[name]:.0f} {label}" for name, label in REACH.items() if name in machine)
+    return f"{_reproduce(found)} The machine reached {reach}."
 
 
 def _reproduce(found: dict[str, Any]) -> str:

@@ -98,3 +98,12 @@ def test_chart(tmp_path: Path) -> None:
     assert "1.50×  (3 against 2 tokens/s)" in text and text == (tmp_path / "b.svg").read_text()
     with pytest.raises(InputError, match="no row"):
         chart.draw([{"rows": []}], tmp_path / "c.svg")
+
+
+def test_the_chart_names_rivals_where_there_are_several() -> None:
+    rows = [
+        {"what": "decode", "rival": "one, int4"},
+        {"what": "decode", "rival": "other"},
+        {"what": "load", "rival": "one"},
+    ]
+    assert [chart._label(row, rows) for row in rows] == ["decode / one", "decode / other", "load"]

@@ -54,6 +54,30 @@ def test_what_loses_more_than_it_may_is_marked_wherever_it_is_offered() -> None:
     assert docs.mark("int4", of) is None and docs.mark("w8a8-vision", of) == "loses 1.5 points"
 
 
+def test_kernels_have_a_table_each(tmp_path: Path) -> None:
+    results = tmp_path / "bench/results"
+    results.mkdir(parents=True)
+    record = {
+        "topic": "native_cpu",
+        "command": "python -m lensc.bench.kernels",
+        "date": "2026-01-02",
+        "machine": {"cpu": "a processor", "cores": 2, "bandwidth_gb_s": 40.4, "int8_product_gop_s": 2000.0},
+        "versions": {"onnxruntime": "1.0"},
+        "rows": [
+            {"what": "a: 1 row", "unit": "GB/s", "lensc": 30.0, "spread": [29.0, 31.0], "limit": 40.0,
+             "of_limit": 0.75, "parity": "pass"},
+            {"what": "b: 2 x 3", "unit": "GOP/s", "limit": 2000.0, "parity": "fail"},
+        ],
+    }  # fmt: skip
+    (results / "native_cpu.json").write_text(json.dumps([record]))
+    made = docs.fresh("<!-- generated: kernels -->\n<!-- end -->\n", tmp_path)
+    assert "| `a` | | spread | of the limit |\n|---|---|---|---|\n| 1 row | 30 GB/s | 29–31 | 0.75 of 40 GB/s |" in made
+    assert "| 2 x 3 | no speed: it differs from the reference | | |" in made
+    assert "The machine reached 40 GB/s, 2000 GOP/s in int8 in registers." in made
+    with pytest.raises(InputError, match=r"native_cpu\.json holds no record of python -m lensc\.bench\.cpu"):
+        docs.fresh("<!-- generated: native_cpu -->\n<!-- end -->\n", tmp_path)
+
+
 def test_an_unknown_part_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="'nonsense' is not one of"):
         docs.fresh("<!-- generated: nonsense -->\n<!-- end -->\n", tmp_path)
