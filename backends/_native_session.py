@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lensc.export.quantize.scheme import Scheme
 
 from ._engine_cache import EngineCache
 from ._native_build import Built, build
-from ._native_program import Program, count
+from ._native_program import Program, count, split
 from .base import Array, Cache, check_feeds, check_out
 from .errors import ExecutionError, UsageError
 
@@ -34,6 +34,9 @@ class NativeSession:
         exact = scheme.activation_bits != 8
         self._built: Built | None = build(program, files, kernels, isa, threads, exact)
         self._kernels = kernels
+        firsts = {split(rows)[0] for rows in self._built.row_classes}
+        self._apart = firsts.pop() if len(firsts) == 1 else None
+        """The dimension that all rows are apart by: slices do not see each other."""
 
     @property
     def memory_bytes(self) -> int:
@@ -49,8 +52,25 @@ class NativeSession:
         outputs = {
             t.name: given[t.name] if t.name in given else np.empty(shapes[t.name], t.dtype) for t in self.spec.outputs
         }
-        self._compute(feeds, outputs, sizes, None, 0)
+        for part_feeds, part_outputs, part_sizes in self._parts(feeds, outputs, sizes):
+            self._compute(part_feeds, part_outputs, part_sizes, None, 0)
         return outputs
+
+    def _parts(
+        self, feeds: Mapping[str, Array], outputs: Mapping[str, Array], sizes: Mapping[str, int]
+    ) -> Iterator[tuple[Mapping[str, Array], Mapping[str, Array], Mapping[str, int]]]:
+        """The same run one slice at a time, if nothing but slices is asked for: what one needs stays in the cache."""
+        apart = self._apart
+        if apart is None or apart not in sizes:
+            yield feeds, outputs, sizes
+            return
+        in_parts = {t.name for t in self.spec.inputs + self.spec.outputs if t.shape[:1] == (apart,)}
+        for i in range(sizes[apart]):
+            mine, made = (
+                {name: array[i : i + 1] if name in in_parts else array for name, array in arrays.items()}
+                for arrays in (feeds, outputs)
+            )
+            yield mine, made, {**sizes, apart: 1}
 
     def close(self) -> None:
         """End the threads and let go of the files."""
