@@ -26,18 +26,18 @@ inline void quantize_row(const float* x, const QuantizeArgs& a, int8_t* values, 
             for (int64_t i = first; i < last; i++) largest = std::max(largest, std::fabs(x[i]));
             const float inverse = largest > 0 ? 127 / largest : 0;
             const float scale = largest / 127;
-            int32_t sum = 0;
+            uint32_t sum = 0;  // of two's complement: what is no number becomes -2^31, again and again
             // a row of denormals has an inverse that is infinite; what it adds is nothing
             if (std::isfinite(inverse)) {
 #pragma omp simd reduction(+ : sum)
                 for (int64_t i = first; i < last; i++) {
                     const int32_t q = static_cast<int32_t>(std::nearbyint(x[i] * inverse));
                     rounded[i - begin] = static_cast<int8_t>(q);
-                    sum += q;
+                    sum += static_cast<uint32_t>(q);
                 }
             }
             scales[slot] = scale;
-            corrections[slot] = scale * static_cast<float>(sum) * a.factor;
+            corrections[slot] = scale * static_cast<float>(static_cast<int32_t>(sum)) * a.factor;
         }
         for (int64_t p = 0; p < a.planes; p++)
             for (int64_t i = 0; i < chunk_bytes; i++) values[p * chunk_bytes + i] = rounded[i * a.planes + p];

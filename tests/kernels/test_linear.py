@@ -89,6 +89,8 @@ def weight_of(f: Format) -> Weight:
     random = np.random.default_rng([f.outputs, f.inputs, f.bits])
     groups = -(-f.inputs // (f.group or f.inputs))
     values = random.integers(0, 2**f.bits, (f.outputs, f.inputs), np.uint8)
+    # sums of nothing but the largest products, where they are taken in few bits, and of the least
+    values[0], values[f.outputs // 2] = 2**f.bits - 1, 128 if f.zeros == "none" else 0
     values[-1, -1] = 2**f.bits - 1  # where a tail begins too late
     # no two scales and hardly two zero points are alike, so that each stands where it belongs
     scales = random.uniform(1e-3, 1e-2, (f.outputs, groups)).astype(np.float32)
@@ -228,8 +230,9 @@ def expected_group(f: Format, x: Array, int8_inputs: bool, bias: Array | None, r
 @cache
 def group_case(f: Format, int8_inputs: bool) -> tuple[Array, Array, Expected, Expected]:
     """x, residual, and what is expected without and with bias and residual."""
-    x = settled(normal_rows(max(ROWS), f.inputs), f.unit)
-    residual = normal_rows(max(ROWS), f.outputs, 1)
+    x = normal_rows(max(ROWS), f.inputs)
+    x[1], x[2] = 3, -3
+    x, residual = settled(x, f.unit), normal_rows(max(ROWS), f.outputs, 1)
     bare = expected_group(f, x, int8_inputs, None, None)
     return x, residual, bare, expected_group(f, x, int8_inputs, weight_of(f).bias, residual)
 
