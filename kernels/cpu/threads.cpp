@@ -1,10 +1,5 @@
 #include "threads.h"
 
-#if defined(__linux__)
-#include <pthread.h>
-#include <sched.h>
-#endif
-
 namespace lensc {
 
 namespace {
@@ -22,34 +17,10 @@ constexpr int spins_before_sleep = 2000;
 // A barrier waits for others that compute. Beyond this one of them has lost its core, perhaps to this thread.
 constexpr int spins_before_yield = 1000;
 
-#if defined(__linux__)
-std::vector<int> allowed_processors() {
-    std::vector<int> found;
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0)
-        for (int i = 0; i < CPU_SETSIZE; i++)
-            if (CPU_ISSET(i, &set)) found.push_back(i);
-    return found;
-}
-#endif
-
 }  // namespace
 
 Team::Team(int count) : count_(count) {
-#if defined(__linux__)
-    const std::vector<int> processors = allowed_processors();
-#endif
-    for (int i = 1; i < count; i++) {
-        threads_.emplace_back([this, i] { serve(i); });
-#if defined(__linux__)
-        if (processors.size() == static_cast<size_t>(count)) {
-            cpu_set_t one;
-            CPU_ZERO(&one);
-            CPU_SET(processors[static_cast<size_t>(i)], &one);
-            pthread_setaffinity_np(threads_.back().native_handle(), sizeof one, &one);
-        }
-#endif
-    }
+    for (int i = 1; i < count; i++) threads_.emplace_back([this, i] { serve(i); });
 }
 
 Team::~Team() {

@@ -13,8 +13,8 @@ namespace lensc {
 
 class Team {
   public:
-    // The calling thread is member 0, so count - 1 threads are started. Where the team has as many as the process has
-    // processors, each of them is pinned to one; a smaller team is left to the system, which knows who else is there.
+    // The calling thread is member 0, so count - 1 threads are started. None is pinned: a member bound to the processor that
+    // the caller happens to run on takes turns with it there, while another idles.
     explicit Team(int count);
     ~Team();
     Team(const Team&) = delete;
