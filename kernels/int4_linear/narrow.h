@@ -1,6 +1,10 @@
 // stream() and multiply() on vectors of 16 or 32 bytes: the structure of those on 64 bytes, included by cpu.cpp.
 #pragma once
+#include <algorithm>
+#include <cstring>
+
 #include "../cpu/bytes.h"
+#include "weights.h"
 
 #if defined(LENSC_BYTES)
 

@@ -1,0 +1,103 @@
+// Inputs to int8, as int4_linear reads them. Included by cpu.cpp.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "int4_linear.h"
+
+namespace lensc::LENSC_ISA {
+
+// One row to int8, plane by plane. Scales and corrections of neighbouring units lie `stride` apart.
+inline void quantize_row(const float* x, const QuantizeArgs& a, int8_t* values, float* scales, float* corrections,
+                         int64_t stride) {
+    const int64_t chunk = chunk_bytes * a.planes, unit = a.unit;
+    int8_t rounded[chunk_bytes * 4];
+    for (int64_t begin = 0; begin < a.padded_inputs; begin += chunk, values += chunk) {
+        const int64_t end = std::min(begin + chunk, a.inputs);
+        std::memset(rounded, 0, sizeof rounded);
+        for (int64_t first = begin; first < end; first += unit) {
+            const int64_t last = std::min(first + unit, end), slot = first / unit * stride;
+            float largest = 0;
+#pragma omp simd reduction(max : largest)
+            for (int64_t i = first; i < last; i++) largest = std::max(largest, std::fabs(x[i]));
+            const float inverse = largest > 0 ? 127 / largest : 0;
+            const float scale = largest / 127;
+            uint32_t sum = 0;  // of two's complement: what is no number becomes -2^31, again and again
+            // a row of denormals has an inverse that is infinite; what it adds is nothing
+            if (std::isfinite(inverse)) {
+#pragma omp simd reduction(+ : sum)
+                for (int64_t i = first; i < last; i++) {
+                    const int32_t q = static_cast<int32_t>(std::nearbyint(x[i] * inverse));
+                    rounded[i - begin] = static_cast<int8_t>(q);
+                    sum += static_cast<uint32_t>(q);
+                }
+            }
+            scales[slot] = scale;
+            corrections[slot] = scale * static_cast<float>(static_cast<int32_t>(sum)) * a.factor;
+        }
+        for (int64_t p = 0; p < a.planes; p++)
+            for (int64_t i = 0; i < chunk_bytes; i++) values[p * chunk_bytes + i] = rounded[i * a.planes + p];
+    }
+}
+
+// 64 values of 16 rows, `stride` apart, to [16, 16, 4]: four values of each row in turn.
+inline void interleave(const int8_t* rows, int64_t stride, int8_t* tile) {
+    for (int64_t r = 0; r < panel_rows; r++) {
+        int32_t quads[16];
+        std::memcpy(quads, rows + r * stride, sizeof quads);
+        for (int64_t i = 0; i < 16; i++) std::memcpy(tile + i * 64 + r * 4, &quads[i], 4);
+    }
+}
+
+// Quantize the rows of a panel, which `row(r)` gives as float32.
+template <class Row>
+void quantize_panel(const QuantizeArgs& a, int64_t block, int64_t panel, Row row, int8_t* scratch) {
+    const int64_t units = (a.inputs + a.unit - 1) / a.unit, chunk = chunk_bytes * a.planes;
+    const int64_t first = a.out.first_panel(block), panels = a.out.first_panel(block + 1) - first;
+    const int64_t stride = panels * panel_rows, lane = (panel - first) * panel_rows;
+    float* scales = a.out.scales + first * panel_rows * units + lane;
+    float* corrections = a.out.corrections + first * panel_rows * units + lane;
+    for (int64_t r = 0; r < panel_rows; r++) {
+        int8_t* values = scratch + r * a.padded_inputs;
+        if (panel * panel_rows + r < a.out.rows) {
+            quantize_row(row(panel * panel_rows + r), a, values, scales + r, corrections + r, stride);
+        } else {
+            std::memset(values, 0, static_cast<size_t>(a.padded_inputs));
+            for (int64_t u = 0; u < units; u++) scales[u * stride + r] = corrections[u * stride + r] = 0;
+        }
+    }
+    int8_t* tiles = a.out.values + first * panel_rows * a.padded_inputs + (panel - first) * panel_rows * chunk;
+    for (int64_t c = 0; c * chunk < a.padded_inputs; c++)
+        for (int64_t p = 0; p < a.planes; p++)
+            interleave(scratch + c * chunk + p * chunk_bytes, a.padded_inputs,
+                       tiles + c * panels * panel_rows * chunk + p * panel_rows * chunk_bytes);
+}
+
+inline size_t quantize_scratch_bytes(const QuantizeArgs& a) {
+    return a.out.in_panels ? static_cast<size_t>(panel_rows * a.padded_inputs) : 0;
+}
+
+// Quantize rows that `row(r)` gives as float32[inputs].
+template <class Row>
+void quantize_with(const QuantizeArgs& a, Row row, int8_t* scratch, Share share) {
+    const int64_t units = (a.inputs + a.unit - 1) / a.unit;
+    if (a.out.in_panels) {
+        const Range panels = range_of(a.out.panels(), 1, share);
+        for (int64_t p = panels.begin, block = 0; p < panels.end; p++) {
+            while (a.out.first_panel(block + 1) <= p) block++;
+            quantize_panel(a, block, p, row, scratch);
+        }
+    } else {
+        const Range rows = range_of(a.out.rows, 1, share);
+        for (int64_t r = rows.begin; r < rows.end; r++)
+            quantize_row(row(r), a, a.out.values + r * a.padded_inputs, a.out.scales + r * units,
+                         a.out.corrections + r * units, 1);
+    }
+}
+
+inline void quantize(const QuantizeArgs& a, void* scratch, Share share) {
+    quantize_with(a, [&](int64_t r) { return a.x + r * a.inputs; }, static_cast<int8_t*>(scratch), share);
+}
+
+}  // namespace lensc::LENSC_ISA

@@ -1,0 +1,84 @@
+// What few and many rows share: zero points, unpacked values, ends of sums. Included by cpu.cpp.
+#pragma once
+#include <cstring>
+
+#include "../cpu/bytes.h"
+#include "int4_linear.h"
+
+namespace lensc::LENSC_ISA {
+
+inline float zero_point_of(const GroupWeight& w, int64_t output, int64_t group) {
+    const int64_t bit = (output * w.groups() + group) * w.bits;
+    return static_cast<float>((w.zero_points[bit / 8] >> (bit % 8)) & ((1 << w.bits) - 1));
+}
+
+// Whole bytes that are stored as signed are 128 less already.
+inline int64_t taken_from_zero_points(const GroupWeight& w) {
+#if defined(LENSC_BYTES)
+    return w.bits == 8 && bytes_are_signed ? 128 : 0;
+#else
+    static_cast<void>(w);
+    return 0;
+#endif
+}
+
+// What zero points take from an output: sum over units of scale * correction, times zero points if there are several.
+inline float correction_of(const GroupWeight& w, int64_t output, const float* corrections) {
+    const int64_t units = w.units(), groups = w.groups(), per_group = w.units_per_group();
+    const float* scales = w.scales + output * groups;
+    const auto taken = static_cast<float>(taken_from_zero_points(w));
+    float sum = 0;
+    if (!w.zero_points && taken != 0) return 0;  // one for all of whole bytes is 128
+    if (!w.zero_points && units == groups) {
+#pragma omp simd reduction(+ : sum)
+        for (int64_t u = 0; u < units; u++) sum += scales[u] * corrections[u];
+        return sum;
+    }
+    for (int64_t u = 0; u < units; u++) {
+        const int64_t g = u / per_group;
+        sum += scales[g] * corrections[u] * (w.zero_points ? zero_point_of(w, output, g) - taken : 1);
+    }
+    return sum;
+}
+
+// A finished sum of products to y, with what zero points take from it, bias and residual.
+inline void put_streamed(const Int4LinearArgs& a, int64_t output, int64_t row, float sum) {
+    const int64_t at = row * a.weight.outputs + output;
+    float y = sum - correction_of(a.weight, output, a.x.corrections + row * a.weight.units());
+    if (a.bias) y += a.bias[output];
+    if (a.residual) y += a.residual[at];
+    a.y[at] = y;
+}
+
+// The `count` bytes of a chunk as values of a byte each: planes of 64, `stride` apart; what is missing is 0.
+inline void unpack(const GroupWeight& w, const uint8_t* bytes, int64_t count, uint8_t* values, int64_t stride) {
+#if defined(__AVX512BW__)
+    const __mmask64 held = count < chunk_bytes ? (__mmask64(1) << count) - 1 : ~__mmask64(0);
+    const __m512i packed = _mm512_maskz_loadu_epi8(held, bytes);
+    if (w.bits == 8) {
+        _mm512_storeu_si512(values, _mm512_xor_si512(packed, _mm512_set1_epi8(w.is_signed ? -128 : 0)));
+    } else if (w.bits == 4) {
+        const __m512i mask = _mm512_set1_epi8(15);
+        _mm512_storeu_si512(values, _mm512_and_si512(packed, mask));
+        _mm512_storeu_si512(values + stride, _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask));
+    } else {
+        const __m512i mask = _mm512_set1_epi8(3);
+        for (int p = 0; p < 4; p++)
+            _mm512_storeu_si512(values + p * stride, _mm512_and_si512(_mm512_srli_epi16(packed, 2 * p), mask));
+    }
+#else
+    uint8_t whole[chunk_bytes] = {};
+    std::memcpy(whole, bytes, static_cast<size_t>(count));
+#if defined(LENSC_BYTES)
+    const uint8_t flip = w.bits == 8 && w.is_signed != bytes_are_signed ? 0x80 : 0;
+#else
+    const uint8_t flip = w.is_signed ? 0x80 : 0;
+#endif
+    const auto mask = static_cast<uint8_t>((1 << w.bits) - 1);
+    for (int64_t p = 0; p < w.planes(); p++)
+        for (int64_t i = 0; i < chunk_bytes; i++)
+            values[p * stride + i] = ((whole[i] >> (p * w.bits)) & mask) ^ flip;
+#endif
+}
+
+}  // namespace lensc::LENSC_ISA
