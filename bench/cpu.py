@@ -47,6 +47,8 @@ LOAD_LIMIT_S, MEMORY_LIMIT_GB, WHOLE_MEMORY_LIMIT_GB, WHOLE_LIMIT_S, VERIFY_LIMI
 """What we promised ourselves."""
 
 Reach = Mapping[str, float]
+Measured = Callable[[Reach], list[record.Row]]
+"""Rows, once it is known what the machine reached before and after they were measured."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def scripts_of(sections: Sequence[str]) -> list[tuple[str, str]]:
 # --- the decoder --------------------------------------------------------------------------------------------------
 
 
-def decoder(bench: Bench, engine: str, reach: Reach) -> list[record.Row]:
+def decoder(bench: Bench, engine: str) -> Measured:
     """Load, prefill, decode and memory beside an engine's own generator."""
     place, (script, label) = bench.place, full_size.DECODERS[engine]
     starts: turns.Starts = {"ours": lambda: bench.ours("decoder"), "theirs": lambda: place.rival(engine, script)}
@@ -123,16 +125,18 @@ def decoder(bench: Bench, engine: str, reach: Reach) -> list[record.Row]:
     def row(what: str, unit: str, values: Mapping[str, Sequence[float]], limit: float | None) -> record.Row:
         return turns.compared(what, unit, values["ours"], values["theirs"], label, limit)
 
-    rows = [row("load until ready", "s", loads, LOAD_LIMIT_S)]
-    for context in (short, *longer):
-        what = _decode(context)[0]
-        limit = reach["bandwidth_gb_s"] * 1e9 / bench.bytes_per_token(context)
-        rows.append(row(what, "tokens/s", _speeds(took, what, STEPS), limit))
-    for tokens in prompts:
-        what, limit = f"prefill {tokens}", reach["int8_gemm_gop_s"] * 1e9 / full_size.FLOP_PER_TOKEN
-        rows.append(row(what, "tokens/s", _speeds(took, what, tokens), limit))
-    held = {who: [peak] for who, peak in memory.items()}
-    rows.append(row(f"peak memory, {max([short, *prompts])} tokens", "GB", held, MEMORY_LIMIT_GB))
+    def rows(reach: Reach) -> list[record.Row]:
+        found = [row("load until ready", "s", loads, LOAD_LIMIT_S)]
+        for context in (short, *longer):
+            what = _decode(context)[0]
+            limit = reach["bandwidth_gb_s"] * 1e9 / bench.bytes_per_token(context)
+            found.append(row(what, "tokens/s", _speeds(took, what, STEPS), limit))
+        for tokens in prompts:
+            what, limit = f"prefill {tokens}", reach["int8_gemm_gop_s"] * 1e9 / full_size.FLOP_PER_TOKEN
+            found.append(row(what, "tokens/s", _speeds(took, what, tokens), limit))
+        held = {who: [peak] for who, peak in memory.items()}
+        return [*found, row(f"peak memory, {max([short, *prompts])} tokens", "GB", held, MEMORY_LIMIT_GB)]
+
     return rows
 
 
@@ -233,13 +237,17 @@ def whole(bench: Bench) -> list[record.Row]:
     ]
 
 
-SECTIONS: dict[str, Callable[[Bench, Reach], list[record.Row]]] = {
-    "onnxruntime": lambda bench, reach: decoder(bench, "onnxruntime", reach),
-    "openvino": lambda bench, reach: decoder(bench, "openvino", reach),
-    "verify": lambda bench, _: verify(bench),
-    "vision": lambda bench, _: vision(bench),
-    "whole": lambda bench, _: whole(bench),
+SECTIONS: dict[str, Callable[[Bench], Measured]] = {
+    "onnxruntime": lambda bench: decoder(bench, "onnxruntime"),
+    "openvino": lambda bench: decoder(bench, "openvino"),
+    "verify": lambda bench: _as_they_are(verify(bench)),
+    "vision": lambda bench: _as_they_are(vision(bench)),
+    "whole": lambda bench: _as_they_are(whole(bench)),
 }
+
+
+def _as_they_are(rows: list[record.Row]) -> Measured:
+    return lambda _: rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -267,9 +275,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prepare(bench, sections)
         for section in sections:
             reach = limits.measure(options.threads)
-            rows = SECTIONS[section](bench, reach)
+            measured = SECTIONS[section](bench)
             after = limits.measure(options.threads)
             reach = {name: max(value, after[name]) for name, value in reach.items()}
+            rows = measured(reach)
             turns.show(section, rows, reach)
             if options.results:
                 command = f"{COMMAND} {section}" + (f" --bundle {bundle.name}" if options.bundle else "")

@@ -3,14 +3,16 @@
     python -m lensc.bench.kernels [--only int4_linear] [--isa avx512] [--threads 2]
 
 A kernel runs at the sizes of Llama-3-8B and SigLIP (`kernel_cases`), and what it computed is compared with its reference; one
-that differs has no speed, and the command ends with 1. The limits are measured before and after, and the larger counts:
-bandwidth by a loop that only reads in several places at once, products by a loop that only multiplies. What streams is given
-in GB/s, what computes in GOP/s, two operations for a multiplication with its addition.
+that differs has no speed, and the command ends with 1. What streams is given in GB/s, what computes in GOP/s, two operations
+for a multiplication with its addition. The limits are measured before and after, and the larger counts: bandwidth by a loop
+that only reads, in several places at once; products by a loop that only multiplies. The rate of the best engine's product of
+matrices, which has to fetch them, stands beside those in the record.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -77,17 +79,16 @@ def speeds(ready: Ready, seconds: float) -> list[float]:
     return found
 
 
-def measure(case: Case, machine: Machine, reached: Mapping[Limit, float], seconds: float) -> record.Row:
-    """The row of a case. It has no speed if its error is too large."""
+def measure(case: Case, machine: Machine, seconds: float) -> tuple[record.Row, Limit]:
+    """The row of a case, without its limit, and which that is. It has no speed if its error is too large."""
     ready = case.make(machine)
     ready.run()
-    limit = reached.get(ready.limit)
     error = error_of(ready)
     if error > ALLOWED[ready.arithmetic]:
         print(f"{case.what}: error {error:.2g}, allowed are {ALLOWED[ready.arithmetic]:g}", file=sys.stderr)
-        return record.Row(case.what, ready.unit, None, limit=limit, parity="fail")
+        return record.Row(case.what, ready.unit, None, parity="fail"), ready.limit
     found = speeds(ready, seconds)
-    return record.Row(case.what, ready.unit, median(found), (min(found), max(found)), limit=limit, parity="pass")
+    return record.Row(case.what, ready.unit, median(found), (min(found), max(found)), parity="pass"), ready.limit
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,16 +108,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         machine = machine_of(options.isa, options.threads)
         before = reach(machine)
-        rows = []
+        measured = []
         for case in chosen:
-            rows.append(measure(case, machine, before, options.seconds))
-            _print(rows[-1])
+            row, kind = measure(case, machine, options.seconds)
+            measured.append((row, kind))
+            _print(dataclasses.replace(row, limit=before.get(kind)))
         after = reach(machine)
-        reached = {kind: max(value, after.get(kind, value)) for kind, value in before.items()}
-        shown = ", ".join(f"{kind} {value:.0f}" for kind, value in reached.items())
-        print(f"{machine.isa}, {machine.threads} threads; the machine reached: {shown}")
+        reached = {kind: max(value, after[kind]) for kind, value in before.items()}
+        rows = [dataclasses.replace(row, limit=reached.get(kind)) for row, kind in measured]
+        stored = _stored(reached, options.threads)
+        shown = ", ".join(f"{name} {value:.0f}" for name, value in stored.items())
+        print(f"{machine.isa}, {machine.threads} threads; the machine reached {shown}")
         if options.results:
-            record.write("native_cpu", _command(options), rows, options.results, _stored(reached, options.threads))
+            record.write("native_cpu", _command(options), rows, options.results, stored)
     except LensError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -131,9 +135,11 @@ def _command(options: argparse.Namespace) -> str:
 
 
 def _stored(reached: Mapping[Limit, float], threads: int) -> dict[str, float]:
-    """As it stands in the record of a machine."""
+    """As it stands in the record of a machine, with the rates of the best engines' products."""
     names = {"bandwidth": "bandwidth_gb_s", "int8": "int8_product_gop_s", "bfloat16": "bfloat16_product_gop_s"}
-    return {names[kind]: round(value, 1) for kind, value in reached.items()}
+    found = {names[kind]: value for kind, value in reached.items()}
+    found |= {f"{dtype}_gemm_gop_s": limits.gemm_gop_s(dtype, threads) for dtype in ("int8", "bfloat16")}
+    return {name: round(value, 1) for name, value in found.items()}
 
 
 def _print(row: record.Row) -> None:

@@ -31,7 +31,7 @@ def test_the_decoder_beside_a_rival(bench: cpu.Bench, monkeypatch: pytest.Monkey
         return bench.ours("decoder")
 
     monkeypatch.setattr(full_size.Place, "rival", rival)
-    rows = {row.what: row for row in cpu.decoder(bench, "onnxruntime", REACH)}
+    rows = {row.what: row for row in cpu.decoder(bench, "onnxruntime")(REACH)}
     assert list(rows) == ["load until ready", "decode, context 32", "prefill 128", "peak memory, 128 tokens"]
     decode = rows["decode, context 32"]
     assert decode.unit == "tokens/s" and decode.lensc is not None and decode.lensc > 0
