@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,11 @@ from typing import Any, Self
 
 from lensc.backends.errors import ExecutionError, UnavailableError
 from lensc.export.memory import peak_bytes_of
+
+
+def end_with_us() -> None:
+    """Let SIGTERM unwind this process, so that contenders are closed: a stopped one would hold its memory for ever."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 class Contender:

@@ -29,7 +29,7 @@ from lensc.export.quantize.scheme import Scheme
 from lensc.profiles import probe
 
 from . import full_size, limits, record, turns
-from .contender import Contender
+from .contender import Contender, end_with_us
 
 COMMAND = "python -m lensc.bench.cpu"
 TARGET, SCHEME = "native:cpu", "int4"
@@ -271,6 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = options.folder.resolve()
     bundle = options.bundle.resolve() if options.bundle else folder / "native"
     bench = Bench(full_size.Place(folder, options.threads, options.repeat), bundle, options.longest)
+    end_with_us()
     try:
         prepare(bench, sections)
         for section in sections:

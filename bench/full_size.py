@@ -31,7 +31,7 @@ from lensc.backends.errors import ExecutionError, LensError, StorageError
 from lensc.profiles import probe
 
 from . import limits, record, turns
-from .contender import Contender
+from .contender import Contender, end_with_us
 
 SCHEME, MAX_MEMORY = "int4", "4GiB"
 TARGETS = {"onnxruntime": "onnxruntime:cpu", "openvino": "openvino:cpu"}
@@ -257,6 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--{name} {getattr(options, name)}: expected at least 1")
     sections = options.sections or list(SECTIONS)
     place = Place(options.folder.resolve(), options.threads, options.repeat)
+    end_with_us()
     try:
         prepare(place, sections)
         for section in sections:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -60,6 +63,26 @@ def test_quality_is_judged_against_float_features(bundle: Path, tmp_path: Path) 
     with start(bundle, "vision", tmp_path) as vision:
         assert vision.ask(f"sqnr {tmp_path / 'own.npz'}")["db"] > 80
         assert math.isclose(vision.ask(f"sqnr {tmp_path / 'noisy.npz'}")["db"], 40, abs_tol=0.1)
+
+
+def test_a_benchmark_that_is_ended_ends_its_servers(tmp_path: Path) -> None:
+    """A server is stopped while nobody asks it: it would never see the end of its input."""
+    server = 'import os, sys; print(\'{"load_seconds": 0, "pid": %d}\' % os.getpid(), flush=True); sys.stdin.read()'
+    script = f"""
+import pathlib, signal, subprocess, sys
+from lensc.bench.contender import Contender, end_with_us
+end_with_us()
+with Contender("one", [sys.executable, "-c", {server!r}], pathlib.Path({str(tmp_path)!r})) as one:
+    print(one._process.pid, flush=True)
+    signal.pause()
+"""
+    with subprocess.Popen([sys.executable, "-P", "-c", script], stdout=subprocess.PIPE, text=True) as benchmark:
+        assert benchmark.stdout is not None
+        server_pid = int(benchmark.stdout.readline())
+        benchmark.terminate()
+        assert benchmark.wait(20) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(server_pid, 0)
 
 
 def test_a_server_that_ends_says_why(tmp_path: Path) -> None:
