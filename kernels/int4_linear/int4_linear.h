@@ -64,7 +64,6 @@ struct Int4LinearArgs {
 };
 
 struct QuantizeArgs {
-    const float* x;  // [rows, inputs]
     int64_t inputs, planes, unit, padded_inputs;
     float factor;  // of corrections: the weights' zero point if they have one for all, else 1
     QuantizedRows out;

@@ -96,8 +96,4 @@ void quantize_with(const QuantizeArgs& a, Row row, int8_t* scratch, Share share)
     }
 }
 
-inline void quantize(const QuantizeArgs& a, void* scratch, Share share) {
-    quantize_with(a, [&](int64_t r) { return a.x + r * a.inputs; }, static_cast<int8_t*>(scratch), share);
-}
-
 }  // namespace lensc::LENSC_ISA

@@ -17,7 +17,7 @@ struct RowsArgs {
     float epsilon;
     int64_t rows, width;
     float* y;                    // [rows, width] or null
-    const QuantizeArgs* groups;  // where to quantize to for int4_linear, or null; its x is not read
+    const QuantizeArgs* groups;  // where to quantize to for int4_linear, or null
     const ChannelRows* channels; // where to quantize to for int8_linear, or null
     int64_t channel_width;       // of a row of `channels`, with its padding
     void* scratch;               // rows_scratch() bytes of this share alone
