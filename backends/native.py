@@ -39,7 +39,7 @@ NAME = "native"
 INSTALL = "pip install lensc on a machine with a C++17 compiler builds them"
 
 ISA_VARIABLE = "LENSC_ISA"
-"""Names the instruction set to use in the place of the best one: amx, avx512, avx2, neon or generic."""
+"""Names the instruction set to use in the place of the best one: amx, avx512, avxvnni, avx2, neon or generic."""
 
 PROGRAM = {"native program": str(FORMAT)}
 """What an artifact needs of the version of lensc that loads it. It runs on every CPU."""

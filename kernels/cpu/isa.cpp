@@ -22,6 +22,7 @@ namespace lensc {
 LENSC_DECLARE(generic)
 #if defined(__x86_64__)
 LENSC_DECLARE(avx2)
+LENSC_DECLARE(avxvnni)
 LENSC_DECLARE(avx512)
 LENSC_DECLARE(amx)
 #elif defined(__aarch64__)
@@ -70,6 +71,7 @@ const std::vector<Choice>& choices() {
 #if defined(__x86_64__)
         {&amx::kernels, has_amx()},
         {&avx512::kernels, has_avx512()},
+        {&avxvnni::kernels, has_avx2() && __builtin_cpu_supports("avxvnni")},
         {&avx2::kernels, has_avx2()},
 #elif defined(__aarch64__) && defined(__linux__)
         {&neon::kernels, (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0},

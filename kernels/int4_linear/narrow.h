@@ -82,19 +82,27 @@ inline void stream_outputs(const Int4LinearArgs& a, int64_t output, int64_t row)
         for (int r = 0; r < Rows; r++) put_streamed(a, output + o, row + r, reduce_add(sums[o][r]));
 }
 
-// c[32][Panels * 16], see multiply_block. Products go to c before their sums overflow.
+// c[32][Panels * 16], see multiply_block.
 template <int Bits, int Panels>
 inline void multiply_bits(const uint8_t* values, const int8_t* x, int64_t bytes, int32_t* c) {
     constexpr int planes = 8 / Bits, vectors = 64 / vector_bytes * Panels, together = vectors <= 4 ? 2 : 1;
     typedef Products<Bits> P;
-    const int64_t most = std::min<int64_t>(bytes, std::min(P::most, 16) * 4);
+    constexpr bool at_once = P::most >= planes * 16;  // else sums are taken over before they overflow
+    const int64_t most = std::min(P::most, 16) * 4;
     for (int64_t o = 0; o < 32; o += together) {
         vint whole[together][vectors] = {};
+        typename P::Sum sums[together][vectors];
+        const auto clear = [&] {
+            for (auto& of_output : sums)
+                for (auto& sum : of_output) sum = P::zero();
+        };
+        const auto take = [&] {
+            for (int i = 0; i < together; i++)
+                for (int v = 0; v < vectors; v++) whole[i][v] += P::whole(sums[i][v]);
+        };
+        clear();
         for (int p = 0; p < planes; p++)
             for (int64_t begin = 0; begin < bytes; begin += most) {
-                typename P::Sum sums[together][vectors];
-                for (auto& of_output : sums)
-                    for (auto& sum : of_output) sum = P::zero();
                 for (int64_t b = begin; b < std::min(begin + most, bytes); b += 4) {
                     vbytes quads[vectors];
                     for (int v = 0; v < vectors; v++)
@@ -104,9 +112,9 @@ inline void multiply_bits(const uint8_t* values, const int8_t* x, int64_t bytes,
                         for (int v = 0; v < vectors; v++) sums[i][v] = P::add(sums[i][v], weight, quads[v]);
                     }
                 }
-                for (int i = 0; i < together; i++)
-                    for (int v = 0; v < vectors; v++) whole[i][v] += P::whole(sums[i][v]);
+                if (!at_once) take(), clear();
             }
+        if (at_once) take();
         for (int i = 0; i < together; i++) std::memcpy(c + (o + i) * Panels * 16, whole[i], sizeof whole[i]);
     }
 }

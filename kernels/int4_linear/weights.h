@@ -1,5 +1,6 @@
 // What few and many rows share: zero points, unpacked values, ends of sums. Included by cpu.cpp.
 #pragma once
+#include <algorithm>
 #include <cstring>
 
 #include "../cpu/bytes.h"
@@ -34,9 +35,10 @@ inline float correction_of(const GroupWeight& w, int64_t output, const float* co
         for (int64_t u = 0; u < units; u++) sum += scales[u] * corrections[u];
         return sum;
     }
-    for (int64_t u = 0; u < units; u++) {
-        const int64_t g = u / per_group;
-        sum += scales[g] * corrections[u] * (w.zero_points ? zero_point_of(w, output, g) - taken : 1);
+    for (int64_t g = 0; g < groups; g++) {
+        float of_group = 0;
+        for (int64_t u = g * per_group; u < std::min((g + 1) * per_group, units); u++) of_group += corrections[u];
+        sum += scales[g] * of_group * (w.zero_points ? zero_point_of(w, output, g) - taken : 1);
     }
     return sum;
 }

@@ -1,6 +1,6 @@
 """Run pytest with another build of the compiled kernels in the place of the installed one, however that is found.
 
-    python tests/kernels/with_module.py build/sanitize/_cpu.*.so -q tests/kernels
+python tests/kernels/with_module.py build/sanitize/_cpu.*.so -q tests/kernels
 """
 
 from __future__ import annotations
