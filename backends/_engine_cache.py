@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from lensc.export.graph import GraphSpec
 
-from .base import Array
+from .base import Array, check_fork, check_reorder, check_trim
 from .errors import PromptError, UsageError
 
 MAPPED_BYTES = 1 << 20
@@ -66,14 +66,12 @@ class EngineCache:
 
     def trim(self, length: int) -> None:
         """See `Cache.trim`."""
-        if not 0 <= length <= self.length:
-            raise UsageError(f"KV cache: cannot trim to {length}, expected 0 to {self.length}")
+        check_trim(self, length)
         self.length = length
 
     def fork(self, batch: int) -> Self:
         """See `Cache.fork`."""
-        if self.batch != 1:
-            raise UsageError(f"KV cache: cannot fork a batch of {self.batch}, expected 1")
+        check_fork(self)
         copy = self._like(batch)
         for mine, other in zip(self.arrays, copy.arrays, strict=True):
             other[:, :, : self.length] = mine[:, :, : self.length]
@@ -82,10 +80,7 @@ class EngineCache:
 
     def reorder(self, beams: npt.NDArray[np.int64], start: int) -> None:
         """See `Cache.reorder`."""
-        if len(beams) != self.batch or beams.min() < 0 or beams.max() >= self.batch:
-            raise UsageError(
-                f"KV cache: cannot reorder by {beams.tolist()}, expected {self.batch} indices below {self.batch}"
-            )
+        check_reorder(self, beams)
         moved = np.flatnonzero(beams != np.arange(self.batch))
         if start >= self.length or not len(moved):
             return

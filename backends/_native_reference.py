@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lensc.export.graph import GraphSpec
 from lensc.kernels.activation.reference import gelu_tanh, silu_mul
+from lensc.kernels.attention.reference import attention, causal_attention
 from lensc.kernels.linear.reference import linear, quantized_linear, unpack
 from lensc.kernels.norm.reference import layer_norm, rms_norm
+from lensc.kernels.rope.reference import rope, rope_table
 
 from ._native_file import check_spec
 from ._native_program import (
@@ -41,7 +42,7 @@ from ._native_program import (
     reads,
     split,
 )
-from .base import Array, check_feeds, check_out
+from .base import Array, check_feeds, check_indices, check_out
 from .errors import ExecutionError, UsageError
 
 BLOCK = 1 << 22
@@ -139,11 +140,11 @@ class NumpySession:
                 return self._causal_attention(step, values, feeds, sizes, made)
             case Attention():
                 slices = count(split(rows)[0], sizes)
-                q = values[step.q] if isinstance(step.q, int) else self._constant(step.q)
-                bias = np.zeros((slices, 1)) if step.bias is None else feeds[step.bias]
-                query = _heads(q, 1 if isinstance(step.q, Constant) else slices, step.num_heads)
-                key, value = (_heads(values[i], slices, step.num_heads) for i in (step.k, step.v))
-                return _joined(_attend(query, key, value, bias[:, None, None, :], step.scale))
+                key, value = (_apart(values[i], slices) for i in (step.k, step.v))
+                q = values[step.q] if isinstance(step.q, int) else np.tile(self._constant(step.q), (slices, 1))
+                bias = None if step.bias is None else feeds[step.bias]
+                mixed = attention(_apart(q, slices), key, value, bias, step.num_heads, step.scale)
+                return mixed.reshape(-1, mixed.shape[2])
 
     def _causal_attention(
         self,
@@ -158,19 +159,18 @@ class NumpySession:
         past_key, past_value = (feeds[state.input].transpose(1, 2, 0, 3) for state in states)
         past = past_key.shape[2]
         self._check_positions(feeds, past, tokens)
-        frequencies = self._constant(step.inverse_frequencies)[0]
-        # angles are float32, as the portable graph computes them
-        angles = np.arange(past, past + tokens, dtype=np.float32)[:, None] * frequencies[None, :]
-        query = rotate(_heads(values[step.q], batch, step.num_heads), angles)
-        key = rotate(_heads(values[step.k], batch, step.kv_num_heads), angles)
-        value = _heads(values[step.v], batch, step.kv_num_heads)
-        for state, new in zip(states, (key, value), strict=True):
-            made[state.output] = np.asarray(new, np.float32).transpose(2, 0, 1, 3)
-        keys = np.concatenate([past_key, key], axis=2)
-        held = np.concatenate([past_value, value], axis=2)
-        groups = step.num_heads // step.kv_num_heads
-        unseen = np.where(np.tri(tokens, past + tokens, past, dtype=bool), 0, -np.inf)
-        return _joined(_attend(query, keys.repeat(groups, 1), held.repeat(groups, 1), unseen, step.scale))
+        table = rope_table(np.arange(past, past + tokens), self._constant(step.inverse_frequencies)[0])
+        q, k, v = (
+            _apart(values[i], batch).reshape(batch, tokens, heads, step.head_dim)
+            for i, heads in ((step.q, step.num_heads), (step.k, step.kv_num_heads), (step.v, step.kv_num_heads))
+        )
+        query, key = (np.stack([rope(x, *table) for x in some]) for some in (q, k))
+        for state, new in zip(states, (key, v), strict=True):
+            made[state.output] = np.asarray(new, np.float32).swapaxes(0, 1)
+        keys, held = (
+            np.concatenate([old, new.swapaxes(1, 2)], axis=2) for old, new in ((past_key, key), (past_value, v))
+        )
+        return np.concatenate([causal_attention(query[i], keys[i], held[i], past, step.scale) for i in range(batch)])
 
     def _check_positions(self, feeds: Mapping[str, Array], past: int, tokens: int) -> None:
         positions = feeds.get("position_ids")
@@ -181,12 +181,9 @@ class NumpySession:
             )
 
     def _indices(self, name: str, feeds: Mapping[str, Array], rows: int) -> Array:
-        """An input of row numbers. Raises UsageError for one that is not below `rows`."""
-        ids = feeds[name]
-        if ids.size and not (ids.min() >= 0 and ids.max() < rows):
-            outside = ids.max() if ids.max() >= rows else ids.min()
-            raise UsageError(f"graph {self.spec.name}: {name} has {outside}, expected 0 to {rows - 1}")
-        return ids
+        """An input of row numbers, which are below `rows`. Raises UsageError."""
+        check_indices(self.spec, name, feeds[name], rows)
+        return feeds[name]
 
     # --- constants ------------------------------------------------------------------------------------------------
 
@@ -253,31 +250,6 @@ class NumpySession:
         return unpack(packed, bits, math.prod(shape)).reshape(shape)
 
 
-# --- attention ----------------------------------------------------------------------------------------------------
-
-
-def rotate(x: Array, angles: Array) -> Array:
-    """Turn the pairs (i, i + dim / 2) of x: float[batch, heads, tokens, dim] by angles: float32[tokens, dim / 2]."""
-    first, second = np.split(x.astype(np.float64), 2, axis=-1)
-    cos, sin = np.cos(angles), np.sin(angles)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def _attend(query: Array, key: Array, value: Array, bias: Array, scale: float) -> Array:
-    """softmax(query key^T * scale + bias) value: float64[batch, heads, queries, dim]."""
-    scores = query.astype(np.float64) * scale @ key.swapaxes(-1, -2) + bias
-    shares = np.exp(scores - scores.max(-1, keepdims=True))
-    mixed: Array = shares / shares.sum(-1, keepdims=True) @ value
-    return mixed
-
-
-def _heads(x: Array, batch: int, heads: int) -> Array:
-    """[batch * rows, heads * dim] -> [batch, heads, rows, dim]."""
-    width: Any = x.shape[1] // heads
-    return x.reshape(batch, -1, heads, width).transpose(0, 2, 1, 3)
-
-
-def _joined(x: Array) -> Array:
-    """[batch, heads, rows, dim] -> [batch * rows, heads * dim]."""
-    batch, heads, rows, dim = x.shape
-    return x.transpose(0, 2, 1, 3).reshape(batch * rows, heads * dim)
+def _apart(x: Array, parts: int) -> Array:
+    """[parts * rows, width] -> [parts, rows, width]."""
+    return x.reshape(parts, -1, x.shape[1])

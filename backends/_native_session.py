@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,12 @@ import numpy.typing as npt
 
 from lensc.export.graph import GraphSpec
 from lensc.export.quantize.scheme import Scheme
+from lensc.kernels.rope.reference import quantize_rows
 
 from ._engine_cache import EngineCache
 from ._native_build import Built, build
 from ._native_program import Program, count, split
-from .base import Array, Cache, check_feeds, check_out
+from .base import Array, Cache, check_continues, check_feeds, check_indices, check_out, map_file, writeable
 from .errors import ExecutionError, UsageError
 
 F32 = npt.NDArray[np.float32]
@@ -30,7 +30,7 @@ class NativeSession:
     ) -> None:
         """Map the files of `program` in `folder`; `kernels` is the compiled module. Raises ExecutionError."""
         self.spec = spec
-        files = {name: _map(folder / name) for name in program.files}
+        files = {name: map_file(folder / name) for name in program.files}
         exact = scheme.activation_bits != 8
         self._built: Built | None = build(program, files, kernels, isa, threads, exact)
         self._kernels = kernels
@@ -48,10 +48,7 @@ class NativeSession:
         self._open()
         sizes = check_feeds(self.spec, feeds)
         given = {} if out is None else out
-        shapes = check_out(self.spec, sizes, given)
-        outputs = {
-            t.name: given[t.name] if t.name in given else np.empty(shapes[t.name], t.dtype) for t in self.spec.outputs
-        }
+        outputs = writeable(self.spec, check_out(self.spec, sizes, given), given)
         for part_feeds, part_outputs, part_sizes in self._parts(feeds, outputs, sizes):
             self._compute(part_feeds, part_outputs, part_sizes, None, 0)
         return outputs
@@ -92,7 +89,9 @@ class NativeSession:
         built = self._open()
         arrays = [np.ascontiguousarray(feeds[name]) for name in built.arrays]
         for name, array in zip(built.arrays, arrays, strict=True):
-            self._check_indices(name, array, built.limits.get(name), sizes)
+            if name in built.limits:
+                limit = built.limits[name]
+                check_indices(self.spec, name, array, sizes[limit] if isinstance(limit, str) else limit)
         values = [(value, np.ascontiguousarray(feeds[name])) for name, value in built.inputs.items()]
         values += [(value, outputs[name]) for name, value in built.outputs.items()]
         counts = [count(rows, sizes) for rows in built.row_classes]
@@ -101,16 +100,6 @@ class NativeSession:
         caches = None if cache is None else cache.bound(self._kernels)
         batch, tokens = (0, 0) if cache is None else (cache.batch, sizes["tokens"])
         built.program.run(counts, values, arrays, caches, past, batch, tokens)
-
-    def _check_indices(self, name: str, array: Array, limit: int | str | None, sizes: Mapping[str, int]) -> None:
-        """Kernels check nothing. `limit`: the rows there are, or the dimension that says so; None: no indices."""
-        if limit is None or not array.size:
-            return
-        rows = sizes[limit] if isinstance(limit, str) else limit
-        lowest, highest = int(array.min()), int(array.max())
-        if lowest < 0 or highest >= rows:
-            found = lowest if lowest < 0 else highest
-            raise UsageError(f"graph {self.spec.name}: {name} has {found}, expected 0 to {rows - 1}")
 
 
 class NativeCache(EngineCache):
@@ -133,9 +122,7 @@ class NativeCache(EngineCache):
             new = rows[name].transpose(1, 2, 0, 3)
             self.length = new.shape[2]
             if self.scaled:
-                scales = np.abs(new).max(-1, initial=0) / np.float32(127)
-                quotients = np.divide(new, scales[..., None], where=scales[..., None] > 0, out=np.zeros_like(new))
-                new = np.clip(np.rint(quotients), -127, 127)
+                new, scales = quantize_rows(new)
                 self.arrays[len(self.names) + i][:, :, : self.length] = scales
             self.arrays[i][:, :, : self.length] = new
 
@@ -159,14 +146,7 @@ class NativeDecoderSession(NativeSession):
         super().__init__(spec, program, folder, kernels, isa, threads, scheme)
         held = {8: np.int8, 16: np.float16}.get(scheme.kv_bits or 0)
         self._dtype = held or (np.float16 if scheme.activation_bits == 8 else np.float32)
-        states = {pair.input for pair in spec.states} | {pair.output for pair in spec.states}
-        self._step_spec = GraphSpec(
-            spec.name,
-            tuple(t for t in spec.inputs if t.name not in states),
-            tuple(t for t in spec.outputs if t.name not in states),
-            (),
-            spec.dims,
-        )
+        self._step_spec = spec.stateless
 
     def new_cache(self, capacity: int, batch: int = 1) -> NativeCache:
         """See `CachedSession.new_cache`."""
@@ -181,12 +161,8 @@ class NativeDecoderSession(NativeSession):
             raise UsageError(f"graph {self.spec.name}: {type(cache).__name__} is not a cache of this session")
         sizes = check_feeds(self._step_spec, feeds)
         given = {} if out is None else out
-        shapes = check_out(self._step_spec, sizes, given)
-        self._check_positions(feeds["position_ids"], sizes["batch"], cache)
-        outputs = {
-            t.name: given[t.name] if t.name in given else np.empty(shapes[t.name], t.dtype)
-            for t in self._step_spec.outputs
-        }
+        outputs = writeable(self._step_spec, check_out(self._step_spec, sizes, given), given)
+        check_continues(self.spec, feeds["position_ids"], sizes["batch"], cache)
         cache.reserve(sizes["tokens"])
         self._compute(feeds, outputs, sizes, cache, cache.length)
         cache.length += sizes["tokens"]
@@ -204,27 +180,8 @@ class NativeDecoderSession(NativeSession):
         outputs = self.step(
             stateless, cache, {t.name: given[t.name] for t in self._step_spec.outputs if t.name in given}
         )
+        news = writeable(self.spec, {pair.output: shapes[pair.output] for pair in self.spec.states}, given)
         for i, pair in enumerate(self.spec.states):
-            rows = given[pair.output] if pair.output in given else np.empty(shapes[pair.output], np.float32)
-            rows[:] = cache.rows(i, sizes["past"])
-            outputs[pair.output] = rows
+            news[pair.output][:] = cache.rows(i, sizes["past"])
+        outputs |= news
         return {t.name: outputs[t.name] for t in self.spec.outputs}
-
-    def _check_positions(self, positions: Array, batch: int, cache: NativeCache) -> None:
-        if batch != cache.batch:
-            raise UsageError(f"graph {self.spec.name}: {batch} sequences fed, the cache has {cache.batch}")
-        first = cache.length
-        if not np.array_equal(positions, np.arange(first, first + len(positions))):
-            raise UsageError(
-                f"graph {self.spec.name}: position_ids {positions[:8].tolist()}, expected "
-                f"{first} to {first + len(positions) - 1}: this engine appends to its cache"
-            )
-
-
-def _map(path: Path) -> mmap.mmap:
-    try:
-        with open(path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # ValueError: an empty file
-        reason = error.strerror if isinstance(error, OSError) else "it is empty"
-        raise ExecutionError(f"{path}: cannot be read: {reason}; build the bundle again") from error

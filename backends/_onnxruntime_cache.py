@@ -22,7 +22,7 @@ from ._engine_cache import EngineCache
 from ._onnxruntime_kv import dequantize, quantize, scales_of
 from ._onnxruntime_lower import LENGTHS, NEW_SCALES, SCALES, TOTAL, WIDEN, present_name
 from ._onnxruntime_session import Weights, engine_errors
-from .base import Array, Cache, check_feeds, check_out
+from .base import Array, Cache, check_continues, check_feeds, check_out, writeable
 from .errors import ExecutionError, UsageError
 
 F32 = npt.NDArray[np.float32]
@@ -95,13 +95,7 @@ class OrtDecoderSession:
         self._fed = tuple(t for t in spec.inputs if t.name not in states and t.name in _names(session.get_inputs()))
         self._int8 = SCALES in _names(session.get_inputs())
         self._names = tuple((pair.input, present_name(pair.input)) for pair in spec.states)
-        self._step_spec = GraphSpec(
-            spec.name,
-            tuple(t for t in spec.inputs if t.name not in states),
-            tuple(t for t in spec.outputs if t.name not in {pair.output for pair in spec.states}),
-            (),
-            spec.dims,
-        )
+        self._step_spec = spec.stateless
 
     def new_cache(self, capacity: int, batch: int = 1) -> OrtCache:
         """See `CachedSession.new_cache`."""
@@ -127,13 +121,10 @@ class OrtDecoderSession:
         sizes = check_feeds(self._step_spec, feeds)
         shapes = check_out(self._step_spec, sizes, given)
         tokens, past = sizes["tokens"], cache.length
-        self._check_positions(feeds["position_ids"], past, sizes["batch"], cache)
+        check_continues(self.spec, feeds["position_ids"], sizes["batch"], cache)
         cache.reserve(tokens)
         inputs = {t.name: np.ascontiguousarray(feeds[t.name]) for t in self._fed}
-        outputs = {
-            t.name: given[t.name] if t.name in given else np.empty(shapes[t.name], t.dtype)
-            for t in self._step_spec.outputs
-        }
+        outputs = writeable(self._step_spec, shapes, given)
         if cache.batch > 1 and tokens > 1 and past:
             # the operator takes several new tokens of several sequences only while the cache is empty
             for i in range(cache.batch):
@@ -215,25 +206,16 @@ class OrtDecoderSession:
             self._step(stateless, cache, wanted, widen=True)
             cache.fill(feeds)
         outputs = self._step(stateless, cache, wanted, widen=past == 0)
+        news = writeable(self.spec, {pair.output: shapes[pair.output] for pair in self.spec.states}, given)
         for i, pair in enumerate(self.spec.states):
-            rows = given[pair.output] if pair.output in given else np.empty(shapes[pair.output], np.float32)
-            rows[:] = cache.rows(i, past)
-            outputs[pair.output] = rows
+            news[pair.output][:] = cache.rows(i, past)
+        outputs |= news
         return {t.name: outputs[t.name] for t in self.spec.outputs}
 
     def close(self) -> None:
         """Free the engine's session, then the weights that it borrows."""
         self._bound.clear()
         self._session = self._weights = None
-
-    def _check_positions(self, positions: Array, past: int, batch: int, cache: OrtCache) -> None:
-        if batch != cache.batch:
-            raise UsageError(f"graph {self.spec.name}: {batch} sequences fed, the cache has {cache.batch}")
-        if not np.array_equal(positions, np.arange(past, past + len(positions))):
-            raise UsageError(
-                f"graph {self.spec.name}: position_ids {positions[:8].tolist()}, expected "
-                f"{past} to {past + len(positions) - 1}: this engine appends to its cache"
-            )
 
 
 def _bind_input(binding: Any, name: str, array: Array) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ import numpy as np
 
 from lensc.export.graph import GraphSpec
 
-from .base import Array, check_feeds, check_out, give_back
+from .base import Array, check_feeds, check_out, give_back, map_file
 from .errors import ExecutionError
 
 MESSAGE_LENGTH = 400
@@ -33,16 +32,7 @@ class Weights:
 
     def __init__(self, files: Sequence[Path]) -> None:
         """Map `files`. Raises ExecutionError if one cannot be read."""
-        self._maps = {path: self._map(path) for path in files}
-
-    @staticmethod
-    def _map(path: Path) -> mmap.mmap:
-        try:
-            with open(path, "rb") as file:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # ValueError: an empty file
-            reason = error.strerror if isinstance(error, OSError) else "it is empty"
-            raise ExecutionError(f"{path}: cannot be read: {reason}; build the bundle again") from error
+        self._maps = {path: map_file(path) for path in files}
 
     def lend(self, options: Any, model: Path) -> None:
         """Let a session with these `options` use the maps for what `model` names by its external data's location."""

@@ -16,8 +16,18 @@ import numpy.typing as npt
 from lensc.export.graph import GraphSpec
 
 from ._openvino_lower import BEAMS, PAST
-from ._openvino_session import Weights, bind, engine, engine_errors, readable, writeable
-from .base import Array, Cache, check_feeds, check_out
+from ._openvino_session import Weights, bind, engine, engine_errors, readable
+from .base import (
+    Array,
+    Cache,
+    check_continues,
+    check_feeds,
+    check_fork,
+    check_out,
+    check_reorder,
+    check_trim,
+    writeable,
+)
 from .errors import ExecutionError, PromptError, UsageError
 
 KV_BYTES = {"f32": (4, 0), "f16": (2, 0), "bf16": (2, 0), "u8": (1, 8)}
@@ -58,8 +68,7 @@ class OpenVINOCache:
 
     def trim(self, length: int) -> None:
         """See `Cache.trim`. Copies what is kept: the engine cannot shorten a state."""
-        if not 0 <= length <= self.length:
-            raise UsageError(f"KV cache: cannot trim to {length}, expected 0 to {self.length}")
+        check_trim(self, length)
         if length == self.length:
             return
         self.put({name: array[:, :, :length] for name, array in self.take().items()} if length else {})
@@ -69,8 +78,7 @@ class OpenVINOCache:
 
     def fork(self, batch: int) -> OpenVINOCache:
         """See `Cache.fork`."""
-        if self.batch != 1:
-            raise UsageError(f"KV cache: cannot fork a batch of {self.batch}, expected 1")
+        check_fork(self)
         if batch < 1:
             raise UsageError(f"KV cache: batch {batch}, expected at least 1")
         request = self.request.get_compiled_model().create_infer_request()
@@ -83,10 +91,7 @@ class OpenVINOCache:
 
     def reorder(self, beams: npt.NDArray[np.int64], start: int) -> None:
         """See `Cache.reorder`. Takes effect with the next run; rows before `start` are equal and may move, too."""
-        if len(beams) != self.batch or beams.min() < 0 or beams.max() >= self.batch:
-            raise UsageError(
-                f"KV cache: cannot reorder by {beams.tolist()}, expected {self.batch} indices below {self.batch}"
-            )
+        check_reorder(self, beams)
         if self.length:
             self.beams = self.beams[beams]
 
@@ -125,14 +130,7 @@ class OpenVINODecoderSession:
         self._compiled: Any = compiled
         self._weights = weights
         self._kv_precision = kv_precision
-        states = {name for pair in spec.states for name in (pair.input, pair.output)}
-        self._step_spec = GraphSpec(
-            spec.name,
-            tuple(t for t in spec.inputs if t.name not in states),
-            tuple(t for t in spec.outputs if t.name not in states),
-            (),
-            spec.dims,
-        )
+        self._step_spec = spec.stateless
 
     def new_cache(self, capacity: int, batch: int = 1) -> OpenVINOCache:
         """See `CachedSession.new_cache`. The engine reserves by what is fed; `capacity` is only checked."""
@@ -154,7 +152,7 @@ class OpenVINODecoderSession:
         given = {} if out is None else out
         sizes = check_feeds(self._step_spec, feeds)
         outputs = writeable(self._step_spec, check_out(self._step_spec, sizes, given), given)
-        self._check_positions(feeds["position_ids"], cache, sizes["batch"])
+        check_continues(self.spec, feeds["position_ids"], sizes["batch"], cache)
         if not cache.whole:
             raise ExecutionError(f"graph {self.spec.name}: the cache is incomplete since a run failed; begin a new one")
         cache.reserve(sizes["tokens"])
@@ -198,13 +196,3 @@ class OpenVINODecoderSession:
     def _check_open(self) -> None:
         if self._compiled is None:
             raise ExecutionError(f"graph {self.spec.name}: the session is closed")
-
-    def _check_positions(self, positions: Array, cache: OpenVINOCache, batch: int) -> None:
-        past = cache.length
-        if batch != cache.batch:
-            raise UsageError(f"graph {self.spec.name}: {batch} sequences fed, the cache has {cache.batch}")
-        if not np.array_equal(positions, np.arange(past, past + len(positions))):
-            raise UsageError(
-                f"graph {self.spec.name}: position_ids {positions[:8].tolist()}, expected "
-                f"{past} to {past + len(positions) - 1}: this engine appends to its cache"
-            )

@@ -15,7 +15,7 @@ import numpy as np
 
 from lensc.export.graph import GraphSpec
 
-from .base import Array, check_feeds, check_out
+from .base import Array, check_feeds, check_out, writeable
 from .errors import ExecutionError, UnavailableError
 
 NAME = "openvino"
@@ -70,15 +70,6 @@ def bind(request: Any, arrays: Mapping[str, Array]) -> None:
 def readable(array: Array) -> Array:
     """`array` if the engine can read it in place, else a copy: it refuses memory that it could not write to."""
     return array if array.flags.c_contiguous and array.flags.writeable else np.array(array, order="C")
-
-
-def writeable(spec: GraphSpec, shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Array]) -> dict[str, Array]:
-    """An array for every output of `spec`: those given, new ones for the others."""
-    return {
-        t.name: given[t.name] if t.name in given else np.empty(shapes[t.name], t.dtype)
-        for t in spec.outputs
-        if t.name in shapes
-    }
 
 
 class Weights:

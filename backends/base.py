@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from lensc.export.graph import Graph, GraphSpec
 
-from .errors import CompatibilityError, GraphError, UsageError
+from .errors import CompatibilityError, ExecutionError, GraphError, UsageError
 
 Array = npt.NDArray[Any]
 
@@ -286,6 +286,16 @@ def give_back(mapped: mmap.mmap) -> None:
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
+def map_file(path: Path) -> mmap.mmap:
+    """A file of a bundle, mapped to be read. Raises ExecutionError if it cannot be, or is empty."""
+    try:
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # ValueError: an empty file
+        reason = error.strerror if isinstance(error, OSError) else "it is empty"
+        raise ExecutionError(f"{path}: cannot be read: {reason}; build the bundle again") from error
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file as 64 hex digits, read in pieces. Raises OSError."""
     with open(path, "rb") as file:
@@ -317,6 +327,65 @@ def check_out(spec: GraphSpec, sizes: Mapping[str, int], out: Mapping[str, Array
     if problems:
         raise UsageError(f"graph {spec.name}: " + "; ".join(problems))
     return shapes
+
+
+def writeable(spec: GraphSpec, shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Array]) -> dict[str, Array]:
+    """An array for every output of `spec` that has one of the `shapes`: those given, new ones for the others."""
+    return {
+        t.name: given[t.name] if t.name in given else np.empty(shapes[t.name], t.dtype)
+        for t in spec.outputs
+        if t.name in shapes
+    }
+
+
+def check_indices(spec: GraphSpec, name: str, ids: Array, rows: int) -> None:
+    """Check that the input `name` names only rows that there are. Raises UsageError for one that is not below `rows`."""
+    if ids.size and not (ids.min() >= 0 and ids.max() < rows):
+        outside = ids.max() if ids.max() >= rows else ids.min()
+        raise UsageError(f"graph {spec.name}: {name} has {outside}, expected 0 to {rows - 1}")
+
+
+def check_continues(spec: GraphSpec, positions: Array, batch: int, cache: Cache) -> None:
+    """Check that new tokens of `batch` sequences follow those in a cache that appends. Raises UsageError."""
+    past = cache.length
+    if batch != cache.batch:
+        raise UsageError(f"graph {spec.name}: {batch} sequences fed, the cache has {cache.batch}")
+    if not np.array_equal(positions, np.arange(past, past + len(positions))):
+        raise UsageError(
+            f"graph {spec.name}: position_ids {positions[:8].tolist()}, expected "
+            f"{past} to {past + len(positions) - 1}: this engine appends to its cache"
+        )
+
+
+def check_trim(cache: Cache, length: int) -> None:
+    """Check the argument of `Cache.trim`. Raises UsageError."""
+    if not 0 <= length <= cache.length:
+        raise UsageError(f"KV cache: cannot trim to {length}, expected 0 to {cache.length}")
+
+
+def check_fork(cache: Cache) -> None:
+    """Check that a cache can be forked. Raises UsageError."""
+    if cache.batch != 1:
+        raise UsageError(f"KV cache: cannot fork a batch of {cache.batch}, expected 1")
+
+
+def check_reorder(cache: Cache, beams: npt.NDArray[np.int64]) -> None:
+    """Check the argument of `Cache.reorder`. Raises UsageError."""
+    if len(beams) != cache.batch or beams.min() < 0 or beams.max() >= cache.batch:
+        raise UsageError(
+            f"KV cache: cannot reorder by {beams.tolist()}, expected {cache.batch} indices below {cache.batch}"
+        )
+
+
+def only_on_cpu(target: Target, backend: str) -> str | None:
+    """Why `target` is none of a backend that runs on the CPU, whatever its architecture; None if it is its target."""
+    if target.backend != backend:
+        return f"target {target} is not one of backend {backend}"
+    if target.processor != "cpu":
+        return f"target {target}: backend {backend} runs on the cpu; expected {backend}:cpu"
+    if target.arch:
+        return f"target {target}: backend {backend} takes no architecture; expected {backend}:cpu"
+    return None
 
 
 def check_interface(spec: GraphSpec, inputs: Iterable[str], outputs: Iterable[str]) -> None:

@@ -31,6 +31,7 @@ from .base import (
     check_compatibility,
     check_interface,
     file_record,
+    only_on_cpu,
     share_weights,
 )
 from .errors import ExecutionError, GraphError, StorageError, UnavailableError, UnsupportedError
@@ -53,18 +54,15 @@ class Native:
     def probe(self) -> tuple[Probe, ...]:
         """One probe, for the CPU. Without the compiled kernels numpy computes, which is slow and says so."""
         try:
-            return (Probe(NAME, "cpu", True, f"kernels for {_isa(_kernels())}"),)
+            return (Probe(NAME, "cpu", True, f"kernels for {_kernels()[1]}"),)
         except UnavailableError as error:
             return (Probe(NAME, "cpu", True, f"numpy, many times slower: {error}", "emulated"),)
 
     def supports(self, spec: GraphSpec, scheme: str, target: Target, linear_inputs: Collection[int] = ()) -> str | None:
         """Every portable graph, in float or with weights in groups that a vector can sum."""
-        if target.backend != NAME:
-            return f"target {target} is not one of backend {NAME}"
-        if target.processor != "cpu":
-            return f"target {target}: backend {NAME} runs on the cpu; expected {NAME}:cpu"
-        if target.arch:
-            return f"target {target}: backend {NAME} takes no architecture; expected {NAME}:cpu"
+        wrong_target = only_on_cpu(target, NAME)
+        if wrong_target:
+            return wrong_target
         parsed = Scheme.parse(scheme)
         if parsed.kv_bits == 4:
             nearest = dataclasses.replace(parsed, kv_bits=8)
@@ -116,7 +114,7 @@ class Native:
         check_spec(program, spec)
         scheme = Scheme.parse(artifact.scheme)
         try:
-            kernels = _kernels()
+            kernels, isa = _kernels()
         except UnavailableError:
             try:
                 return NumpySession(spec, program, path.parent)
@@ -124,7 +122,7 @@ class Native:
                 raise ExecutionError(f"{path}: its data cannot be mapped: {error.strerror or error}") from error
         count = probe.machine().cores if threads is None else threads
         kind = NativeDecoderSession if spec.states else NativeSession
-        return kind(spec, program, path.parent, kernels, _isa(kernels), count, scheme)
+        return kind(spec, program, path.parent, kernels, isa, count, scheme)
 
 
 def _no_kernel(scheme: Scheme) -> str | None:
@@ -154,25 +152,22 @@ def _check_groups(program: Program) -> None:
                 raise UnsupportedError(f"weight {step.weight.name}: {problem}")
 
 
-def _kernels() -> Any:
-    """The compiled module. Raises UnavailableError that says how to get it, or that LENSC_ISA names what is not here."""
+def _kernels() -> tuple[Any, str]:
+    """The compiled module and the instruction set to use: the best one, or the one that the environment names.
+
+    Raises UnavailableError that says how to get the module, or that LENSC_ISA names what is not here.
+    """
     try:
         from lensc.kernels import _cpu
     except ImportError as error:
         raise UnavailableError(
             f"the compiled kernels are missing ({' '.join(str(error).split())}); {INSTALL}"
         ) from error
-    _isa(_cpu)
-    return _cpu
-
-
-def _isa(kernels: Any) -> str:
-    """The instruction set to use: the best one, or the one that the environment names."""
-    usable = kernels.usable_isas()
+    usable = _cpu.usable_isas()
     wanted = os.environ.get(ISA_VARIABLE) or usable[0]
     if wanted not in usable:
         raise UnavailableError(f"{ISA_VARIABLE}={wanted} is not one of {', '.join(usable)}; name one of them or none")
-    return str(wanted)
+    return _cpu, wanted
 
 
 def _model(path: Path) -> Any:

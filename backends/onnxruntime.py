@@ -33,6 +33,7 @@ from .base import (
     check_compatibility,
     check_interface,
     file_record,
+    only_on_cpu,
     share_weights,
 )
 from .errors import ExecutionError, StorageError, UnavailableError, UnsupportedError
@@ -71,12 +72,9 @@ class OnnxRuntime:
 
     def supports(self, spec: GraphSpec, scheme: str, target: Target, linear_inputs: Collection[int] = ()) -> str | None:
         """Every portable graph on the CPU, float or in groups of 16, 32, … inputs; a scale per output with int8 inputs."""
-        if target.backend != NAME:
-            return f"target {target} is not one of backend {NAME}"
-        if target.processor != "cpu":
-            return f"target {target}: backend {NAME} runs on the cpu; expected {NAME}:cpu"
-        if target.arch:
-            return f"target {target}: backend {NAME} takes no architecture; expected {NAME}:cpu"
+        wrong_target = only_on_cpu(target, NAME)
+        if wrong_target:
+            return wrong_target
         if Scheme.parse(scheme).kv_bits not in (None, 8):
             nearest = dataclasses.replace(Scheme.parse(scheme), kv_bits=8)
             return f"scheme {scheme}: backend {NAME} keeps the KV cache in float32 or int8; the nearest is {nearest}"

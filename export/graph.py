@@ -50,6 +50,13 @@ class GraphSpec:
     states: tuple[StatePair, ...]
     dims: dict[str, DimRange]
 
+    @property
+    def stateless(self) -> GraphSpec:
+        """The interface without the KV cache, where an engine keeps it."""
+        states = {name for pair in self.states for name in (pair.input, pair.output)}
+        inputs, outputs = (tuple(t for t in some if t.name not in states) for some in (self.inputs, self.outputs))
+        return GraphSpec(self.name, inputs, outputs, (), self.dims)
+
     def input(self, name: str) -> TensorSpec:
         """The input called `name`; KeyError if there is none."""
         return {t.name: t for t in self.inputs}[name]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from lensc.backends.base import check_fork, check_reorder, check_trim
 from lensc.backends.bundle import DecoderSpec
 from lensc.backends.errors import PromptError, UsageError
 
@@ -83,14 +84,12 @@ class KVCache:
 
     def trim(self, length: int) -> None:
         """Forget all rows from `length` on."""
-        if not 0 <= length <= self.length:
-            raise UsageError(f"KV cache: cannot trim to {length}, expected 0 to {self.length}")
+        check_trim(self, length)
         self.length = length
 
     def fork(self, batch: int) -> KVCache:
         """Make a cache of `batch` sequences that all begin with the rows of this one, which must have batch 1."""
-        if self.batch != 1:
-            raise UsageError(f"KV cache: cannot fork a batch of {self.batch}, expected 1")
+        check_fork(self)
         copy = KVCache(self._decoder, self.capacity, batch, self.limit)
         for mine, other in zip(self._arrays, copy._arrays, strict=True):
             other[: self.length] = mine[: self.length]
@@ -102,10 +101,7 @@ class KVCache:
 
         `start` is the length of the common prompt, which is the same in all sequences of a fork.
         """
-        if len(beams) != self.batch or beams.min() < 0 or beams.max() >= self.batch:
-            raise UsageError(
-                f"KV cache: cannot reorder by {beams.tolist()}, expected {self.batch} indices below {self.batch}"
-            )
+        check_reorder(self, beams)
         moved = np.flatnonzero(beams != np.arange(self.batch))
         if start >= self.length or not len(moved):
             return
