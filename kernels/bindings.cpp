@@ -2,9 +2,8 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/string_view.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <optional>
@@ -38,14 +37,7 @@ class Caches {
         require(keys.size() == values.size(), "keys, values: as many of each");
         for (size_t layer = 0; layer < keys.size(); layer++) {
             const Cached &k = keys[layer], &v = values[layer];
-            CacheType type = CacheType::float32;
-            if (k.dtype() == nb::dtype<int8_t>())
-                type = CacheType::int8;
-            else if (k.dtype().code == uint8_t(nb::dlpack::dtype_code::Float) && k.dtype().bits == 16)
-                type = CacheType::float16;
-            else
-                require(k.dtype() == nb::dtype<float>(), "keys: float32, float16 or int8");
-            require(v.dtype() == k.dtype(), "values: of the type of the keys");
+            const CacheType type = cache_type(k.dtype(), v.dtype());
             const bool scaled = type == CacheType::int8;
             require(!scaled || (layer < key_scales.size() && layer < value_scales.size()), "scales: of an int8 cache");
             for (size_t i = 0; i < 4; i++) require(v.shape(i) == k.shape(i), "values: of the shape of the keys");
@@ -90,7 +82,6 @@ GroupWeight group_weight(const Bytes& values, const Matrix& scales, const std::o
     const int64_t whole = chunk_bytes * w.planes(), bytes = w.unit_bytes();
     require(w.groups() == 1 || w.group % whole == 0 || (w.group < whole && bytes >= 4 && (bytes & (bytes - 1)) == 0),
             "group: no kernel sums groups of this size");
-    require(w.groups() == 1 || w.group < whole ? bytes >= 4 || w.groups() == 1 : true, "group: too small");
     require(int64_t(values.shape(0)) == w.outputs * w.row_bytes(), "values: not outputs times inputs of these bits");
     require(int64_t(scales.shape(1)) == w.groups(), "scales: [outputs, groups]");
     require(!zero_points || int64_t(zero_points->shape(0)) == (w.outputs * w.groups() * bits + 7) / 8,

@@ -64,17 +64,18 @@ inline void require(bool holds, const std::string& message) {
 using CacheArray = nb::ndarray<nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using ScaleArray = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
+// The type of a cache with such keys and values.
+inline CacheType cache_type(nb::dlpack::dtype keys, nb::dlpack::dtype values) {
+    require(values == keys, "values: of the type of the keys");
+    if (keys == nb::dtype<int8_t>()) return CacheType::int8;
+    if (keys.code == uint8_t(nb::dlpack::dtype_code::Float) && keys.bits == 16) return CacheType::float16;
+    require(keys == nb::dtype<float>(), "keys: float32, float16 or int8");
+    return CacheType::float32;
+}
+
 inline KvCache cache_of(const CacheArray& keys, const CacheArray& values, const std::optional<ScaleArray>& key_scales,
                         const std::optional<ScaleArray>& value_scales) {
-    CacheType type = CacheType::float32;
-    if (keys.dtype() == nb::dtype<int8_t>()) {
-        type = CacheType::int8;
-    } else if (keys.dtype().code == uint8_t(nb::dlpack::dtype_code::Float) && keys.dtype().bits == 16) {
-        type = CacheType::float16;
-    } else {
-        require(keys.dtype() == nb::dtype<float>(), "keys: float32, float16 or int8");
-    }
-    require(values.dtype() == keys.dtype(), "values: of the type of the keys");
+    const CacheType type = cache_type(keys.dtype(), values.dtype());
     const bool scaled = type == CacheType::int8;
     require(key_scales.has_value() == scaled && value_scales.has_value() == scaled,
             "key_scales, value_scales: of an int8 cache, and only of one");

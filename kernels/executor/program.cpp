@@ -61,7 +61,7 @@ void Program::rows(RowKind kind, int x, int up, const float* weight, const float
     step.weight = weight, step.bias = bias, step.epsilon = epsilon;
     step.reads = {x}, step.makes = {y};
     if (up >= 0) step.reads.push_back(up);
-    step.row_class = values_.at(static_cast<size_t>(y)).row_class, step.width = values_[static_cast<size_t>(y)].width;
+    step.row_class = at(y).row_class, step.width = at(y).width;
     append(std::move(step));
 }
 
@@ -70,7 +70,7 @@ void Program::add(int a, int b, const float* constant, int64_t period, int y) {
     step.a = a, step.b = b, step.y = y, step.constant = constant, step.period = period;
     step.reads = {a}, step.makes = {y};
     if (!constant) step.reads.push_back(b);
-    step.row_class = values_.at(static_cast<size_t>(y)).row_class, step.width = values_[static_cast<size_t>(y)].width;
+    step.row_class = at(y).row_class, step.width = at(y).width;
     append(std::move(step));
 }
 
@@ -78,7 +78,7 @@ void Program::gather_rows(const float* table, int ids, int y) {
     PickStep step;
     step.table = table, step.x = -1, step.indices = ids, step.y = y, step.x_class = step.apart = 0;
     step.makes = {y};
-    step.row_class = values_.at(static_cast<size_t>(y)).row_class, step.width = values_[static_cast<size_t>(y)].width;
+    step.row_class = at(y).row_class, step.width = at(y).width;
     uses_array(ids);
     append(std::move(step));
 }
@@ -87,8 +87,8 @@ void Program::select_rows(int x, int positions, int apart, int y) {
     PickStep step;
     step.table = nullptr, step.x = x, step.indices = positions, step.y = y, step.apart = apart;
     step.reads = {x}, step.makes = {y};
-    step.x_class = values_.at(static_cast<size_t>(x)).row_class;
-    step.row_class = values_.at(static_cast<size_t>(y)).row_class, step.width = values_[static_cast<size_t>(y)].width;
+    step.x_class = at(x).row_class;
+    step.row_class = at(y).row_class, step.width = at(y).width;
     uses_array(positions), uses_class(apart);
     append(std::move(step));
 }
@@ -99,7 +99,7 @@ void Program::float_linear(int x, const float* floats, const GroupWeight& weight
     step.fixed = {floats, weight, nullptr, 0, bias, nullptr, nullptr};
     step.reads = {x}, step.makes = {y};
     if (residual >= 0) step.reads.push_back(residual);
-    step.row_class = values_.at(static_cast<size_t>(y)).row_class;
+    step.row_class = at(y).row_class;
     append(std::move(step));
 }
 
@@ -129,8 +129,8 @@ void Program::int8_linear(int x, const ChannelWeight& weight, const float* bias,
 }
 
 int Program::slot_of(int x, Slot format) {
-    format.x = x, format.row_class = values_.at(static_cast<size_t>(x)).row_class;
-    require(values_[static_cast<size_t>(x)].width == format.inputs, "a linear reads a value of another width");
+    format.x = x, format.row_class = at(x).row_class;
+    require(at(x).width == format.inputs, "a linear reads a value of another width");
     for (size_t i = 0; i < slots_.size(); i++) {
         const Slot& s = slots_[i];
         if (s.x == x && s.channels == format.channels && s.planes == format.planes && s.unit == format.unit &&
@@ -171,7 +171,7 @@ int Program::rope_table_of(int row_class, const float* inverse_frequencies, int6
 
 void Program::causal_attention(int q, int k, int v, int y, int apart, int layer, int heads, float scale,
                                const float* inverse_frequencies) {
-    const Value queries = values_.at(static_cast<size_t>(q)), keys = values_.at(static_cast<size_t>(k));
+    const Value queries = at(q), keys = at(k);
     require(heads > 0 && queries.width % heads == 0, "the width of queries is no multiple of the heads");
     uses_class(apart);
     RopeAppendStep rope;
@@ -191,12 +191,12 @@ void Program::causal_attention(int q, int k, int v, int y, int apart, int layer,
 void Program::attention(int q, const float* constant_q, int k, int v, int y, int apart, int bias, int heads, float scale,
                         bool exact) {
     AttentionStep step;
-    const Value made = values_.at(static_cast<size_t>(y));
+    const Value made = at(y);
     require(heads > 0 && made.width % heads == 0, "the width of queries is no multiple of the heads");
     uses_class(apart);
     if (bias >= 0) uses_array(bias);
     step.program = this, step.constant_q = constant_q, step.q = q, step.k = k, step.v = v, step.bias = bias, step.y = y;
-    step.y_class = made.row_class, step.k_class = values_.at(static_cast<size_t>(k)).row_class, step.apart = apart;
+    step.y_class = made.row_class, step.k_class = at(k).row_class, step.apart = apart;
     step.heads = heads, step.width = made.width, step.scale = scale, step.exact = exact;
     step.reads = {k, v}, step.makes = {y};
     if (!constant_q) step.reads.push_back(q);
@@ -245,35 +245,27 @@ void Program::finish() {
 
 // --- memory --------------------------------------------------------------------------------------------------------
 
-size_t Program::slot_bytes(const Slot& slot, int64_t rows) const {
-    if (slot.channels) {
-        const auto padded = static_cast<size_t>((rows + 31) / 32 * 32);
-        return aligned(padded * static_cast<size_t>(slot.padded)) + aligned(padded * sizeof(float));
-    }
-    const int64_t held = in_panels(rows) ? (rows + panel_rows - 1) / panel_rows * panel_rows : rows;
-    const int64_t units = (slot.inputs + slot.unit - 1) / slot.unit;
-    return aligned(static_cast<size_t>(held * slot.padded)) + 2 * aligned(static_cast<size_t>(held * units) * sizeof(float));
+Program::SlotLayout Program::layout_of(const Slot& slot, int64_t rows) const {
+    const int64_t multiple = slot.channels ? channel_rows_multiple : in_panels(rows) ? panel_rows : 1;
+    const int64_t held = (rows + multiple - 1) / multiple * multiple;
+    const int64_t units = slot.channels ? 1 : (slot.inputs + slot.unit - 1) / slot.unit;
+    const size_t scales = aligned(static_cast<size_t>(held * slot.padded));
+    const size_t corrections = scales + aligned(static_cast<size_t>(held * units) * sizeof(float));
+    return {scales, corrections, slot.channels ? corrections : corrections + (corrections - scales)};
 }
 
 QuantizedRows Program::group_rows(int id, const Frame& frame) const {
-    const Slot& s = slot(id);
-    const int64_t rows = frame.counts[static_cast<size_t>(s.row_class)];
-    const bool panels = in_panels(rows);
-    const int64_t held = panels ? (rows + panel_rows - 1) / panel_rows * panel_rows : rows;
-    const int64_t units = (s.inputs + s.unit - 1) / s.unit;
+    const int64_t rows = frame.counts[static_cast<size_t>(slot(id).row_class)];
+    const SlotLayout layout = layout_of(slot(id), rows);
     uint8_t* at = frame.slots[static_cast<size_t>(id)];
-    uint8_t* scales = at + aligned(static_cast<size_t>(held * s.padded));
-    uint8_t* corrections = scales + aligned(static_cast<size_t>(held * units) * sizeof(float));
-    return {reinterpret_cast<int8_t*>(at), reinterpret_cast<float*>(scales), reinterpret_cast<float*>(corrections), rows,
-            panels};
+    return {reinterpret_cast<int8_t*>(at), reinterpret_cast<float*>(at + layout.scales),
+            reinterpret_cast<float*>(at + layout.corrections), rows, in_panels(rows)};
 }
 
 ChannelRows Program::channel_rows(int id, const Frame& frame) const {
-    const Slot& s = slot(id);
-    const int64_t rows = frame.counts[static_cast<size_t>(s.row_class)];
+    const int64_t rows = frame.counts[static_cast<size_t>(slot(id).row_class)];
     uint8_t* at = frame.slots[static_cast<size_t>(id)];
-    uint8_t* scales = at + aligned(static_cast<size_t>((rows + 31) / 32 * 32 * s.padded));
-    return {reinterpret_cast<int8_t*>(at), reinterpret_cast<float*>(scales), rows};
+    return {reinterpret_cast<int8_t*>(at), reinterpret_cast<float*>(at + layout_of(slot(id), rows).scales), rows};
 }
 
 const Program::Plan& Program::plan_for(const std::vector<int64_t>& counts) {
@@ -299,7 +291,7 @@ const Program::Plan& Program::plan_for(const std::vector<int64_t>& counts) {
         const int64_t rows = counts[static_cast<size_t>(i < values_.size() ? values_[i].row_class
                                                                            : slots_[i - values_.size()].row_class)];
         lives[i].bytes = i < values_.size() ? aligned(static_cast<size_t>(rows * values_[i].width) * sizeof(float))
-                                            : slot_bytes(slots_[i - values_.size()], rows);
+                                            : layout_of(slots_[i - values_.size()], rows).bytes;
     }
 
     // In the order in which they are made, each at the lowest place that is free all its life.

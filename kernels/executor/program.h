@@ -47,7 +47,7 @@ class Program {
 
     const Table& kernels() const { return kernels_; }
     int threads() const { return team_.count(); }
-    int64_t width(int value) const { return values_.at(static_cast<size_t>(value)).width; }
+    int64_t width(int value) const { return at(value).width; }
 
     // --- making it: ids of values are given in order; a step reads values that are inputs or were made before
     int value(int row_class, int64_t width);
@@ -69,6 +69,7 @@ class Program {
     // --- running it
     void run(Frame& frame);
     size_t memory_bytes() const { return arena_bytes_ + scratch_bytes_ * static_cast<size_t>(team_.count()); }
+
     struct Value {
         int row_class;
         int64_t width;
@@ -83,6 +84,11 @@ class Program {
     ChannelRows channel_rows(int slot, const Frame& frame) const;
 
   private:
+    // Where the parts of a slot lie behind its values.
+    struct SlotLayout {
+        size_t scales, corrections, bytes;
+    };
+
     struct Plan {
         std::vector<size_t> values, slots;  // offsets; `outside` for what lies with the caller
         size_t bytes = 0;
@@ -94,7 +100,8 @@ class Program {
     void uses_array(int slot);
     int slot_of(int x, Slot format);
     int rope_table_of(int row_class, const float* inverse_frequencies, int64_t dim);
-    size_t slot_bytes(const Slot& slot, int64_t rows) const;
+    const Value& at(int value) const { return values_.at(static_cast<size_t>(value)); }
+    SlotLayout layout_of(const Slot& slot, int64_t rows) const;
     const Plan& plan_for(const std::vector<int64_t>& counts);
 
     const Table& kernels_;

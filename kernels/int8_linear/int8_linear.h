@@ -22,12 +22,17 @@ struct ChannelWeight {
     LENSC_INLINE int64_t padded_inputs() const { return (inputs + 63) / 64 * 64; }
 };
 
+// Rows come in pairs of tiles; those that are missing are zeros.
+constexpr int64_t channel_rows_multiple = 32;
+
 struct ChannelRows {
     int8_t* values;  // [rows to a multiple of 32, padded inputs]; what they look like is the instruction set's own affair
     float* scales;   // [rows to a multiple of 32]
     int64_t rows;
 
-    LENSC_INLINE int64_t padded_rows() const { return (rows + 31) / 32 * 32; }
+    LENSC_INLINE int64_t padded_rows() const {
+        return (rows + channel_rows_multiple - 1) / channel_rows_multiple * channel_rows_multiple;
+    }
 };
 
 struct Int8LinearArgs {
