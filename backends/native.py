@@ -8,6 +8,7 @@ when an artifact is loaded: files are mapped, and processes that run the same bu
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import shutil
 from collections.abc import Collection
@@ -36,11 +37,15 @@ from .base import (
 )
 from .errors import ExecutionError, GraphError, StorageError, UnavailableError, UnsupportedError
 
+_log = logging.getLogger("lensc")
+
 NAME = "native"
 INSTALL = "pip install lensc on a machine with a C++17 compiler builds them"
 
 ISA_VARIABLE = "LENSC_ISA"
 """Names the instruction set to use in the place of the best one: amx, avx512, avxvnni, avx2, neon or generic."""
+
+SLOW = "numpy computes, many times slower"
 
 PROGRAM = {"native program": str(FORMAT)}
 """What an artifact needs of the version of lensc that loads it. It runs on every CPU."""
@@ -54,9 +59,12 @@ class Native:
     def probe(self) -> tuple[Probe, ...]:
         """One probe, for the CPU. Without the compiled kernels numpy computes, which is slow and says so."""
         try:
-            return (Probe(NAME, "cpu", True, f"kernels for {_kernels()[1]}"),)
+            kernels = _kernels()
+            if isinstance(kernels, str):
+                return (Probe(NAME, "cpu", True, f"{SLOW}: {kernels}", "emulated"),)
+            return (Probe(NAME, "cpu", True, f"kernels for {_isa(kernels)}"),)
         except UnavailableError as error:
-            return (Probe(NAME, "cpu", True, f"numpy, many times slower: {error}", "emulated"),)
+            return (Probe(NAME, "cpu", False, str(error)),)
 
     def supports(self, spec: GraphSpec, scheme: str, target: Target, linear_inputs: Collection[int] = ()) -> str | None:
         """Every portable graph, in float or with weights in groups that a vector can sum."""
@@ -113,16 +121,16 @@ class Native:
         check_interface(spec, *_interface(program, spec))
         check_spec(program, spec)
         scheme = Scheme.parse(artifact.scheme)
-        try:
-            kernels, isa = _kernels()
-        except UnavailableError:
+        kernels = _kernels()
+        if isinstance(kernels, str):
+            _log.warning("%s: %s: %s", path, SLOW, kernels)
             try:
                 return NumpySession(spec, program, path.parent)
             except OSError as error:
                 raise ExecutionError(f"{path}: its data cannot be mapped: {error.strerror or error}") from error
         count = probe.machine().cores if threads is None else threads
         kind = NativeDecoderSession if spec.states else NativeSession
-        return kind(spec, program, path.parent, kernels, isa, count, scheme)
+        return kind(spec, program, path.parent, kernels, _isa(kernels), count, scheme)
 
 
 def _no_kernel(scheme: Scheme) -> str | None:
@@ -152,22 +160,24 @@ def _check_groups(program: Program) -> None:
                 raise UnsupportedError(f"weight {step.weight.name}: {problem}")
 
 
-def _kernels() -> tuple[Any, str]:
-    """The compiled module and the instruction set to use: the best one, or the one that the environment names.
-
-    Raises UnavailableError that says how to get the module, or that LENSC_ISA names what is not here.
-    """
+def _kernels() -> Any | str:
+    """The compiled module, or the reason why there is none and what would help."""
     try:
         from lensc.kernels import _cpu
     except ImportError as error:
-        raise UnavailableError(
-            f"the compiled kernels are missing ({' '.join(str(error).split())}); {INSTALL}"
-        ) from error
-    usable = _cpu.usable_isas()
+        return f"the compiled kernels are missing ({' '.join(str(error).split())}); {INSTALL}"
+    return _cpu
+
+
+def _isa(kernels: Any) -> str:
+    """The instruction set to use: the best one, or the one that the environment names. Raises UnavailableError if that is
+    not here.
+    """
+    usable: list[str] = kernels.usable_isas()
     wanted = os.environ.get(ISA_VARIABLE) or usable[0]
     if wanted not in usable:
         raise UnavailableError(f"{ISA_VARIABLE}={wanted} is not one of {', '.join(usable)}; name one of them or none")
-    return _cpu, wanted
+    return wanted
 
 
 def _model(path: Path) -> Any:

@@ -1,0 +1,63 @@
+"""What the backend `native` says where its kernels are missing, or another instruction set is asked for than there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx_ir", reason="compiling needs onnx: pip install 'lensc[export]'")
+
+from lensc.backends import native
+from lensc.backends._native_reference import NumpySession
+from lensc.backends.base import Artifact, Target
+from lensc.backends.errors import UnavailableError
+
+
+@pytest.fixture(name="compiled")
+def _compiled(small_decoder: Callable[[int], Any], tmp_path: Path) -> tuple[Any, Artifact]:
+    (tmp_path / "decoder").mkdir()
+    small = small_decoder(4)
+    return small, native.backend.compile(small.graph, Target("native", "cpu"), tmp_path / "decoder")
+
+
+def test_without_kernels_numpy_answers_and_says_so(
+    compiled: tuple[Any, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    small, artifact = compiled
+    monkeypatch.setattr(native, "_kernels", lambda: "the compiled kernels are missing (no file)")
+    (probe,) = native.backend.probe()
+    assert probe.usable and probe.state == "emulated" and "many times slower: the compiled kernels" in probe.reason
+    session = native.backend.load(artifact, small.spec, tmp_path)
+    assert isinstance(session, NumpySession)
+    (line,) = caplog.messages
+    assert "native-cpu.json: numpy computes, many times slower: the compiled kernels are missing" in line
+    embeds = small.embeddings(1, 5)
+    empty = np.zeros((0, 1, small.kv_heads, small.head_dim), np.float32)
+    feeds = {
+        "inputs_embeds": embeds,
+        "position_ids": np.arange(5),
+        "logit_positions": np.arange(5),
+        **{pair.input: empty for pair in small.spec.states},
+    }
+    np.testing.assert_allclose(session.run(feeds)["logits"], small.logits(embeds), atol=1e-4)
+    session.close()
+
+
+def test_an_instruction_set_that_is_not_here_is_refused_and_not_passed_over(
+    compiled: tuple[Any, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = pytest.importorskip("lensc.kernels._cpu", reason="the compiled kernels are not installed")
+    small, artifact = compiled
+    monkeypatch.setenv("LENSC_ISA", "sse9")
+    (probe,) = native.backend.probe()
+    assert not probe.usable and "LENSC_ISA=sse9 is not one of" in probe.reason
+    with pytest.raises(UnavailableError, match=r"LENSC_ISA=sse9 is not one of .*generic; name one of them or none"):
+        native.backend.load(artifact, small.spec, tmp_path)
+    for isa in kernels.usable_isas():
+        monkeypatch.setenv("LENSC_ISA", isa)
+        assert native.backend.probe()[0].reason == f"kernels for {isa}"
+        native.backend.load(artifact, small.spec, tmp_path, threads=1).close()
