@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from lensc.backends import _native_file
+from lensc.backends._native_program import Constant, GatherRows, Place, Program, WeightRecord
 from lensc.backends.bundle import DecoderSpec, load_manifest
 from lensc.backends.errors import LensError, StorageError
 from lensc.export.quantize.scheme import Scheme
@@ -71,7 +73,23 @@ class Bench:
         manifest = load_manifest(self.bundle)
         artifact = next(a for a in manifest.artifacts if a.graph == "decoder" and str(a.target) == TARGET)
         kv_bits = Scheme.parse(artifact.scheme).kv_bits
-        return sum(file.bytes for file in artifact.files) + cache_bytes(manifest.model.decoder, context, kv_bits)
+        program = _native_file.read(self.bundle / artifact.files[0].path)
+        return constant_bytes(program) + cache_bytes(manifest.model.decoder, context, kv_bits)
+
+
+def constant_bytes(program: Program) -> int:
+    """Of the constants that all steps read, each place once; a row of those of which a step takes single rows."""
+    found: dict[Place, int] = {}
+    for step in program.steps:
+        for item in vars(step).values():
+            read: list[tuple[Place | None, int]] = []
+            if isinstance(item, Constant):
+                read = [(item.place, 4 * item.width if isinstance(step, GatherRows) else item.nbytes)]
+            elif isinstance(item, WeightRecord):
+                read = [(item.values, item.values_bytes), (item.scale, item.scale_bytes)]
+                read.append((item.zero_point, item.zero_point_bytes))
+            found |= {place: max(count, found.get(place, 0)) for place, count in read if place is not None}
+    return sum(found.values())
 
 
 def cache_bytes(spec: DecoderSpec, context: int, kv_bits: int | None) -> int:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
+from lensc.backends import _native_file
+from lensc.backends._native_program import Constant, GatherRows, Linear, Normalize, Place, Program, WeightRecord
 from lensc.backends.base import Target
 from lensc.backends.bundle import load_manifest
 from lensc.backends.errors import UnsupportedError
@@ -80,6 +85,46 @@ def test_a_cache_of_8_bits_has_scales(bench: cpu.Bench) -> None:
     rows = 2 * spec.num_layers * spec.num_kv_heads * 10
     assert cpu.cache_bytes(spec, 10, None) == rows * 2 * spec.head_dim
     assert cpu.cache_bytes(spec, 10, 8) == rows * (spec.head_dim + 4)
+
+
+def test_a_token_reads_what_the_program_names_and_no_more_of_its_files(bench: cpu.Bench, tmp_path: Path) -> None:
+    """All of the decoder's weights in float32, and the frequencies that its layers share."""
+    weights = 4 * sum(math.prod(array.shape) for name, array in load_file(GOLDEN / "checkpoint/model.safetensors").items()
+                      if name.startswith("llm.") and "embed_tokens" not in name)  # fmt: skip
+    spec = load_manifest(bench.bundle).model.decoder
+    assert bench.bytes_per_token(0) == weights + 4 * spec.head_dim // 2
+    assert bench.bytes_per_token(10) - bench.bytes_per_token(0) == cpu.cache_bytes(spec, 10, None)
+    program, *data = turns.files_of(bench.bundle, "decoder", "native:cpu")
+    for path in (program, *data):
+        shutil.copyfile(path, tmp_path / path.name)
+    for path in data:
+        with open(tmp_path / path.name, "ab") as file:
+            file.write(bytes(1 << 20))
+    larger = _native_file.read(tmp_path / program.name)
+    assert cpu.constant_bytes(larger) == bench.bytes_per_token(0)
+
+
+def test_a_constant_is_counted_once_and_a_table_by_the_row() -> None:
+    places = [Place("data", offset) for offset in (0, 4000, 6000, 7000, 8000)]
+    weight = WeightRecord("w", "uint4", 40, 64, 32, places[0], places[1], places[2], "int8")
+    norm, table = Constant("n", 1, 64, places[3]), Constant("t", 1000, 64, places[4])
+    steps = (
+        GatherRows(table, "ids", 0),
+        Normalize("rms", 0, norm, None, 1e-5, 1),
+        Linear(1, weight, None, None, 2),
+        Normalize("rms", 2, norm, None, 1e-5, 3),
+        Linear(3, weight, norm, None, 4),
+    )
+    values, scales, zero_points = 40 * 64 // 2, 4 * 40 * 2, 40 * 2 // 2
+    row = 4 * 64
+    assert cpu.constant_bytes(Program("decoder", ("data",), (), (), steps, ())) == (
+        values + scales + zero_points + row + row
+    )
+    # a table that is a weight, too, is read whole
+    tied = (*steps, Normalize("rms", 4, table, None, 1e-5, 5))
+    assert cpu.constant_bytes(Program("decoder", ("data",), (), (), tied, ())) == (
+        values + scales + zero_points + row + 1000 * row
+    )
 
 
 def test_a_bundle_without_the_target_says_how_to_make_one(bench: cpu.Bench) -> None:
