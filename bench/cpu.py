@@ -1,15 +1,16 @@
 """Our own kernels at full size (`native:cpu`) beside the engines' own generators and towers, on this machine.
 
-    python -m lensc.bench.cpu [onnxruntime openvino verify vision whole] [--folder build/full] [--repeat 5]
+    python -m lensc.bench.cpu [onnxruntime openvino llama verify vision whole] [--folder build/full] [--repeat 5]
 
 The rivals, what they run, and the rules are those of `lensc.bench.full_size`: processes of their own that take turns, ratios
 of runs that followed each other, limits measured before and after. Sections:
 
     onnxruntime    the decoder beside ONNX Runtime GenAI: load, prefill, decode at three contexts, memory
     openvino       the same beside OpenVINO GenAI
+    llama          the same beside llama.cpp with weights in Q4_0, and decode beside the smaller Q3_K_M
     verify         a step of 2 to 8 drafted tokens, in steps of one token
     vision         1 and 10 slices beside both engines' 8-bit towers
-    whole          a picture of 1344 x 1344 to the first token, beside the faster tower and the faster prefill added up
+    whole          a picture of 1344 x 1344 to the first token, beside the faster tower and the fastest prefill added up
 
 `--bundle` measures another bundle for `native:cpu` beside the same rivals.
 """
@@ -113,6 +114,7 @@ def scripts_of(sections: Sequence[str]) -> list[tuple[str, str]]:
     decoders = {name: (name, full_size.DECODERS[name][0]) for name in full_size.DECODERS}
     towers = [(name, full_size.TOWERS[name][0]) for name in full_size.TOWERS]
     needed = [decoders[name] for name in decoders if name in sections or "whole" in sections]
+    needed += [("llama", full_size.SMALLER[0])] if "llama" in sections else []
     return needed + (towers if "vision" in sections or "whole" in sections else [])
 
 
@@ -154,6 +156,22 @@ def decoder(bench: Bench, engine: str) -> Measured:
             found.append(row(what, "tokens/s", _speeds(took, what, tokens), limit))
         held = {who: [peak] for who, peak in memory.items()}
         return [*found, row(f"peak memory, {max([short, *prompts])} tokens", "GB", held, MEMORY_LIMIT_GB)]
+
+    return rows
+
+
+def llama(bench: Bench) -> Measured:
+    """What `decoder` measures beside llama.cpp, and decode beside the smaller of its files."""
+    beside, (script, label) = decoder(bench, "llama"), full_size.SMALLER
+    short = CONTEXTS[0]
+    with bench.place.rival("llama", script) as theirs, bench.ours("decoder") as ours:
+        took = turns.in_turn({"ours": ours, "theirs": theirs}, _asked(short, (), ()), bench.place.repeat)
+
+    def rows(reach: Reach) -> list[record.Row]:
+        what, limit = _decode(short)[0], reach["bandwidth_gb_s"] * 1e9 / bench.bytes_per_token(short)
+        speeds = _speeds(took, what, STEPS)
+        smaller = turns.compared(what, "tokens/s", speeds["ours"], speeds["theirs"], label, limit)
+        return [*beside(reach), smaller]
 
     return rows
 
@@ -226,7 +244,7 @@ def vision(bench: Bench) -> list[record.Row]:
 
 
 def whole(bench: Bench) -> list[record.Row]:
-    """A picture to the first token, beside OpenVINO's tower and the faster of both prefills: no rival has a pipeline for
+    """A picture to the first token, beside OpenVINO's tower and the fastest prefill of all: no rival has a pipeline for
     the model, so its parts are added up, and what lies between them costs it nothing.
     """
     place = bench.place
@@ -258,6 +276,7 @@ def whole(bench: Bench) -> list[record.Row]:
 SECTIONS: dict[str, Callable[[Bench], Measured]] = {
     "onnxruntime": lambda bench: decoder(bench, "onnxruntime"),
     "openvino": lambda bench: decoder(bench, "openvino"),
+    "llama": llama,
     "verify": lambda bench: _as_they_are(verify(bench)),
     "vision": lambda bench: _as_they_are(vision(bench)),
     "whole": lambda bench: _as_they_are(whole(bench)),

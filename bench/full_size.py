@@ -37,14 +37,19 @@ SCHEME, MAX_MEMORY = "int4", "4GiB"
 TARGETS = {"onnxruntime": "onnxruntime:cpu", "openvino": "openvino:cpu"}
 RIVALS = Path(__file__).parent / "rivals"
 
-ENVIRONMENTS = {
-    "onnxruntime": ("onnxruntime-genai==0.18.0", "onnxruntime==1.32.0", "onnx==1.23.2", "onnx-ir==1.1.0",
-                    "onnxscript==0.7.2", "transformers==5.23.0", "safetensors==0.8.0", "sentencepiece", "psutil", "pillow"),
-    "openvino": ("openvino==2026.4.1", "openvino-genai==2026.4.1.0", "nncf==3.4.0", "optimum-intel==2.2.0",
-                 "safetensors==0.8.0"),
-}  # fmt: skip
-"""What pip installs for a rival, torch's CPU build before it."""
 TORCH = "torch==2.13.0"
+ENVIRONMENTS = {
+    "onnxruntime": (TORCH, "onnxruntime-genai==0.18.0", "onnxruntime==1.32.0", "onnx==1.23.2", "onnx-ir==1.1.0",
+                    "onnxscript==0.7.2", "transformers==5.23.0", "safetensors==0.8.0", "sentencepiece", "psutil", "pillow"),
+    "openvino": (TORCH, "openvino==2026.4.1", "openvino-genai==2026.4.1.0", "nncf==3.4.0", "optimum-intel==2.2.0",
+                 "safetensors==0.8.0"),
+    "llama": ("--no-cache-dir", "--no-binary=llama-cpp-python", "llama-cpp-python==0.3.36", "gguf==0.19.0",
+              "safetensors==0.8.0"),
+}  # fmt: skip
+"""What pip installs for a rival, torch's CPU build before all else. llama.cpp is compiled for this processor."""
+COMPILED = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF", "CXXFLAGS": "-fno-tree-dse -fno-dse"}
+"""The environment of pip where it compiles. GCC 12.2 takes most of what llama.cpp stores for `ldtilecfg` for dead and leaves
+it out: on a CPU with AMX the first prompt would end with an illegal instruction."""
 
 SHORT, LONG, STEPS, TURNS = 32, 1024, 8, 4
 """Tokens of a short and of a long prompt; after each, so many tokens are decoded in so many turns. Turns are short because
@@ -90,7 +95,7 @@ class Place:
 
     def rival(self, engine: str, script: str) -> Contender:
         """A rival's server."""
-        command = [self.python(engine), str(RIVALS / f"{script}.py"), "serve", str(self.model(script))]
+        command = [self.python(engine), str(file_of(script)), "serve", str(self.model(script))]
         command += ["--threads", str(self.threads), *SETTINGS.get(script, ())]
         return Contender(script, command, self.folder, _outside())
 
@@ -103,8 +108,19 @@ class Place:
         return turns.files_of(self.bundle, graph, TARGETS[engine])
 
 
+VARIANTS = {"llama_cpp_q3_k_m": ("llama_cpp_decoder", ("--type", "Q3_K_M"))}
+"""A rival that another one's script makes, and what `build` is told for it."""
+
+
+def file_of(script: str) -> Path:
+    """The file of a rival's script."""
+    return RIVALS / f"{VARIANTS[script][0] if script in VARIANTS else script}.py"
+
+
 DECODERS = {"onnxruntime": ("ort_genai", "ONNX Runtime GenAI, int4 block 128"),
-            "openvino": ("openvino_decoder", "OpenVINO GenAI, int4_sym group 128, float32")}  # fmt: skip
+            "openvino": ("openvino_decoder", "OpenVINO GenAI, int4_sym group 128, float32"),
+            "llama": ("llama_cpp_decoder", "llama.cpp Q4_0")}  # fmt: skip
+SMALLER = ("llama_cpp_q3_k_m", "llama.cpp Q3_K_M")
 TOWERS = {"onnxruntime": ("ort_vision", "onnxruntime.quantization, dynamic int8"),
           "openvino": ("openvino_vision", "OpenVINO, NNCF int8")}  # fmt: skip
 SETTINGS = {
@@ -135,11 +151,14 @@ def prepare_rivals(place: Place, scripts: Sequence[tuple[str, str]]) -> None:
     for engine, script in scripts:
         if not Path(place.python(engine)).exists():
             run([sys.executable, "-m", "venv", str(place.folder / f"env-{engine}")])
-            run([place.python(engine), "-m", "pip", "install", "-qq", TORCH])
-            run([place.python(engine), "-m", "pip", "install", "-qq", TORCH, *ENVIRONMENTS[engine]])
+            install = [place.python(engine), "-m", "pip", "install", "-qq"]
+            if TORCH in ENVIRONMENTS[engine]:
+                run([*install, TORCH])
+            run([*install, *ENVIRONMENTS[engine]], dict(os.environ) | COMPILED)
         if not place.model(script).is_dir():
-            command = [place.python(engine), str(RIVALS / f"{script}.py"), "build", str(place.checkpoint)]
-            run([*command, str(place.model(script))], _outside())
+            command = [place.python(engine), str(file_of(script)), "build", str(place.checkpoint)]
+            _, told = VARIANTS.get(script, (script, ()))
+            run([*command, str(place.model(script)), *told], _outside())
 
 
 def build(place: Place) -> list[record.Row]:

@@ -26,7 +26,8 @@ REACH = {"bandwidth_gb_s": 20.0, "int8_gemm_gop_s": 1000.0}
 def bench(tmp_path_factory: pytest.TempPathFactory) -> cpu.Bench:
     folder = tmp_path_factory.mktemp("bench")
     build(GOLDEN / "checkpoint", [Target.parse("native:cpu")], folder / "native")
-    (folder / "rivals" / "ort-genai").mkdir(parents=True)
+    for name in ("ort-genai", "llama-cpp-decoder"):
+        (folder / "rivals" / name).mkdir(parents=True)
     return cpu.Bench(full_size.Place(folder, 1, 2), folder / "native", 128)
 
 
@@ -43,6 +44,23 @@ def test_the_decoder_beside_a_rival(bench: cpu.Bench, monkeypatch: pytest.Monkey
     assert decode.ratio is not None and 0.01 < decode.ratio < 100
     assert decode.limit == 20e9 / bench.bytes_per_token(32)
     assert rows["prefill 128"].limit == 1000e9 / full_size.FLOP_PER_TOKEN
+
+
+def test_llama_cpp_is_measured_with_both_of_its_files(bench: cpu.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def rival(place: full_size.Place, engine: str, script: str) -> Contender:
+        asked.append((engine, script))
+        return bench.ours("decoder")
+
+    monkeypatch.setattr(full_size.Place, "rival", rival)
+    rows = cpu.SECTIONS["llama"](bench)(REACH)
+    decode = [(row.what, row.rival) for row in rows if row.what.startswith("decode")]
+    assert decode == [("decode, context 32", "llama.cpp Q4_0"), ("decode, context 32", "llama.cpp Q3_K_M")]
+    assert rows[-1].limit == 20e9 / bench.bytes_per_token(32) and rows[-1].ratio_spread is not None
+    assert [row.what for row in rows] == ["load until ready", decode[0][0], "prefill 128", "peak memory, 128 tokens",
+                                          decode[1][0]]  # fmt: skip
+    assert set(asked) == set(cpu.scripts_of(["llama"]))
 
 
 def test_steps_of_drafts_are_counted_in_steps_of_one(bench: cpu.Bench) -> None:
@@ -72,12 +90,13 @@ def test_every_context_follows_its_own_prompt() -> None:
 
 
 def test_sections_need_their_rivals() -> None:
-    both = [("onnxruntime", "ort_genai"), ("openvino", "openvino_decoder")]
+    decoders = [("onnxruntime", "ort_genai"), ("openvino", "openvino_decoder"), ("llama", "llama_cpp_decoder")]
     towers = [("onnxruntime", "ort_vision"), ("openvino", "openvino_vision")]
     assert cpu.scripts_of(["verify"]) == []
-    assert cpu.scripts_of(["onnxruntime"]) == both[:1]
+    assert cpu.scripts_of(["onnxruntime"]) == decoders[:1]
+    assert cpu.scripts_of(["llama"]) == [decoders[2], ("llama", "llama_cpp_q3_k_m")]
     assert cpu.scripts_of(["vision"]) == towers
-    assert cpu.scripts_of(["whole"]) == both + towers
+    assert cpu.scripts_of(["whole"]) == decoders + towers
 
 
 def test_a_cache_of_8_bits_has_scales(bench: cpu.Bench) -> None:
