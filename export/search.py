@@ -75,7 +75,8 @@ def search_recipe(
 def _usable(source: Source, targets: Sequence[Target], name: str, format: WeightFormat) -> bool:
     """Whether all targets take the linear `name` in `format`."""
     graph = "decoder" if name.startswith("llm.") else "vision"
-    scheme = str(Scheme(format.bits, format.group_size, format.symmetric, ACTIVATIONS[graph]))
+    bits, size, scale_bits = format.bits, format.group_size, format.scale_bits
+    scheme = str(Scheme(bits, size, format.symmetric, ACTIVATIONS[graph], scale_bits=scale_bits))
     spec, inputs = source.specs[graph], source.linears[name][1]
     return all(registry.get(t.backend).supports(spec, scheme, t, (inputs,)) is None for t in targets)
 

@@ -135,7 +135,7 @@ def quantize_gptq(
     outputs, inputs = weight.shape
     if hessian.diagonal.shape[0] != inputs:
         raise InputError(f"weight {list(weight.shape)}: the Hessian has {hessian.diagonal.shape[0]} inputs")
-    scales, zeros = fit_scales(weight, format, SHRINK if search else (), hessian.diagonal)
+    scales, zeros = fit_scales(weight, format, SHRINK if search else (), hessian.diagonal, are_rounded=False)
     factor = hessian if isinstance(hessian, Factor) else hessian.factor(damp, order)
     lower, columns = factor.lower, factor.columns
     group = columns // format.group_of(inputs)

@@ -101,7 +101,15 @@ class Recipe:
             return Scheme(kv_bits=kv_bits, mixed=len(counts) > 1)
         format = WeightFormat.parse(text)
         mixed = count < sum(counts.values())
-        return Scheme(format.bits, format.group_size, format.symmetric, activation_bits, kv_bits, mixed)
+        return Scheme(
+            format.bits,
+            format.group_size,
+            format.symmetric,
+            activation_bits,
+            kv_bits,
+            mixed,
+            scale_bits=format.scale_bits,
+        )
 
     def schemes(self, graph: str, names: Iterable[str]) -> dict[str, list[str]]:
         """The same for each format among `names` as if it were the only one, with the names that have it: what an engine

@@ -1,7 +1,9 @@
-"""The quantization scheme as one word: `f32`, `f16`, `w8a8`, `w4a16-g128-kv8`.
+"""The quantization scheme as one word: `f32`, `f16`, `w8a8`, `w4a16-g128-s4-kv8`.
 
     scheme  = "f32" | "f16" | "w" bits "a" bits          then, each at most once and in this order:
               "-g" group size                            weights share a scale in groups along the inputs
+              "-s" bits                                  scales are whole multiples, of that many bits, of one step for
+                                                         each output
               "-asym"                                    weights have a zero point
               "-kv" bits                                 the KV cache is stored with fewer bits
               "-mixed"                                   most weights are so, some are not: the recipe says which
@@ -20,6 +22,7 @@ from lensc.backends.errors import UsageError
 WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
 ACTIVATION_BITS = (8, 16, 32)
 KV_BITS = (4, 8, 16)
+SCALE_BITS = (4,)
 FLOATS = {"f32": 32, "f16": 16}
 
 NAMED = {
@@ -49,7 +52,8 @@ USUAL_LOSS = 2.0
 
 _SPELLING = re.compile(
     r"(?:(?P<float>f32|f16)|w(?P<weight>[1-9][0-9]?)a(?P<activation>[1-9][0-9]?))"
-    r"(?:-g(?P<group>[1-9][0-9]{0,6}))?(?P<asym>-asym)?(?:-kv(?P<kv>[1-9][0-9]?))?(?P<mixed>-mixed)?"
+    r"(?:-g(?P<group>[1-9][0-9]{0,6}))?(?:-s(?P<scale>[1-9][0-9]?))?(?P<asym>-asym)?(?:-kv(?P<kv>[1-9][0-9]?))?"
+    r"(?P<mixed>-mixed)?"
     r"(?:-keep:(?P<keep>[a-z0-9_.]+(?:\+[a-z0-9_.]+)*))?",
     re.ASCII,
 )
@@ -61,7 +65,7 @@ class Scheme:
     """How weights, activations and KV cache are stored. Raises UsageError for a combination that means nothing.
 
     `group_size=None` is one scale per output channel. `kv_bits=None` stores the cache in the precision of attention.
-    `keep` names the parts that stay in float, e.g. `("lm_head",)`.
+    `scale_bits=None` leaves each scale free. `keep` names the parts that stay in float, e.g. `("lm_head",)`.
     """
 
     weight_bits: int = 32
@@ -71,6 +75,7 @@ class Scheme:
     kv_bits: int | None = None
     mixed: bool = False
     keep: tuple[str, ...] = ()
+    scale_bits: int | None = None
 
     def __post_init__(self) -> None:
         problems = list(self._problems())
@@ -84,6 +89,8 @@ class Scheme:
                 problems.append("float weights have no groups")
             if not self.symmetric:
                 problems.append("float weights have no zero point")
+            if self.scale_bits is not None:
+                problems.append("float weights have no scales")
             if self.keep:
                 problems.append("all parts are float, nothing is left to keep")
         else:
@@ -93,6 +100,10 @@ class Scheme:
                 problems.append(f"activation bits {self.activation_bits} is not one of {_listed(ACTIVATION_BITS)}")
             if self.group_size is not None and self.group_size < 1:
                 problems.append(f"group size {self.group_size}, expected at least 1")
+            if self.scale_bits is not None and self.scale_bits not in SCALE_BITS:
+                problems.append(f"scale bits {self.scale_bits} is not one of {_listed(SCALE_BITS)}")
+            if self.scale_bits is not None and (self.weight_bits >= 8 or self.group_size is None or not self.symmetric):
+                problems.append("scale bits are for groups of weights below 8 bits without a zero point")
         if self.kv_bits is not None and self.kv_bits not in KV_BITS:
             problems.append(f"KV bits {self.kv_bits} is not one of {_listed(KV_BITS)}")
         if self.kv_bits is not None and self.kv_bits > self.activation_bits:
@@ -127,6 +138,7 @@ class Scheme:
             kv_bits=int(match["kv"]) if match["kv"] else None,
             mixed=match["mixed"] is not None,
             keep=tuple((match["keep"] or "").split("+")) if match["keep"] else (),
+            scale_bits=int(match["scale"]) if match["scale"] else None,
         )
         if str(scheme) != text:
             raise UsageError(f"scheme {text!r}: is written {scheme}")
@@ -135,6 +147,7 @@ class Scheme:
     def __str__(self) -> str:
         text = f"f{self.weight_bits}" if self.is_float else f"w{self.weight_bits}a{self.activation_bits}"
         text += f"-g{self.group_size}" if self.group_size is not None else ""
+        text += f"-s{self.scale_bits}" if self.scale_bits is not None else ""
         text += "" if self.symmetric else "-asym"
         text += f"-kv{self.kv_bits}" if self.kv_bits is not None else ""
         text += "-mixed" if self.mixed else ""

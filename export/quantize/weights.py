@@ -9,6 +9,10 @@ A scale may be negative. A symmetric format of 4 bits reaches from -8 to 7 scale
 the extra level. For an engine that takes positive scales only, `15 - value` with zero point 7 and `-scale` are the same
 numbers.
 
+With `scale_bits` the scales of a row are whole multiples of one step, of magnitude 1 to `LARGEST_MULTIPLE`, stored as the
+float32 that they are: a file looks as it does without. (value - zero point) * multiple is then an int8, and an engine that
+recognizes it (`lensc.backends._multiples`) sums a row in integers.
+
 In a file, 3 and 4 bits take half a byte, 2 bits a quarter: they follow each other along the inputs, the first in the
 lowest bits. Where rows end with whole bytes that is ONNX's UINT4 and UINT2, OpenVINO's u4 (it reads no UINT2) and, where
 groups divide the inputs, what the operator MatMulNBits of ONNX Runtime takes. Of that operator ONNX Runtime 1.32 has on
@@ -32,10 +36,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lensc.backends.errors import InputError, UsageError
 
-from .grid import SHRINK, fit_asymmetric, fit_symmetric, round_to_grid
+from .grid import SHRINK, fit_asymmetric, fit_multiples, fit_symmetric, round_to_grid
 from .parallel import for_each
 
 BITS = (2, 3, 4, 8)
@@ -45,19 +50,25 @@ SMALLEST_GROUP = 16
 CHUNK = 1 << 17
 """Weights that a thread works on at once: temporaries of half a MiB stay in its cache, which is faster than memory."""
 
-_SPELLING = re.compile(r"w(?P<bits>[1-9][0-9]?)(?:-g(?P<group>[1-9][0-9]{0,6}))?(?P<asym>-asym)?", re.ASCII)
+SCALE_BITS = 4
+"""Of a multiple's magnitude."""
+
+_SPELLING = re.compile(
+    r"w(?P<bits>[1-9][0-9]?)(?:-g(?P<group>[1-9][0-9]{0,6}))?(?:-s(?P<scale>[1-9][0-9]?))?(?P<asym>-asym)?", re.ASCII
+)
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How one weight is stored: `w8`, `w4-g128`, `w4-g32-asym`. Raises UsageError for what means nothing.
+    """How one weight is stored: `w8`, `w4-g128-s4`, `w4-g32-asym`. Raises UsageError for what means nothing.
 
-    `group_size=None` is one group per output.
+    `group_size=None` is one group per output; `scale_bits=None` leaves each scale free.
     """
 
     bits: int
     group_size: int | None = None
     symmetric: bool = True
+    scale_bits: int | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -65,6 +76,15 @@ class WeightFormat:
             problems.append(f"{self.bits} bits is not one of {', '.join(map(str, BITS))}")
         if self.group_size is not None and self.group_size < SMALLEST_GROUP:
             problems.append(f"group size {self.group_size}, expected at least {SMALLEST_GROUP}")
+        if self.scale_bits is not None:
+            if self.scale_bits != SCALE_BITS:
+                problems.append(f"scales of {self.scale_bits} bits, expected {SCALE_BITS}")
+            if self.bits >= 8:
+                problems.append(f"scales of {self.scale_bits} bits are for weights below 8 bits")
+            if not self.symmetric:
+                problems.append(f"scales of {self.scale_bits} bits are for weights without a zero point")
+            if self.group_size is None:
+                problems.append(f"scales of {self.scale_bits} bits are for weights in groups")
         if problems:
             raise UsageError(f"weight format {str(self)!r}: " + "; ".join(problems))
 
@@ -73,13 +93,14 @@ class WeightFormat:
         """The format spelled `text`. Raises UsageError that names what is wrong."""
         match = _SPELLING.fullmatch(text)
         if match is None:
-            raise UsageError(f"weight format {text!r}: expected like w4-g128, w4-g32-asym or w8")
-        group = int(match["group"]) if match["group"] else None
-        return cls(int(match["bits"]), group, match["asym"] is None)
+            raise UsageError(f"weight format {text!r}: expected like w4-g128-s4, w4-g32-asym or w8")
+        group, scale = (int(match[part]) if match[part] else None for part in ("group", "scale"))
+        return cls(int(match["bits"]), group, match["asym"] is None, scale)
 
     def __str__(self) -> str:
         group = "" if self.group_size is None else f"-g{self.group_size}"
-        return f"w{self.bits}{group}{'' if self.symmetric else '-asym'}"
+        scale = "" if self.scale_bits is None else f"-s{self.scale_bits}"
+        return f"w{self.bits}{group}{scale}{'' if self.symmetric else '-asym'}"
 
     @property
     def is_signed(self) -> bool:
@@ -153,7 +174,8 @@ def quantize_rtn(
     """Round `weight: float[out, in]` to the nearest values of `format`.
 
     With `search` each group's scale (and zero point) minimises the squared error over a small grid, never worse than
-    the plain range; without, it covers the range from the smallest to the largest weight. `importance: float[in]`, at
+    the plain range; without, it covers the range from the smallest to the largest weight. Where
+    scales are multiples of a step, they are those near these with the smallest error. `importance: float[in]`, at
     least 0, weighs the errors; with the mean square of each input (`Hessian.diagonal`) the error counted is that of the
     output, as far as inputs are uncorrelated. Rows are independent: pieces give the same as the whole. Works in pieces
     of `CHUNK` weights whatever the size. Raises InputError for NaN or Inf.
@@ -170,11 +192,16 @@ def quantize_rtn(
 
 
 def fit_scales(
-    weight: Tensor, format: WeightFormat, shrink: tuple[float, ...], importance: Tensor | None = None
+    weight: Tensor,
+    format: WeightFormat,
+    shrink: tuple[float, ...],
+    importance: Tensor | None = None,
+    are_rounded: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """scales: float32[out, groups] and zero points: uint8[out, groups] or None, as `quantize_rtn` uses them.
 
-    `shrink`: the shares of each group's range that are tried, from 1.0 down; empty for the plain range.
+    `shrink`: the shares of each group's range that are tried, from 1.0 down; empty for the plain range. Without
+    `are_rounded`, values will not be the nearest, but make up for the errors of others (see `fit_multiples`).
     """
     check_weight(weight)
     outputs, inputs = weight.shape
@@ -182,6 +209,11 @@ def fit_scales(
     share = _shares(importance, inputs)
     scales = torch.empty(outputs, groups)
     zeros = None if format.symmetric else torch.empty(outputs, groups, dtype=torch.uint8)
+
+    low, high = format.lowest - format.zero_point, format.highest - format.zero_point
+    missing = groups * size - inputs
+    # what a short last group lacks counts for nothing, with zeros there
+    padded = share if share is None or not missing else pad(share, (0, missing))
 
     def fit_rows(rows: slice) -> None:
         x = weight[rows].float()
@@ -193,11 +225,14 @@ def fit_scales(
             grouped = x[:, columns].reshape(-1, last - first, width)
             part = None if share is None else share[columns].reshape(-1, width)
             if zeros is None:
-                low, high = format.lowest - format.zero_point, format.highest - format.zero_point
                 scales[rows, first:last] = fit_symmetric(grouped, low, high, shrink, part)
             else:
                 scales[rows, first:last], zero = fit_asymmetric(grouped, format.highest, shrink, part)
                 zeros[rows, first:last] = zero.to(torch.uint8)
+        if format.scale_bits is not None:
+            whole = (pad(x, (0, missing)) if missing else x).view(-1, groups, size)
+            part = None if padded is None else padded.view(groups, size)
+            scales[rows] = fit_multiples(whole, scales[rows], low, high, part, are_rounded)
 
     for_each(fit_rows, outputs, CHUNK // inputs)
     return scales, zeros

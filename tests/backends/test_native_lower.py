@@ -44,7 +44,18 @@ LEAST_DB = 100.0
 LEAST_INT8_DB = 30.0
 """With the inputs of linears in 8 bits."""
 
-FORMATS = ("w8-g32", "w8-asym", "w8-g100-asym", "w4", "w4-g100-asym", "w4-g32-asym", "w3-g32", "w2-g64-asym", "w2-g32")
+FORMATS = (
+    "w8-g32",
+    "w8-asym",
+    "w8-g100-asym",
+    "w4",
+    "w4-g100-asym",
+    "w4-g32-asym",
+    "w3-g32",
+    "w2-g64-asym",
+    "w2-g32",
+    "w4-g32-s4",
+)
 """What no named recipe has: one scale per output, zero points, groups that do not divide the inputs, of which there is an
 odd number, so that the zero points of an output begin within a byte."""
 

@@ -91,7 +91,18 @@ X = np.random.default_rng(1).standard_normal((5, INPUTS)).astype(np.float32)
 @pytest.mark.parametrize("turned", (False, True), ids=("as it is", "turned"))
 @pytest.mark.parametrize(
     "text",
-    ("w4-g16", "w4-g16-asym", "w4-g32", "w4-g32-asym", "w8-g16", "w8-g32-asym", "w3-g16", "w2-g32", "w2-g32-asym"),
+    (
+        "w4-g16",
+        "w4-g16-s4",
+        "w4-g16-asym",
+        "w4-g32",
+        "w4-g32-asym",
+        "w8-g16",
+        "w8-g32-asym",
+        "w3-g16",
+        "w2-g32",
+        "w2-g32-asym",
+    ),
 )
 def test_groups_become_matmul_nbits(text: str, turned: bool, tmp_path: Path) -> None:
     """Also a last group that is shorter (80 = 2 * 32 + 16), and zero points whose rows end within a byte."""

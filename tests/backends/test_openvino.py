@@ -313,6 +313,7 @@ def test_probe_asks_openvino_what_it_sees(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_supports(float_decoder: Decoder) -> None:
     assert backend.supports(float_decoder.spec, "w4a8-g128", TARGET) is None
+    assert backend.supports(float_decoder.spec, "w4a8-g128-s4-mixed", TARGET) is None
     assert backend.supports(float_decoder.spec, "w4a16-g128-kv8", Target("openvino", "gpu")) is None
     for scheme, target, reason in (
         ("f16", Target("openvino", "npu"), "decoder is none: its cache grows"),
@@ -320,6 +321,7 @@ def test_supports(float_decoder: Decoder) -> None:
         ("f32", Target("onnxruntime", "cpu"), "not one of backend openvino"),
         ("w4a16-g128-kv4", TARGET, "8 or 16 bits"),
         ("w2a8-g64", TARGET, "reads no weights of 2 bits; the nearest is w4a8-g64"),
+        ("w2a8-g64-s4", TARGET, "reads no weights of 2 bits; the nearest is w4a8-g64-s4"),
     ):
         assert reason in str(backend.supports(float_decoder.spec, scheme, target))
         with pytest.raises(UnsupportedError, match=reason):

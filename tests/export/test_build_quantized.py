@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lensc
+from lensc.backends._multiples import multiples
 from lensc.backends.base import Target
 from lensc.backends.bundle import Manifest, load_manifest
 from lensc.backends.errors import CheckpointError, GraphError, MemoryLimitError, UnsupportedError, UsageError
@@ -42,7 +43,7 @@ decoder = 8
 "resampler.*" = "w8"
 "*.down_proj.weight" = "w8-g32-asym"
 "*.up_proj.weight" = "w2-g32"
-"llm.model.layers.*" = "w4-g32"
+"llm.model.layers.*" = "w4-g32-s4"
 "llm.lm_head.weight" = "w4-g32-asym"
 "llm.model.embed_tokens.weight" = "w8"
 """
@@ -114,7 +115,7 @@ def test_the_graphs_hold_what_the_recipe_makes_of_every_weight(graphs: Path, che
 
 def test_the_manifest_says_what_was_done(bundle: Path, recipe: str) -> None:
     manifest = load_manifest(bundle, verify=True)
-    assert {a.graph: a.scheme for a in manifest.artifacts} == {"vision": "w8a8", "decoder": "w4a8-g32-mixed"}
+    assert {a.graph: a.scheme for a in manifest.artifacts} == {"vision": "w8a8", "decoder": "w4a8-g32-s4-mixed"}
     assert manifest.provenance.scheme == "mine" and manifest.metadata["recipe"] == read_recipe(Path(recipe)).to_toml()
     assert manifest.tables.keys() == {"embed_tokens", "embed_tokens.scale"}
     cost = [r for r in manifest.parity if r.tolerance.startswith("none")]
@@ -123,6 +124,18 @@ def test_the_manifest_says_what_was_done(bundle: Path, recipe: str) -> None:
     assert {r.target for r in judged} == {"onnx", "onnxruntime:cpu"}
     assert all(s.peak_bytes > 1 << 20 and s.seconds >= 0 for s in manifest.stages)
     assert [s.name for s in manifest.stages][-1] == "verify onnxruntime:cpu"
+
+
+def test_scales_are_multiples_where_the_recipe_says_so(graphs: Path, recipe: str) -> None:
+    """In the bytes of the portable graph, which engines read."""
+    import onnx
+
+    model = onnx.load(str(graphs / "decoder" / "model.onnx"))
+    scales = {t.name.removesuffix(".scale"): t for t in model.graph.initializer if t.name.endswith(".scale")}
+    formats = read_recipe(Path(recipe)).formats(scales)
+    wanted = {name for name, format in formats.items() if format.scale_bits is not None}
+    found = {n for n, t in scales.items() if n in formats and multiples(onnx.numpy_helper.to_array(t)) is not None}
+    assert found == wanted and len(wanted) == 5  # all of the layer but the up and down projections
 
 
 def test_query_key_and_value_are_one_product(bundle: Path, graphs: Path) -> None:
@@ -287,7 +300,7 @@ def test_eight_bit_keys_and_values(checkpoint: Path, engine: str, option: str, k
     target = Target(engine, "cpu")
     manifest = build(checkpoint, [target], tmp_path / "b", scheme=eight_bit_keys(tmp_path))
     (artifact,) = [a for a in manifest.artifacts if a.graph == "decoder"]
-    assert artifact.scheme == "w4a8-g32-kv8-mixed" and artifact.options[option] == kept
+    assert artifact.scheme == "w4a8-g32-s4-kv8-mixed" and artifact.options[option] == kept
     judged = [r for r in manifest.parity if r.target == str(target) and r.graph == "decoder"]
     assert judged[0].tolerance.startswith("int8 products or KV cache: SQNR") and judged[0].sqnr_db > 20
     with lensc.load(tmp_path / "b") as vlm:
@@ -297,7 +310,7 @@ def test_eight_bit_keys_and_values(checkpoint: Path, engine: str, option: str, k
 
 
 def test_eight_bit_keys_that_an_engine_does_not_have(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="keeps the KV cache in float32; the nearest is w4a8-g32;"):
+    with pytest.raises(UnsupportedError, match="keeps the KV cache in float32; the nearest is w4a8-g32-s4;"):
         build(checkpoint, [Target("reference", "cpu")], tmp_path / "b", scheme=eight_bit_keys(tmp_path))
 
 

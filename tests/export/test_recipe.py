@@ -44,6 +44,13 @@ def test_the_scheme_names_the_most_frequent_format_and_that_there_are_others() -
     assert Scheme.parse("w4a8-g128-mixed").mixed and not Scheme.parse("f32").mixed
 
 
+def test_the_scheme_says_that_scales_are_multiples() -> None:
+    recipe = Recipe("r", (("*.o_proj.weight", "w4-g128"), ("llm.*", "w4-g128-s4")), {"decoder": 8})
+    names = [DOWN, DOWN.replace("3", "4"), DOWN.replace("mlp.down", "self_attn.o")]
+    assert str(recipe.scheme("decoder", names)) == "w4a8-g128-s4-mixed"
+    assert recipe.schemes("decoder", names) == {"w4a8-g128-s4": names[:2], "w4a8-g128": names[2:]}
+
+
 def test_int4_is_int4_with_int8_vision() -> None:
     recipe = PRESETS["int4"]
     assert recipe.format_of(DOWN) == recipe.format_of(HEAD) == WeightFormat(4, 128)

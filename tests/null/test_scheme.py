@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lensc.backends.errors import UsageError
-from lensc.export.quantize.scheme import ACTIVATION_BITS, KV_BITS, WEIGHT_BITS, Scheme
+from lensc.export.quantize.scheme import ACTIVATION_BITS, KV_BITS, SCALE_BITS, WEIGHT_BITS, Scheme
 
 
 @st.composite
@@ -18,10 +18,14 @@ def schemes(draw: st.DrawFn) -> Scheme:
     kv = draw(st.none() | st.sampled_from([bits for bits in KV_BITS if bits <= activation]))
     if activation != 8 and draw(st.booleans()):
         return Scheme(weight_bits=activation, activation_bits=activation, kv_bits=kv)
+    weight_bits = draw(st.sampled_from(WEIGHT_BITS))
+    group_size, symmetric = draw(st.none() | st.integers(1, 9_999_999)), draw(st.booleans())
+    has_scale_bits = weight_bits < 8 and symmetric and group_size is not None and draw(st.booleans())
     return Scheme(
-        weight_bits=draw(st.sampled_from(WEIGHT_BITS)),
-        group_size=draw(st.none() | st.integers(1, 9_999_999)),
-        symmetric=draw(st.booleans()),
+        weight_bits=weight_bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        scale_bits=draw(st.sampled_from(SCALE_BITS)) if has_scale_bits else None,
         activation_bits=activation,
         kv_bits=kv,
         keep=tuple(sorted(draw(st.sets(st.from_regex(r"[a-z0-9_.]{1,8}", fullmatch=True), max_size=3)))),
@@ -51,6 +55,10 @@ def test_any_text_has_one_spelling_or_none(text: str) -> None:
         ("f32-kv8", {"kv_bits": 8}),
         ("w8a8", {"weight_bits": 8, "activation_bits": 8}),
         ("w4a16-g128", {"weight_bits": 4, "activation_bits": 16, "group_size": 128}),
+        (
+            "w4a8-g32-s4-mixed",
+            {"weight_bits": 4, "activation_bits": 8, "group_size": 32, "scale_bits": 4, "mixed": True},
+        ),
         ("w4a32-asym", {"weight_bits": 4, "activation_bits": 32, "symmetric": False}),
         (
             "w4a16-g32-asym-kv8-keep:lm_head+resampler",
@@ -89,6 +97,12 @@ def test_meaning(text: str, fields: dict[str, Any]) -> None:
         ("f32-g128", "float weights have no groups"),
         ("f16-asym", "float weights have no zero point"),
         ("f32-keep:lm_head", "all parts are float, nothing is left to keep"),
+        ("f32-s4", "float weights have no scales"),
+        ("w4a8-g32-s5", "scale bits 5 is not one of 4"),
+        ("w8a8-g32-s4", "scale bits are for groups of weights below 8 bits without a zero point"),
+        ("w4a8-s4", "scale bits are for groups"),
+        ("w4a8-g32-s4-asym", "scale bits are for groups"),
+        ("w4a8-s4-g32", "expected f32, f16"),
         ("w4a16-keep:b+a", "keep: expected sorted names without repetition, a+b"),
         ("w4a16-keep:a+a", "keep: expected sorted names without repetition, a"),
         ("w7a17-g4", "weight bits 7 is not one of 2, 3, 4, 5, 6, 8; activation bits 17 is not"),
