@@ -137,7 +137,7 @@ class _Building:
         self._made.group_linear(
             step.x,
             self._bytes(weight.values, weight.values_bytes),
-            scales.reshape(weight.outputs, weight.groups),
+            scales.reshape(weight.outputs, -1),
             self._zero_points(weight),
             BITS[weight.kind],
             weight.kind == "int8",
@@ -146,10 +146,18 @@ class _Building:
             bias,
             residual,
             step.y,
+            self._multiples(weight),
         )
 
     def _zero_points(self, weight: WeightRecord) -> Array | None:
         return None if weight.zero_point is None else self._bytes(weight.zero_point, weight.zero_point_bytes)
+
+    def _multiples(self, weight: WeightRecord) -> Array | None:
+        if weight.multiples is None:
+            return None
+        return (
+            self._bytes(weight.multiples, weight.multiples_bytes).view(np.int8).reshape(weight.outputs, weight.groups)
+        )
 
     def _row_class(self, rows: str) -> int:
         return self._row_classes.setdefault(rows, len(self._row_classes))

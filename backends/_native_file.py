@@ -40,10 +40,11 @@ from ._native_program import (
     product,
     reads,
     split,
+    sums_multiples,
 )
 from .errors import GraphError
 
-FORMAT = 1
+FORMAT = 2
 
 PROGRAM_BYTES = 16 << 20
 """The program of the full-size decoder has 450 steps in 350 KB."""
@@ -331,8 +332,18 @@ def _linear_problems(step: Linear, values: Sequence[Value]) -> Iterator[str]:
         yield f"a weight in {weight.kind} has no scale"
     if weight.kind in ("int8", "int8_tiles") and weight.zero_point is not None:
         yield f"a weight in {weight.kind} has a zero point"
+    if weight.multiples is not None:
+        yield from _multiples_problems(weight)
     if weight.kind == "int8_tiles" and (weight.group or weight.activations != "int8"):
         yield "a weight in int8_tiles has groups or inputs that are not int8"
+
+
+def _multiples_problems(weight: WeightRecord) -> Iterator[str]:
+    """Whether the kernels sum all inputs of such a weight as integers; see int4_linear.h."""
+    if weight.kind not in ("uint4", "uint2") or weight.zero_point is not None or weight.activations != "int8":
+        yield "multiples are for weights in uint4 or uint2 without a zero point, and inputs in int8"
+    elif not sums_multiples(weight.inputs, weight.group, BITS[weight.kind]):
+        yield f"no kernel sums {weight.inputs} inputs in groups of {weight.group} with multiples"
 
 
 def _same(expected: Value, found: Value, name: str) -> Iterator[str]:
@@ -366,6 +377,8 @@ def _place_problems(step: Step, sizes: Mapping[str, int], files: Sequence[str]) 
             places.append((item.name, item.values, item.values_bytes, 4 if item.kind == "f32" else 1))
             if item.scale is not None:
                 places.append((f"{item.name}.scale", item.scale, item.scale_bytes, 4))
+            if item.multiples is not None:
+                places.append((f"{item.name}.multiples", item.multiples, item.multiples_bytes, 1))
             if item.zero_point is not None:
                 places.append((f"{item.name}.zero_point", item.zero_point, item.zero_point_bytes, 1))
     for name, place, nbytes, alignment in places:

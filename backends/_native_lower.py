@@ -25,6 +25,7 @@ from lensc.export.graph import GraphSpec
 from lensc.kernels.linear.reference import dequantize, linear, unpack
 from lensc.kernels.norm.reference import layer_norm, rms_norm
 
+from ._multiples import multiples
 from ._native_file import check, check_spec
 from ._native_finish import fused, placed, renumbered
 from ._native_operands import Const, Dims, Dynamic, GraphInput, Operand, Quantized, Sigmoid, Silu, shown
@@ -38,6 +39,7 @@ from ._native_program import (
     Kind,
     Linear,
     Normalize,
+    Place,
     Port,
     Program,
     SelectRows,
@@ -46,6 +48,7 @@ from ._native_program import (
     Value,
     WeightRecord,
     product,
+    sums_multiples,
 )
 from ._native_weights import BITS, Blobs, Tensor, tensor_of
 from .base import Array
@@ -88,6 +91,7 @@ class _Lowering:
         self._node: Any = None
         self._layers = 0
         self._tensors: dict[str, Tensor] = {}
+        self._scales: dict[int, tuple[Place, Place] | None] = {}
         self._operands: dict[str, Operand] = {
             t.name: GraphInput(t.name, t.dtype, t.shape)
             for t in spec.inputs
@@ -407,11 +411,37 @@ class _Lowering:
             self._refuse(f"weight {values.name}: {kind} without zero points means 0, expected some")
         elif zero is not None and kind == "int8":
             self._refuse(f"weight {values.name}: int8 with zero points, expected none")
-        zero_place = None if zero is None else self.blobs.add(zero)
         products: Literal["float", "int8"] = "int8" if self._int8_inputs else "float"
+        if self._int8_inputs and zero is None and kind in ("uint4", "uint2"):
+            parts_of_scales = self._multiples(values.name, found.scale, outputs, inputs, group, BITS[values.type])
+            if parts_of_scales is not None:
+                steps, multiples = parts_of_scales
+                return WeightRecord(values.name, kind, outputs, inputs, group, place, steps, None, products, multiples)
+        zero_place = None if zero is None else self.blobs.add(zero)
         return WeightRecord(
             values.name, kind, outputs, inputs, group, place, self.blobs.add(found.scale), zero_place, products
         )
+
+    def _multiples(
+        self, name: str, scale: Tensor, outputs: int, inputs: int, group: int, bits: int
+    ) -> tuple[Place, Place] | None:
+        """The places of the steps and the multiples that make the scales of a weight, if there are such and a kernel takes
+        them.
+        """
+        if not sums_multiples(inputs, group, bits):
+            return None
+        if id(scale) not in self._scales:
+            found = multiples(scale.array().reshape(outputs, -1))
+            if found is not None:
+                of_row, steps = found
+                made = (
+                    Tensor(f"{name}.steps", "FLOAT", (outputs,), held=steps.astype("<f4").tobytes()),
+                    Tensor(f"{name}.multiples", "INT8", of_row.shape, held=of_row.tobytes()),
+                )
+                self._scales[id(scale)] = (self.blobs.add(made[0]), self.blobs.add(made[1]))
+            else:
+                self._scales[id(scale)] = None
+        return self._scales[id(scale)]
 
     def _product(self, x: Array, weight: WeightRecord) -> Array:
         """x W^T of constants, some outputs at a time."""
@@ -430,7 +460,12 @@ class _Lowering:
         if weight.scale is None:
             return rows.view("<f4").reshape(shape)
         part = slice(start * weight.groups, (start + len(rows)) * weight.groups)
-        scales = self.blobs.items[weight.scale.offset].tensor.array()[part].reshape(len(rows), -1)
+        if weight.multiples is None:
+            scales = self.blobs.items[weight.scale.offset].tensor.array()[part].reshape(len(rows), -1)
+        else:
+            steps = self.blobs.items[weight.scale.offset].tensor.array()[start : start + len(rows), None]
+            whole = self.blobs.items[weight.multiples.offset].tensor.array()[part].reshape(len(rows), -1)
+            scales = steps.astype(np.float64) * whole
         if weight.kind == "int8":
             return dequantize(rows.view(np.int8).reshape(shape), scales, None, weight.group)
         bits = BITS[weight.kind.upper()]

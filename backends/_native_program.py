@@ -59,6 +59,9 @@ class WeightRecord:
     one it is 2^(bits-1), and 0 for int8, which has none. Values of few bits follow each other from the lowest bits of a
     byte to the highest, and rows of values end with whole bytes.
 
+    With `multiples`, int8[outputs, groups] of magnitude 1 to 15, a scale is a multiple of a step, and `scale` holds the
+    steps, float32[outputs]: all inputs of an output are then summed as integers.
+
     `int8_tiles` is int8 with one group per output, packed for the kernel: [outputs / 16, inputs / 4, 16, 4], both filled
     with zeros to whole tiles (multiples of 32 outputs and 64 inputs), then int32[outputs], the sum of each output's weights.
 
@@ -74,6 +77,7 @@ class WeightRecord:
     scale: Place | None
     zero_point: Place | None
     activations: Literal["float", "int8"]
+    multiples: Place | None = None
 
     @property
     def groups(self) -> int:
@@ -84,6 +88,8 @@ class WeightRecord:
     def unit(self) -> int:
         """Neighbouring inputs that are rounded to 8 bits with one scale; the last of a row may be fewer."""
         group = self.group or self.inputs
+        if self.multiples is not None:
+            return self.inputs
         return group if self.kind == "int8_tiles" else min(group, 8 * CHUNK_BYTES // BITS[self.kind])
 
     @property
@@ -100,11 +106,30 @@ class WeightRecord:
 
     @property
     def scale_bytes(self) -> int:
-        return 4 * self.outputs * self.groups if self.scale is not None else 0
+        if self.scale is None:
+            return 0
+        return 4 * self.outputs * (1 if self.multiples is not None else self.groups)
 
     @property
     def zero_point_bytes(self) -> int:
         return -(-self.outputs * self.groups * BITS[self.kind] // 8) if self.zero_point is not None else 0
+
+    @property
+    def multiples_bytes(self) -> int:
+        return self.outputs * self.groups if self.multiples is not None else 0
+
+
+MOST_SUMMED_INPUTS = 1 << 16
+"""Products of unsigned bytes and int8 of so many inputs fit in an int32."""
+SMALLEST_MULTIPLIED_BYTES = 16
+"""Of a group with a multiple: a table of 16 values is looked up by 16 lanes at once."""
+
+
+def sums_multiples(inputs: int, group: int, bits: int) -> bool:
+    """Whether int4_linear takes weights whose scales are whole multiples of a step; `group` 0 is all inputs."""
+    nbytes = group * bits // 8
+    fits = group in (0, inputs) or (nbytes >= SMALLEST_MULTIPLIED_BYTES and nbytes & (nbytes - 1) == 0)
+    return fits and inputs <= MOST_SUMMED_INPUTS
 
 
 @dataclass(frozen=True)

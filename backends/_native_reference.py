@@ -209,7 +209,7 @@ class NumpySession:
 
     def _blocks(self, weight: WeightRecord) -> Iterator[tuple[Array, Array | None, Array | None]]:
         """Values, scales and zero points of some outputs at a time, as the references take them."""
-        bits, groups = BITS[weight.kind], weight.groups
+        bits = BITS[weight.kind]
         row_bytes = weight.inputs * bits // 8
         step = max(1, BLOCK // weight.inputs // TILE[0]) * TILE[0]
         zeros = self._zero_points(weight)
@@ -224,11 +224,24 @@ class NumpySession:
             if weight.scale is None:
                 yield np.frombuffer(data, "<f4").reshape(n, weight.inputs), None, None
                 continue
-            scales = np.frombuffer(self._bytes(weight.scale, 4 * start * groups, 4 * n * groups), "<f4")
+            scales = self._scales(weight, start, n)
             values = np.frombuffer(data, np.int8) if bits == 8 else unpack(data, bits, n * weight.inputs)
             values = values.view(np.uint8) if weight.kind == "uint8" else values
             part = None if zeros is None else zeros[start : start + n]
-            yield values.reshape(n, weight.inputs), scales.reshape(n, groups), part
+            yield values.reshape(n, weight.inputs), scales, part
+
+    def _scales(self, weight: WeightRecord, start: int, n: int) -> Array:
+        """Of outputs start to start + n: float[n, groups]."""
+        assert weight.scale is not None
+        groups = weight.groups
+        if weight.multiples is None:
+            return np.frombuffer(self._bytes(weight.scale, 4 * start * groups, 4 * n * groups), "<f4").reshape(
+                n, groups
+            )
+        steps = np.frombuffer(self._bytes(weight.scale, 4 * start, 4 * n), "<f4")
+        multiples = np.frombuffer(self._bytes(weight.multiples, start * groups, n * groups), np.int8)
+        scales: Array = steps[:, None].astype(np.float64) * multiples.reshape(n, groups)
+        return scales
 
     def _untiled(self, weight: WeightRecord, start: int, n: int) -> Array:
         """Outputs start to start + n of `int8_tiles`: int8[n, inputs]. `start` begins a tile."""

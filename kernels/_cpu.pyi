@@ -50,6 +50,7 @@ class Program:
         bias: F32 | None,
         residual: int,
         y: int,
+        multiples: npt.NDArray[np.int8] | None = None,
     ) -> None: ...
     def channel_linear(
         self, x: int, values: U8, scales: F32, sums: npt.NDArray[np.int32], bias: F32 | None, residual: int, y: int

@@ -25,6 +25,7 @@ using Row = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>
 using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Integers = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Multiples = nb::ndarray<const int8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Any = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 using Cached = nb::ndarray<nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 using CachedScales = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
@@ -71,19 +72,29 @@ const float* floats_of(const std::optional<Row>& row, size_t width) {
     return row->data();
 }
 
-GroupWeight group_weight(const Bytes& values, const Matrix& scales, const std::optional<Bytes>& zero_points, int bits,
-                         bool is_signed, int64_t inputs, int64_t group) {
+GroupWeight group_weight(const Bytes& values, const Matrix& scales, const std::optional<Bytes>& zero_points,
+                         const std::optional<Multiples>& multiples, int bits, bool is_signed, int64_t inputs, int64_t group) {
     require(bits == 2 || bits == 4 || bits == 8, "bits: 2, 4 or 8");
     require(inputs > 0 && group > 0 && inputs * bits % 8 == 0, "inputs, group: positive, and rows of whole bytes");
     GroupWeight w{};
     w.values = values.data(), w.scales = scales.data(), w.zero_points = zero_points ? zero_points->data() : nullptr;
+    w.multiples = multiples ? multiples->data() : nullptr;
     w.outputs = int64_t(scales.shape(0)), w.inputs = inputs, w.group = std::min(group, inputs), w.bits = bits;
     w.is_signed = is_signed, w.zero_point = is_signed ? 128 : 1 << (bits - 1);
     const int64_t whole = chunk_bytes * w.planes(), bytes = w.unit_bytes();
-    require(w.groups() == 1 || w.group % whole == 0 || (w.group < whole && bytes >= 4 && (bytes & (bytes - 1)) == 0),
+    require(multiples || w.groups() == 1 || w.group % whole == 0 || (w.group < whole && bytes >= 4 && (bytes & (bytes - 1)) == 0),
             "group: no kernel sums groups of this size");
     require(int64_t(values.shape(0)) == w.outputs * w.row_bytes(), "values: not outputs times inputs of these bits");
-    require(int64_t(scales.shape(1)) == w.groups(), "scales: [outputs, groups]");
+    require(int64_t(scales.shape(1)) == (multiples ? 1 : w.groups()), "scales: [outputs, groups], of multiples [outputs, 1]");
+    if (multiples) {
+        const int64_t of_group = w.group * bits / 8;
+        require(bits < 8 && !zero_points, "multiples: of 2 or 4 bits without zero points");
+        require(int64_t(multiples->shape(0)) == w.outputs && int64_t(multiples->shape(1)) == w.groups(),
+                "multiples: [outputs, groups]");
+        require(w.groups() == 1 || (of_group >= 16 && (of_group & (of_group - 1)) == 0),
+                "multiples: of groups of 16 bytes, or twice as many again");
+        require(inputs <= most_summed_inputs, "multiples: of fewer inputs");
+    }
     require(!zero_points || int64_t(zero_points->shape(0)) == (w.outputs * w.groups() * bits + 7) / 8,
             "zero_points: not one for each scale");
     require(!(is_signed && zero_points), "zero_points: not of signed values");
@@ -189,14 +200,16 @@ NB_MODULE(_cpu, module) {
             "group_linear",
             [](Program& p, int x, const Bytes& values, const Matrix& scales, const std::optional<Bytes>& zero_points,
                int bits, bool is_signed, int64_t group, bool int8_inputs, const std::optional<Row>& bias, int residual,
-               int y) {
-                const GroupWeight w = group_weight(values, scales, zero_points, bits, is_signed, p.width(x), group);
+               int y, const std::optional<Multiples>& multiples) {
+                const GroupWeight w =
+                    group_weight(values, scales, zero_points, multiples, bits, is_signed, p.width(x), group);
+                require(int8_inputs || !multiples, "multiples: for inputs in int8");
                 require(w.outputs == p.width(y), "scales: [outputs, groups]");
                 const float* added = floats_of(bias, size_t(w.outputs));
                 int8_inputs ? p.int4_linear(x, w, added, residual, y) : p.float_linear(x, nullptr, w, added, residual, y);
             },
             "x"_a, "values"_a, "scales"_a, "zero_points"_a.none(), "bits"_a, "is_signed"_a, "group"_a, "int8_inputs"_a,
-            "bias"_a.none(), "residual"_a, "y"_a)
+            "bias"_a.none(), "residual"_a, "y"_a, "multiples"_a.none() = nb::none())
         .def(
             "channel_linear",
             [](Program& p, int x, const Bytes& values, const Row& scales, const Integers& sums,

@@ -108,6 +108,7 @@ void Program::int4_linear(int x, const GroupWeight& weight, const float* bias, i
     format.channels = false, format.inputs = weight.inputs, format.padded = weight.padded_inputs();
     format.planes = weight.planes(), format.unit = weight.unit();
     format.factor = weight.zero_points ? 1 : static_cast<float>(weight.zero_point);
+    format.has_multiples = weight.multiples != nullptr;
     Int4LinearStep step;
     step.program = this, step.slot = slot_of(x, format), step.residual = residual, step.y = y;
     step.fixed = {weight, {}, bias, nullptr, nullptr};
@@ -119,7 +120,7 @@ void Program::int4_linear(int x, const GroupWeight& weight, const float* bias, i
 void Program::int8_linear(int x, const ChannelWeight& weight, const float* bias, int residual, int y) {
     Slot format;
     format.channels = true, format.inputs = weight.inputs, format.padded = weight.padded_inputs();
-    format.planes = format.unit = 0, format.factor = 0;
+    format.planes = format.unit = 0, format.factor = 0, format.has_multiples = false;
     Int8LinearStep step;
     step.program = this, step.slot = slot_of(x, format), step.residual = residual, step.y = y;
     step.fixed = {weight, {}, bias, nullptr, nullptr};
@@ -134,7 +135,7 @@ int Program::slot_of(int x, Slot format) {
     for (size_t i = 0; i < slots_.size(); i++) {
         const Slot& s = slots_[i];
         if (s.x == x && s.channels == format.channels && s.planes == format.planes && s.unit == format.unit &&
-            s.factor == format.factor)
+            s.factor == format.factor && s.has_multiples == format.has_multiples)
             return static_cast<int>(i);
     }
     const int id = static_cast<int>(slots_.size());
@@ -258,8 +259,15 @@ QuantizedRows Program::group_rows(int id, const Frame& frame) const {
     const int64_t rows = frame.counts[static_cast<size_t>(slot(id).row_class)];
     const SlotLayout layout = layout_of(slot(id), rows);
     uint8_t* at = frame.slots[static_cast<size_t>(id)];
-    return {reinterpret_cast<int8_t*>(at), reinterpret_cast<float*>(at + layout.scales),
-            reinterpret_cast<float*>(at + layout.corrections), rows, in_panels(rows)};
+    const bool summed = slot(id).has_multiples;
+    uint8_t* behind = at + layout.corrections;  // of one size
+    return {reinterpret_cast<int8_t*>(at),
+            reinterpret_cast<float*>(at + layout.scales),
+            summed ? nullptr : reinterpret_cast<float*>(behind),
+            summed ? reinterpret_cast<int32_t*>(behind) : nullptr,
+            rows,
+            in_panels(rows),
+            block_panels_of(slot(id).padded, summed)};
 }
 
 ChannelRows Program::channel_rows(int id, const Frame& frame) const {

@@ -38,6 +38,7 @@ struct Slot {
     int64_t inputs, padded;  // of a row
     int64_t planes, unit;    // for int4_linear
     float factor;
+    bool has_multiples;      // of the weights: rows have sums, else corrections
 };
 
 class Program {

@@ -2,9 +2,10 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../cpu/tiles.h"
 #include "int4_linear.h"
+#include "integer_sums.h"
 #include "narrow.h"
+#include "panels.h"
 #include "quantize.h"
 #include "weights.h"
 
@@ -155,106 +156,6 @@ inline void stream(const Int4LinearArgs& a, Range outputs) {
 
 // --- many rows: blocks of 32 outputs by 32 rows ------------------------------------------------------------------------
 
-constexpr int64_t block_outputs = 32;
-
-// Products of 32 outputs and one or two panels over `bytes` bytes of `planes` planes: c[32][Panels * 16], lanes are rows of
-// x. `values` is [planes][32][64], x [Panels][planes][16][16][4].
-#if defined(__AMX_INT8__)
-
-struct GroupTiles {
-    explicit GroupTiles(int64_t unit_bytes) {
-        const int64_t bytes = (unit_bytes + 3) / 4 * 4;  // tiles multiply four at once: zeros follow a shorter row
-        TileShapes shapes;
-        for (int i = 0; i < 4; i++) shapes.set(i, 16, 64);         // products
-        for (int i = 4; i < 6; i++) shapes.set(i, 16, bytes);      // weights
-        for (int i = 6; i < 8; i++) shapes.set(i, bytes / 4, 64);  // x
-        shapes.load();
-    }
-    ~GroupTiles() { TileShapes::release(); }
-};
-
-template <int Panels>
-inline void multiply(const uint8_t* values, const int8_t* x, int64_t planes, int64_t, int32_t* c) {
-    LENSC_TILE_ZERO(0);
-    LENSC_TILE_ZERO(2);
-    if (Panels == 2) {
-        LENSC_TILE_ZERO(1);
-        LENSC_TILE_ZERO(3);
-    }
-    for (int64_t p = 0; p < planes; p++) {
-        LENSC_TILE_LOAD(4, values + p * 32 * 64, 64);
-        LENSC_TILE_LOAD(6, x + p * 1024, 64);
-        LENSC_TILE_U8S8(0, 4, 6);
-        LENSC_TILE_LOAD(5, values + p * 32 * 64 + 16 * 64, 64);
-        LENSC_TILE_U8S8(2, 5, 6);
-        if (Panels == 2) {
-            LENSC_TILE_LOAD(7, x + (planes + p) * 1024, 64);
-            LENSC_TILE_U8S8(1, 4, 7);
-            LENSC_TILE_U8S8(3, 5, 7);
-        }
-    }
-    LENSC_TILE_STORE(0, c, 64 * Panels);
-    LENSC_TILE_STORE(2, c + 256 * Panels, 64 * Panels);
-    if (Panels == 2) {
-        LENSC_TILE_STORE(1, c + 16, 128);
-        LENSC_TILE_STORE(3, c + 16 * 32 + 16, 128);
-    }
-}
-
-#else
-
-struct GroupTiles {
-    explicit GroupTiles(int64_t) {}
-};
-
-#if defined(__AVX512VNNI__)
-
-template <int Panels>
-inline void multiply(const uint8_t* values, const int8_t* x, int64_t planes, int64_t bytes, int32_t* c) {
-    constexpr int together = 16 / Panels;
-    for (int64_t o = 0; o < 32; o += together) {
-        __m512i sums[together][Panels];
-        for (auto& of_output : sums)
-            for (auto& sum : of_output) sum = _mm512_setzero_si512();
-        for (int64_t p = 0; p < planes; p++)
-            for (int64_t b = 0; b < bytes; b += 4) {
-                __m512i quads[Panels];
-                for (int i = 0; i < Panels; i++) quads[i] = _mm512_loadu_si512(x + (i * planes + p) * 1024 + b * 16);
-#pragma GCC unroll 16
-                for (int i = 0; i < together; i++) {
-                    int32_t quad;
-                    std::memcpy(&quad, values + p * 32 * 64 + (o + i) * 64 + b, 4);
-                    const __m512i weight = _mm512_set1_epi32(quad);
-                    for (int j = 0; j < Panels; j++) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], weight, quads[j]);
-                }
-            }
-        for (int i = 0; i < together; i++)
-            for (int j = 0; j < Panels; j++) _mm512_storeu_si512(c + ((o + i) * Panels + j) * 16, sums[i][j]);
-    }
-}
-
-#elif !defined(LENSC_BYTES)
-
-template <int Panels>
-inline void multiply(const uint8_t* values, const int8_t* x, int64_t planes, int64_t bytes, int32_t* c) {
-    for (int64_t o = 0; o < 32; o++)
-        for (int64_t j = 0; j < Panels; j++) {
-            int32_t sums[16] = {};
-            for (int64_t p = 0; p < planes; p++)
-                for (int64_t b = 0; b < bytes; b += 4) {
-                    const uint8_t* v = values + p * 32 * 64 + o * 64 + b;
-                    const int8_t* quads = x + (j * planes + p) * 1024 + b * 16;
-#pragma omp simd
-                    for (int64_t r = 0; r < 16; r++)
-                        for (int64_t i = 0; i < 4; i++) sums[r] += int32_t(v[i]) * quads[r * 4 + i];
-                }
-            std::memcpy(c + (o * Panels + j) * 16, sums, sizeof sums);
-        }
-}
-
-#endif
-#endif
-
 // What a unit of one or two panels adds: sums[output][row] += (c * x_scale - zero point * correction) * scale. Zero points
 // are one for all (`zeros` null, and multiplied with the corrections already) or one for each output.
 struct Fold {
@@ -284,57 +185,6 @@ inline void fold(const Fold& f, const int32_t* c, float* sums) {
                 sums[r] += (static_cast<float>(c[r]) * x_scale[r] - correction[r]) * scale;
         }
     }
-}
-
-// 16 x 16 of sums, turned: y[row][output].
-inline void turn(const float* sums, int64_t sums_stride, float* turned) {
-#if defined(__AVX512F__)
-    __m512 a[16], b[16];
-    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(sums + i * sums_stride);
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
-            a[i + 2 * j] = _mm512_shuffle_ps(b[i + j], b[i + j + 2], 0x44);
-            a[i + 2 * j + 1] = _mm512_shuffle_ps(b[i + j], b[i + j + 2], 0xee);
-        }
-    for (int i = 0; i < 4; i++) {
-        b[i] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88);
-        b[i + 4] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
-        b[i + 8] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88);
-        b[i + 12] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 8; i++) {
-        _mm512_storeu_ps(turned + i * 16, _mm512_shuffle_f32x4(b[i], b[i + 8], 0x88));
-        _mm512_storeu_ps(turned + (i + 8) * 16, _mm512_shuffle_f32x4(b[i], b[i + 8], 0xdd));
-    }
-#else
-    for (int64_t r = 0; r < 16; r++)
-        for (int64_t o = 0; o < 16; o++) turned[r * 16 + o] = sums[o * sums_stride + r];
-#endif
-}
-
-// Finished sums to y, with bias and residual.
-inline void put(const Int4LinearArgs& a, const float* sums, int64_t output, int64_t panel, int64_t panels) {
-    alignas(64) float turned[16 * 16];
-    for (int64_t o = 0; o < block_outputs && output + o < a.weight.outputs; o += 16)
-        for (int64_t p = 0; p < panels; p++) {
-            const int64_t lanes = p / 2 * 2 + 1 < panels ? 32 : 16;  // a pair of panels, or the last one alone
-            turn(sums + p / 2 * 32 * 32 + o * lanes + p % 2 * 16, lanes, turned);
-            const int64_t rows = std::min(panel_rows, a.x.rows - (panel + p) * panel_rows);
-            const int64_t outputs = std::min<int64_t>(16, a.weight.outputs - output - o);
-            for (int64_t r = 0; r < rows; r++) {
-                const int64_t at = ((panel + p) * panel_rows + r) * a.weight.outputs + output + o;
-                for (int64_t i = 0; i < outputs; i++) {
-                    float y = turned[r * 16 + i];
-                    if (a.bias) y += a.bias[output + o + i];
-                    if (a.residual) y += a.residual[at + i];
-                    a.y[at + i] = y;
-                }
-            }
-        }
 }
 
 // 32 outputs of a block of panels. Weights of the next chunk are unpacked and products of the last pair of panels scaled while
@@ -394,8 +244,10 @@ inline void multiply_block(const Int4LinearArgs& a, int64_t output, int64_t bloc
                 next.panels = p + 1 < panels ? 2 : 1;
                 next.x_scales = x_scales + (unit * panels + p) * panel_rows;
                 next.corrections = corrections + (unit * panels + p) * panel_rows;
-                next.panels == 2 ? multiply<2>(of_unit, of_pair, planes, unit_bytes, products[count % 2])
-                                 : multiply<1>(of_unit, of_pair, planes, unit_bytes, products[count % 2]);
+                const TileRange tiles{1, planes, unit_bytes, 0, 64, 32 * 64, w.bits == 8};
+                const auto nothing = [](int64_t) {};
+                next.panels == 2 ? multiply<2>(tiles, of_unit, of_pair, false, products[count % 2], nothing)
+                                 : multiply<1>(tiles, of_unit, of_pair, false, products[count % 2], nothing);
                 if (u == 0 && p == 0 && chunk + 1 < w.chunks()) unpack_chunk(chunk + 1);
                 fold_pending();
                 pending = next, pending_sums = sums + p / 2 * 32 * 32;
@@ -403,7 +255,13 @@ inline void multiply_block(const Int4LinearArgs& a, int64_t output, int64_t bloc
         }
     }
     fold_pending();
-    put(a, sums, output, first, panels);
+    for (int64_t o = 0; o < outputs; o += 16) {
+        const Ending ending(a, output + o);
+        for (int64_t p = 0; p < panels; p++) {
+            const int64_t lanes = p / 2 * 2 + 1 < panels ? 32 : 16;  // a pair of panels, or the last one alone
+            put_panel(a, ending, sums + p / 2 * 32 * 32 + o * lanes + p % 2 * 16, lanes, output + o, first + p);
+        }
+    }
 }
 
 // A block of rows stays in the cache while all weights pass.
@@ -418,6 +276,7 @@ inline void multiply_panels(const Int4LinearArgs& a, Range outputs) {
 
 inline void int4_linear(const Int4LinearArgs& a, Share share) {
     const Range outputs = range_of(a.weight.outputs, block_outputs, share);
+    if (a.weight.multiples) return linear_of_multiples(a, outputs);
     a.x.in_panels ? multiply_panels(a, outputs) : stream(a, outputs);
 }
 

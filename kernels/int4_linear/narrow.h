@@ -82,15 +82,16 @@ inline void stream_outputs(const Int4LinearArgs& a, int64_t output, int64_t row)
         for (int r = 0; r < Rows; r++) put_streamed(a, output + o, row + r, reduce_add(sums[o][r]));
 }
 
-// c[32][Panels * 16], see multiply_block.
+// c[32][Panels * 16], see multiply() in panels.h; values are of `Bits` bits at most.
 template <int Bits, int Panels>
-inline void multiply_bits(const uint8_t* values, const int8_t* x, int64_t bytes, int32_t* c) {
-    constexpr int planes = 8 / Bits, vectors = 64 / vector_bytes * Panels, together = vectors <= 4 ? 2 : 1;
+inline void multiply_bytes(const TileRange& t, const uint8_t* values, const int8_t* x, bool adds, int32_t* c) {
+    constexpr int vectors = 64 / vector_bytes * Panels, together = vectors <= 4 ? 2 : 1;
     typedef Products<Bits> P;
-    constexpr bool at_once = P::most >= planes * 16;  // else sums are taken over before they overflow
+    constexpr bool at_once = P::most >= 1 << 16;  // else sums are taken over before they overflow
     const int64_t most = std::min(P::most, 16) * 4;
     for (int64_t o = 0; o < 32; o += together) {
         vint whole[together][vectors] = {};
+        for (int i = 0; adds && i < together; i++) std::memcpy(whole[i], c + (o + i) * Panels * 16, sizeof whole[i]);
         typename P::Sum sums[together][vectors];
         const auto clear = [&] {
             for (auto& of_output : sums)
@@ -101,32 +102,42 @@ inline void multiply_bits(const uint8_t* values, const int8_t* x, int64_t bytes,
                 for (int v = 0; v < vectors; v++) whole[i][v] += P::whole(sums[i][v]);
         };
         clear();
-        for (int p = 0; p < planes; p++)
-            for (int64_t begin = 0; begin < bytes; begin += most) {
-                for (int64_t b = begin; b < std::min(begin + most, bytes); b += 4) {
+        for (int64_t tile = 0; tile < t.chunks * t.planes; tile++) {
+            const int8_t* of_x = x + tile / t.planes * t.x_apart + tile % t.planes * 1024;
+            for (int64_t begin = 0; begin < t.bytes; begin += most) {
+                for (int64_t b = begin; b < std::min(begin + most, t.bytes); b += 4) {
                     vbytes quads[vectors];
                     for (int v = 0; v < vectors; v++)
-                        quads[v] = load_bytes(x + (v * vector_bytes / 64 * planes + p) * 1024 + b * 16 + v * vector_bytes % 64);
+                        quads[v] = load_bytes(of_x + v * vector_bytes / 64 * t.planes * 1024 + b * 16 + v * vector_bytes % 64);
                     for (int i = 0; i < together; i++) {
-                        const vbytes weight = repeat_quad(values + p * 32 * 64 + (o + i) * 64 + b);
+                        const vbytes weight = repeat_quad(values + tile * t.tile_bytes + (o + i) * t.row_bytes + b);
                         for (int v = 0; v < vectors; v++) sums[i][v] = P::add(sums[i][v], weight, quads[v]);
                     }
                 }
                 if (!at_once) take(), clear();
             }
+        }
         if (at_once) take();
         for (int i = 0; i < together; i++) std::memcpy(c + (o + i) * Panels * 16, whole[i], sizeof whole[i]);
     }
 }
 
-template <int Panels>
-inline void multiply(const uint8_t* values, const int8_t* x, int64_t planes, int64_t bytes, int32_t* c) {
-    switch (planes) {
-        case 1: return multiply_bits<8, Panels>(values, x, bytes, c);
-        case 2: return multiply_bits<4, Panels>(values, x, bytes, c);
-        default: return multiply_bits<2, Panels>(values, x, bytes, c);
+// A sum of products of whole bytes of weights.
+class ByteSums {
+  public:
+    void add(const uint8_t* values, const int8_t* x, int64_t count) {
+        for (int64_t i = 0; i < count; i += vector_bytes) sum_ = Products<8>::add(sum_, load_bytes(values + i), load_bytes(x + i));
     }
-}
+    int32_t total() const {
+        const vint lanes = Products<8>::whole(sum_);
+        int32_t sum = 0;
+        for (int i = 0; i < kLanes; i++) sum += lanes[i];
+        return sum;
+    }
+
+  private:
+    Products<8>::Sum sum_ = Products<8>::zero();
+};
 
 }  // namespace lensc::LENSC_ISA
 

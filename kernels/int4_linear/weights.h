@@ -8,6 +8,16 @@
 
 namespace lensc::LENSC_ISA {
 
+constexpr int64_t block_outputs = 32;
+
+// Which tiles are multiplied: `bytes` of the 64 of each, of `planes` of each of `chunks`.
+struct TileRange {
+    int64_t chunks, planes, bytes;
+    int64_t x_apart;                  // bytes from chunk to chunk of x
+    int64_t row_bytes, tile_bytes;  // of the values: from output to output, and from tile to tile
+    bool whole_bytes;                 // values of 8 bits, else at most of 4
+};
+
 inline float zero_point_of(const GroupWeight& w, int64_t output, int64_t group) {
     const int64_t bit = (output * w.groups() + group) * w.bits;
     return static_cast<float>((w.zero_points[bit / 8] >> (bit % 8)) & ((1 << w.bits) - 1));

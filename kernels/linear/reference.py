@@ -2,8 +2,8 @@
 
 A quantized weight stands for `(values - zero_points) * scales`, where `group` neighbouring inputs share a scale and a zero
 point; the last group of a row may be shorter, and group 0 is all inputs. Inputs that are rounded to 8 bits are so per row
-and unit, a group of the weight or a part of one: the sum over a unit is then one of integers, which is exact, times two
-scales.
+and unit: a group of the weight or a part of one, or all inputs where the scales are whole multiples of a step. In kernels
+the sum over a unit is then one of integers, which is exact, times two scales.
 """
 
 from __future__ import annotations
@@ -42,22 +42,17 @@ def quantized_linear(
     """x W^T + bias + residual with W = (values - zero_points) * scales.
 
     x: float[rows, inputs]; values: int8 or uint8[outputs, inputs], one to a byte; scales: float32[outputs, groups];
-    zero_points: uint8[outputs, groups], None for 0. `unit`: the inputs that are rounded together by `quantize_rows`, of
-    which a group is a multiple; None: they are not rounded. Returns float64[rows, outputs].
+    zero_points: uint8[outputs, groups], None for 0. `unit`: the inputs that are rounded together by `quantize_rows`; None:
+    they are not rounded. Returns float64[rows, outputs].
     """
     if unit is None:
         return linear(x, dequantize(values, scales, zero_points, group), bias, residual)
     rounded, steps = quantize_rows(x, unit)
-    inputs = values.shape[1]
-    signed = values.astype(np.int64)
-    if zero_points is not None:
-        signed -= _spread(zero_points, group, inputs)
+    weight = dequantize(values, scales, zero_points, group)
     y = np.zeros((len(x), len(values)))
-    for u, columns in enumerate(_groups(inputs, unit)):
-        # products of integers below 2^53: float64 is exact, and many times faster than int64
-        sums = rounded[:, columns].astype(np.float64) @ signed[:, columns].astype(np.float64).T
-        group_scales = scales[None, :, columns.start // (group or inputs)]
-        y += sums * steps[:, u, None].astype(np.float64) * group_scales
+    for u, columns in enumerate(_groups(values.shape[1], unit)):
+        sums = rounded[:, columns].astype(np.float64) @ weight[:, columns].T
+        y += sums * steps[:, u, None].astype(np.float64)
     return _ended(y, bias, residual)
 
 

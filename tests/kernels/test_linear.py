@@ -32,20 +32,26 @@ NOTHING = 127 / float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class Format:
-    """Weights in groups; group 0 is all inputs. `zeros`: 'none' of signed weights, 'one' for all, or one per group."""
+    """Weights in groups; group 0 is all inputs. `zeros`: 'none' of signed weights, 'one' for all, or one per group.
+    `multiples`: scales are whole multiples of a step per output.
+    """
 
     outputs: int
     inputs: int
     bits: int
     group: int
     zeros: str
+    multiples: bool = False
 
     def __str__(self) -> str:
-        return f"O{self.outputs}-K{self.inputs}-b{self.bits}-g{self.group}-{self.zeros}"
+        name = f"O{self.outputs}-K{self.inputs}-b{self.bits}-g{self.group}-{self.zeros}"
+        return f"{name}-multiples" if self.multiples else name
 
     @property
     def unit(self) -> int:
-        """The inputs that are rounded together: a group, or 64 bytes of weights."""
+        """The inputs that are rounded together: a group, or 64 bytes of weights; with multiples all."""
+        if self.multiples:
+            return self.inputs
         return min(self.group or self.inputs, 64 * 8 // self.bits)
 
 
@@ -73,6 +79,17 @@ FORMATS = (
     Format(40, 528, 2, 16, "each"),
     Format(35, 1288, 2, 256, "each"),
     Format(66, 1000, 2, 0, "one"),
+    # groups of one, two and four lanes of 16 bytes, of two chunks and of all; rows of one and several spans
+    Format(70, 256, 4, 128, "one", multiples=True),
+    Format(33, 328, 4, 32, "one", multiples=True),
+    Format(31, 104, 4, 64, "one", multiples=True),
+    Format(40, 776, 4, 256, "one", multiples=True),
+    Format(65, 2304, 4, 128, "one", multiples=True),
+    Format(1, 4304, 4, 0, "one", multiples=True),
+    Format(2, 10, 4, 0, "one", multiples=True),
+    Format(39, 776, 2, 64, "one", multiples=True),
+    Format(40, 2568, 2, 128, "one", multiples=True),
+    Format(35, 1288, 2, 256, "one", multiples=True),
 )
 
 
@@ -82,6 +99,8 @@ class Weight:
     scales: Array
     zeros: Array | None
     bias: Array
+    steps: Array | None = None
+    multiples: Array | None = None
 
 
 @cache
@@ -98,6 +117,11 @@ def weight_of(f: Format) -> Weight:
     if f.zeros == "one":
         zeros[:] = 2 ** (f.bits - 1)
     bias = random.standard_normal(f.outputs).astype(np.float32)
+    if f.multiples:
+        steps = random.uniform(1e-4, 1e-3, (f.outputs, 1)).astype(np.float32)
+        multiples = random.integers(1, 16, (f.outputs, groups)) * random.choice((-1, 1), (f.outputs, groups))
+        multiples[0], multiples[-1] = 15, -15  # with the largest values the largest bytes, and the least
+        return Weight(values, steps.astype(np.float64) * multiples, zeros, bias, steps, multiples.astype(np.int8))
     return Weight(
         values.view(np.int8) if f.zeros == "none" else values, scales, None if f.zeros == "none" else zeros, bias
     )
@@ -143,12 +167,13 @@ class Linear:
         packed, zeros = pack(w.values, f.bits), None
         if f.zeros == "each" and w.zeros is not None:
             zeros = pack(w.zeros, f.bits)
-        self.constants = [packed, zeros, w.scales, w.bias]
+        scales = w.scales if w.steps is None else w.steps
+        self.constants = [packed, zeros, scales, w.multiples, w.bias]
         for bias, residual, y in ((None, -1, self.bare), (w.bias, self.residual, self.ended)):
             self.program.group_linear(
                 self.x,
                 packed,
-                w.scales,
+                scales,
                 zeros,
                 f.bits,
                 f.zeros == "none",
@@ -157,6 +182,7 @@ class Linear:
                 bias,
                 residual,
                 y,
+                w.multiples,
             )
         return self._finished()
 
@@ -221,9 +247,9 @@ def expected_group(f: Format, x: Array, int8_inputs: bool, bias: Array | None, r
     zeros = np.full_like(w.scales, 128, np.int64) if w.zeros is None else w.zeros.astype(np.int64)
     magnitudes = unsigned + np.repeat(zeros, f.group or f.inputs, axis=1)[:, : f.inputs]
     ends = [None if part is None else np.abs(part) for part in (bias, residual)]
-    magnitude = reference.quantized_linear(np.abs(x), magnitudes, w.scales, None, f.group, unit, *ends)
+    magnitude = reference.quantized_linear(np.abs(x), magnitudes, np.abs(w.scales), None, f.group, unit, *ends)
     count = f.inputs / 4 + ROUNDINGS["float32"] if unit is None else -(-f.inputs // unit) + ROUNDINGS["int8"]
-    nothing = NOTHING * reference.linear(np.ones_like(x[:1]), magnitudes * float(w.scales.max()))
+    nothing = NOTHING * reference.linear(np.ones_like(x[:1]), magnitudes * float(np.abs(w.scales).max()))
     return Expected(y, EPS * count * magnitude + nothing)
 
 
@@ -238,8 +264,15 @@ def group_case(f: Format, int8_inputs: bool) -> tuple[Array, Array, Expected, Ex
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("int8_inputs", (True, False), ids=("int8", "float32"))
-@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize(
+    ("form", "int8_inputs"),
+    [
+        pytest.param(form, int8, id=f"{form}-{'int8' if int8 else 'float32'}")
+        for form in FORMATS
+        for int8 in (True, False)
+        if int8 or not form.multiples  # which are for inputs in int8
+    ],
+)
 def test_group_linear(form: Format, int8_inputs: bool, isa: str) -> None:
     x, residual, *expected = group_case(form, int8_inputs)
     linear = Linear(isa, 2, form.inputs, form.outputs).group(form, int8_inputs)
@@ -335,9 +368,10 @@ def extreme_rows(inputs: int) -> Array:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("rows", (1, 12), ids=("alone", "together"))
-@pytest.mark.parametrize("kind", ("int4", "int8", "channel", "float32"))
+@pytest.mark.parametrize("kind", ("int4", "multiples", "int8", "channel", "float32"))
 def test_extreme_inputs(kind: str, rows: int, isa: str) -> None:
     form = Format(34, 264, 4, 64, "each") if kind == "int4" else Format(64, 512, 8, 128, "none")
+    form = Format(70, 256, 4, 128, "one", multiples=True) if kind == "multiples" else form
     outputs, inputs = (70, 100) if kind == "channel" else (form.outputs, form.inputs)
     residual = np.zeros((12, outputs), np.float32)
     x = settled(extreme_rows(inputs), 0 if kind == "channel" else form.unit)
@@ -355,15 +389,15 @@ def test_extreme_inputs(kind: str, rows: int, isa: str) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("rows", (3, 40))
-@pytest.mark.parametrize("kind", ("group", "channel", "float32"))
+@pytest.mark.parametrize("kind", ("group", "multiples", "channel", "float32"))
 def test_what_is_not_finite_spoils_its_own_row_only(kind: str, rows: int, isa: str) -> None:
-    form = Format(34, 264, 4, 64, "each")
+    form = Format(33, 328, 4, 32, "one", multiples=True) if kind == "multiples" else Format(34, 264, 4, 64, "each")
     outputs, inputs = (70, 100) if kind == "channel" else (form.outputs, form.inputs)
     linear = Linear(isa, 2, inputs, outputs)
     if kind == "channel":
         linear.channel(*channel_case(outputs, inputs)[:3])
     else:
-        linear.group(form, kind == "group")
+        linear.group(form, kind != "float32")
     x, residual = normal_rows(rows, inputs), np.zeros((rows, outputs), np.float32)
     before = linear.run(x, residual)[0].copy()
     for row, value in ((1, np.inf), (rows - 1, -np.inf)):
@@ -379,16 +413,16 @@ def test_what_is_not_finite_spoils_its_own_row_only(kind: str, rows: int, isa: s
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("rows", (1, 5, 63, 100))
-@pytest.mark.parametrize("kind", ("int8", "float32", "channel"))
+@pytest.mark.parametrize("kind", ("int8", "multiples", "float32", "channel"))
 def test_any_number_of_threads_gives_the_same_bits(kind: str, rows: int, isa: str) -> None:
-    form = Format(137, 264, 4, 64, "each")
+    form = Format(137, 264, 4, 64, "one" if kind == "multiples" else "each", multiples=kind == "multiples")
     made = []
     for threads in (1, 2, 3, 4):
         linear = Linear(isa, threads, 264, 137)
         if kind == "channel":
             linear.channel(*channel_case(137, 264)[:3])
         else:
-            linear.group(form, kind == "int8")
+            linear.group(form, kind != "float32")
         made.append(linear.run(normal_rows(rows, 264), normal_rows(rows, 137, 1)))
     for other in made[1:]:
         assert np.array_equal(np.stack(other), np.stack(made[0]))

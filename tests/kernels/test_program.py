@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -350,6 +351,40 @@ BYTES = np.zeros(W * W, np.uint8)
 ONES = np.ones((W, 1), np.float32)
 ROW = np.ones(W, np.float32)
 SUMS = np.ones(W, np.int32)
+MULTIPLES = np.ones((W, 2), np.int8)
+
+
+def _of_multiples(program: Any, **changed: Any) -> None:
+    """A linear that is refused for what is changed: groups of 32 of 64 inputs in 4 bits."""
+    given: dict[str, Any] = {
+        "x": 0,
+        "values": BYTES[: W * W // 2],
+        "scales": ONES,
+        "zero_points": None,
+        "bits": 4,
+        "is_signed": False,
+        "group": 32,
+        "int8_inputs": True,
+        "bias": None,
+        "residual": -1,
+        "y": 1,
+        "multiples": MULTIPLES,
+    }
+    given |= changed
+    if given["bits"] == 8:
+        given["values"] = BYTES
+    if given["group"] == 16:
+        given["multiples"] = np.ones((W, 4), np.int8)
+    program.group_linear(**given)
+
+
+def test_multiples_are_taken() -> None:
+    program = _cpu.Program("", 1)
+    for _ in range(2):
+        program.value(0, W)
+    _of_multiples(program)
+
+
 REFUSED: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
     ("width", "needs a row class and a width", lambda p: p.value(0, 0)),
     ("row class", "needs a row class and a width", lambda p: p.value(-1, 4)),
@@ -376,6 +411,16 @@ REFUSED: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
         lambda p: p.group_linear(0, BYTES, ONES, SUMS[:9].view(np.uint8), 8, False, W, True, None, -1, 1),
     ),
     ("signed", "not of signed", lambda p: p.group_linear(0, BYTES, ONES, BYTES[:W], 8, True, W, True, None, -1, 1)),
+    *(
+        (f"multiples, {problem}", text, partial(_of_multiples, **changed))
+        for problem, text, changed in (
+            ("no steps", "of multiples [outputs, 1]", {"scales": np.ones((W, 2), np.float32)}),
+            ("of other groups", "multiples: [outputs, groups]", {"multiples": MULTIPLES[:, 1:]}),
+            ("of bytes", "of 2 or 4 bits", {"bits": 8}),
+            ("of few inputs", "groups of 16 bytes", {"group": 16}),
+            ("of floats", "for inputs in int8", {"int8_inputs": False}),
+        )
+    ),
     ("bias", "another width", lambda p: p.group_linear(0, BYTES, ONES, None, 8, True, W, True, ROW[1:], -1, 1)),
     ("channels", "padded outputs", lambda p: p.channel_linear(0, BYTES[:-1], ROW, SUMS, None, -1, 1)),
     ("sums", "outputs", lambda p: p.channel_linear(0, BYTES, ROW, SUMS[1:], None, -1, 1)),

@@ -1,0 +1,279 @@
+// int4_linear for weights with multiples: all inputs of an output are summed as integers. Included by cpu.cpp.
+#pragma once
+#include <algorithm>
+#include <type_traits>
+
+#include "multiples.h"
+#include "panels.h"
+
+namespace lensc::LENSC_ISA {
+
+template <int N>
+using Constant = std::integral_constant<int, N>;
+
+#if !defined(__AVX512VNNI__) && !defined(LENSC_BYTES)
+
+class ByteSums {
+  public:
+    void add(const uint8_t* values, const int8_t* x, int64_t count) {
+        int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < count; i++) sum += int32_t(values[i]) * x[i];
+        sum_ += sum;
+    }
+    int32_t total() const { return sum_; }
+
+  private:
+    int32_t sum_ = 0;
+};
+
+#endif
+
+// A finished sum to y: times the scales, and with bias and residual.
+inline void put_sum(const Int4LinearArgs& a, int64_t output, int64_t row, int32_t sum) {
+    const int64_t at = row * a.weight.outputs + output;
+    float y = static_cast<float>(sum - byte_offset * a.x.sums[row]) * a.x.scales[row] * a.weight.scales[output];
+    if (a.bias) y += a.bias[output];
+    if (a.residual) y += a.residual[at];
+    a.y[at] = y;
+}
+
+// --- few rows: weights stream past -----------------------------------------------------------------------------------
+
+#if defined(__AVX512VNNI__)
+
+// Bytes from what is multiplied to what is fetched.
+constexpr int64_t fetched_ahead = 2048;
+
+// `Outputs` outputs, `apart` from each other, of `Rows` rows. Far apart, each is a stream of its own from memory: one
+// stream alone does not fill the lines that a core can wait for.
+template <int Bits, bool Lanes, int Outputs, int Rows>
+inline void stream_apart(const Int4LinearArgs& a, const GroupsOfChunks& groups, int64_t output, int64_t apart, int64_t row) {
+    constexpr int planes = 8 / Bits;
+    const GroupWeight& w = a.weight;
+    const int64_t row_bytes = w.row_bytes(), chunks = w.chunks(), padded = w.padded_inputs();
+    const uint8_t* values = w.values + output * row_bytes;
+    const int8_t* x = a.x.values + row * padded;
+    // All loops over outputs and rows are unrolled, or the compiler keeps the sums in memory.
+    __m512i sums[Outputs][Rows];
+#pragma GCC unroll 8
+    for (int o = 0; o < Outputs; o++)
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; r++) sums[o][r] = _mm512_setzero_si512();
+    for (int64_t c = 0; c < chunks; c++) {
+        const __mmask64 held = held_of(row_bytes - c * chunk_bytes);
+        __m512i weights[Outputs][planes];
+#pragma GCC unroll 8
+        for (int o = 0; o < Outputs; o++) {
+            const uint8_t* at = values + o * apart * row_bytes + c * chunk_bytes;
+            __builtin_prefetch(at + fetched_ahead);
+            const __m512i packed = _mm512_maskz_loadu_epi8(held, at);
+            const __m512i tables = tables_of<Bits, Lanes>(groups, output + o * apart, c);
+#pragma GCC unroll 4
+            for (int p = 0; p < planes; p++) weights[o][p] = multiplied<Bits>(tables, packed, p);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 4
+            for (int p = 0; p < planes; p++) {
+                const __m512i quads = _mm512_loadu_si512(x + r * padded + (c * planes + p) * chunk_bytes);
+#pragma GCC unroll 8
+                for (int o = 0; o < Outputs; o++) sums[o][r] = _mm512_dpbusd_epi32(sums[o][r], weights[o][p], quads);
+            }
+    }
+#pragma GCC unroll 8
+    for (int o = 0; o < Outputs; o++)
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; r++) put_sum(a, output + o * apart, row + r, _mm512_reduce_add_epi32(sums[o][r]));
+}
+
+#else
+
+// One output of `rows` rows.
+template <int Bits, bool Lanes>
+inline void stream_output(const Int4LinearArgs& a, const GroupsOfChunks& groups, int64_t output, int64_t row, int64_t rows) {
+    constexpr int64_t bytes = 8 / Bits * chunk_bytes;
+    const GroupWeight& w = a.weight;
+    const uint8_t* at = w.values + output * w.row_bytes();
+    alignas(64) uint8_t values[bytes];
+    ByteSums sums[most_streamed_rows];
+    for (int64_t c = 0; c < w.chunks(); c++, at += chunk_bytes) {
+        unpack_multiplied<Bits, Lanes>(groups, output, c, 1, at, w.row_bytes() - c * chunk_bytes, values);
+        for (int64_t r = 0; r < rows; r++) sums[r].add(values, a.x.values + (row + r) * w.padded_inputs() + c * bytes, bytes);
+    }
+    for (int64_t r = 0; r < rows; r++) put_sum(a, output, row + r, sums[r].total());
+}
+
+#endif
+
+template <int Bits, bool Lanes>
+void stream_multiples(const Int4LinearArgs& a, Range outputs) {
+    const GroupsOfChunks groups(a.weight);
+#if defined(__AVX512VNNI__)
+    // `n` rows, of so many outputs at once that all sums are in registers
+    const auto rows = [&](auto n, auto at_once, int64_t row) {
+        constexpr int count = decltype(n)::value, streams = decltype(at_once)::value;
+        const int64_t apart = (outputs.end - outputs.begin) / streams;
+        int64_t o = outputs.begin;
+        for (; o < outputs.begin + apart; o++) stream_apart<Bits, Lanes, streams, count>(a, groups, o, apart, row);
+        for (o += (streams - 1) * apart; o < outputs.end; o++) stream_apart<Bits, Lanes, 1, count>(a, groups, o, 0, row);
+    };
+    int64_t row = 0;
+    for (; row + 8 <= a.x.rows; row += 8) rows(Constant<8>(), Constant<3>(), row);
+    switch (a.x.rows - row) {
+        case 1: return rows(Constant<1>(), Constant<8>(), row);
+        case 2: return rows(Constant<2>(), Constant<8>(), row);
+        case 3: return rows(Constant<3>(), Constant<4>(), row);
+        case 4: return rows(Constant<4>(), Constant<4>(), row);
+        case 5: return rows(Constant<5>(), Constant<4>(), row);
+        case 6: return rows(Constant<6>(), Constant<2>(), row);
+        case 7: return rows(Constant<7>(), Constant<2>(), row);
+        default: return;
+    }
+#else
+    for (int64_t row = 0; row < a.x.rows; row += most_streamed_rows)
+        for (int64_t o = outputs.begin; o < outputs.end; o++)
+            stream_output<Bits, Lanes>(a, groups, o, row, std::min(most_streamed_rows, a.x.rows - row));
+#endif
+}
+
+// --- many rows: panels ------------------------------------------------------------------------------------------------
+
+// Inputs of 32 outputs that are unpacked at once: two spans and what is multiplied with them stay in the second-level cache.
+constexpr int64_t span_inputs = 2048;
+// A line more: rows of whole pages would share the few lines of a cache that have one place.
+constexpr int64_t unpacked_bytes = span_inputs + chunk_bytes;
+
+// A pair of panels (or the last alone) whose sums are complete. Its 16 x 16 parts are scaled, turned and put one by one.
+struct FinishedPair {
+    const Int4LinearArgs& a;
+    const int32_t* sums = nullptr;  // [32][16 * panels]
+    int64_t output = 0, panel = 0, panels = 0;
+    int64_t next = 0;  // part: outputs first
+
+    bool is_left() const { return sums && next < 2 * panels; }
+
+    void put_next() {
+        const int64_t o = next / panels * 16, p = next % panels, lanes = 16 * panels;
+        next++;
+        if (output + o >= a.weight.outputs) return;
+        alignas(64) float scaled[16 * 16], scales[16];
+        int32_t too_much[16];
+        const int64_t at = place(p);
+        std::memcpy(scales, a.x.scales + at, sizeof scales);
+        for (int r = 0; r < 16; r++) too_much[r] = byte_offset * a.x.sums[at + r];
+        for (int64_t i = 0; i < 16; i++)
+#pragma omp simd
+            for (int r = 0; r < 16; r++)
+                scaled[i * 16 + r] = static_cast<float>(sums[(o + i) * lanes + p * 16 + r] - too_much[r]) * scales[r];
+        put_panel(a, Ending(a, output + o), scaled, 16, output + o, panel + p);
+    }
+
+    // The lines of y that a row of the pair will be put to.
+    void fetch(int64_t row) const {
+        const int64_t at = panel * panel_rows + row;
+        if (at >= a.x.rows) return;
+        __builtin_prefetch(a.y + at * a.weight.outputs + output, 1);
+        __builtin_prefetch(a.y + at * a.weight.outputs + output + 16, 1);
+    }
+
+  private:
+    // With one unit a row, scales lie panel after panel whatever the block.
+    int64_t place(int64_t p) const { return (panel + p) * panel_rows; }
+};
+
+// All outputs of a share with a block of panels. While tiles are busy, the vector units do what comes before and after: the
+// next span is unpacked and the one behind it fetched, the last pair is put.
+template <int Bits, bool Lanes>
+void multiply_multiples(const Int4LinearArgs& a, Range outputs, int64_t block) {
+    constexpr int64_t planes = 8 / Bits, per_span = span_inputs / (planes * chunk_bytes);
+    const GroupWeight& w = a.weight;
+    const GroupsOfChunks groups(w);
+    const int64_t chunks = w.chunks(), spans = (chunks + per_span - 1) / per_span, row_bytes = w.row_bytes();
+    const int64_t first = a.x.first_panel(block), panels = a.x.first_panel(block + 1) - first;
+    const int8_t* x = a.x.values + first * panel_rows * w.padded_inputs();
+    alignas(64) uint8_t values[2][block_outputs * unpacked_bytes];
+    alignas(64) int32_t sums[2][most_panels / 2][32 * 32];  // of the outputs that are summed, and of those before them
+    if (w.outputs % block_outputs) std::memset(values, 0, sizeof values);
+
+    struct At {
+        int64_t output, span;
+    };
+    const auto next_of = [&](At at) {
+        return at.span + 1 < spans ? At{at.output, at.span + 1} : At{at.output + block_outputs, 0};
+    };
+    const auto chunks_of = [&](At at) { return std::min(per_span, chunks - at.span * per_span); };
+    // Up to `count` chunks of an output of a span, from its chunk c on.
+    const auto unpack = [&](At at, int64_t o, int64_t c, int64_t count, uint8_t* to) {
+        const int64_t chunk = at.span * per_span + c, from = (at.output + o) * row_bytes + chunk * chunk_bytes;
+        unpack_multiplied<Bits, Lanes>(groups, at.output + o, chunk, std::min(count, chunks_of(at) - c), w.values + from,
+                                       row_bytes - chunk * chunk_bytes, to + o * unpacked_bytes + c * planes * chunk_bytes);
+    };
+
+    At now{outputs.begin, 0};
+    for (int64_t o = 0; o < std::min(block_outputs, w.outputs - now.output); o++) unpack(now, o, 0, per_span, values[0]);
+    // What lies 32 outputs ahead is fetched in the order in which it lies, which the hardware goes on with by itself.
+    const uint8_t* fetched = w.values + (now.output + block_outputs) * row_bytes;
+    const uint8_t* const end = w.values + outputs.end * row_bytes;
+    const int64_t block_tiles = chunks * planes * ((panels + 1) / 2);
+    const int64_t fetched_at_once = (block_outputs * row_bytes + block_tiles * 64 - 1) / (block_tiles * 64) * 64;
+    FinishedPair finished{a};
+    int64_t filled = 0, summed = 0;  // the buffers in use
+    for (; now.output < outputs.end; filled ^= 1) {
+        const At next = next_of(now);
+        const TileRange range{chunks_of(now), planes, 64, panels * planes * 1024, unpacked_bytes, chunk_bytes, true};
+        const int64_t tiles = range.chunks * planes, steps = tiles * ((panels + 1) / 2);
+        const bool is_last = next.span == 0;
+        // A few chunks beside each tile: more at once, and tiles would wait for them.
+        const int64_t to_unpack = next.output < outputs.end ? std::min(block_outputs, w.outputs - next.output) : 0;
+        const int64_t pauses = std::max<int64_t>(1, steps / block_outputs);  // of tiles, for an output
+        const int64_t at_once = (chunks_of(next) + pauses - 1) / pauses;
+        int64_t o = 0, c = 0;
+        for (int64_t p = 0; p < panels; p += 2) {
+            int32_t* made = sums[summed][p / 2];
+            const FinishedPair pair{a, made, now.output, first + p, std::min<int64_t>(2, panels - p)};
+            const auto beside = [&](int64_t tile) {
+                for (int64_t i = 0; i < fetched_at_once && fetched < end; i += 64, fetched += 64)
+                    __builtin_prefetch(fetched, 0, 2);  // to the second level: the first is full
+                if (o < to_unpack) {
+                    unpack(next, o, c, at_once, values[filled ^ 1]);
+                    if ((c += at_once) >= chunks_of(next)) c = 0, o++;
+                }
+                if (is_last)
+                    for (int64_t row = tile * 32 / tiles; row < (tile + 1) * 32 / tiles; row++) pair.fetch(row);
+                if (finished.is_left() && tile * 4 >= finished.next * tiles) finished.put_next();
+            };
+            const int8_t* x_pair = x + (now.span * per_span * panels + p) * planes * 1024;
+            pair.panels == 2 ? multiply<2>(range, values[filled], x_pair, now.span > 0, made, beside)
+                             : multiply<1>(range, values[filled], x_pair, now.span > 0, made, beside);
+            while (finished.is_left()) finished.put_next();
+            if (is_last) {
+                finished.sums = pair.sums, finished.output = pair.output, finished.panel = pair.panel;
+                finished.panels = pair.panels, finished.next = 0;
+            }
+        }
+        for (; o < to_unpack; o++, c = 0) unpack(next, o, c, per_span, values[filled ^ 1]);
+        if (is_last) summed ^= 1;
+        now = next;
+    }
+    while (finished.is_left()) finished.put_next();
+}
+
+template <int Bits, bool Lanes>
+void multiply_blocks(const Int4LinearArgs& a, Range outputs) {
+    if (outputs.begin == outputs.end) return;
+    const GroupTiles tiles(chunk_bytes);
+    for (int64_t block = 0; block < a.x.blocks(); block++) multiply_multiples<Bits, Lanes>(a, outputs, block);
+}
+
+inline void linear_of_multiples(const Int4LinearArgs& a, Range outputs) {
+    const bool lanes = has_lanes(a.weight);
+    const auto compute = [&](auto bits) {
+        constexpr int b = decltype(bits)::value;
+        if (a.x.in_panels) return lanes ? multiply_blocks<b, true>(a, outputs) : multiply_blocks<b, false>(a, outputs);
+        return lanes ? stream_multiples<b, true>(a, outputs) : stream_multiples<b, false>(a, outputs);
+    };
+    a.weight.bits == 4 ? compute(Constant<4>()) : compute(Constant<2>());
+}
+
+}  // namespace lensc::LENSC_ISA
