@@ -25,7 +25,6 @@ from lensc.export.graph import GraphSpec
 from lensc.kernels.linear.reference import dequantize, linear, unpack
 from lensc.kernels.norm.reference import layer_norm, rms_norm
 
-from ._multiples import multiples
 from ._native_file import check, check_spec
 from ._native_finish import fused, placed, renumbered
 from ._native_operands import Const, Dims, Dynamic, GraphInput, Operand, Quantized, Sigmoid, Silu, shown
@@ -39,7 +38,6 @@ from ._native_program import (
     Kind,
     Linear,
     Normalize,
-    Place,
     Port,
     Program,
     SelectRows,
@@ -50,7 +48,7 @@ from ._native_program import (
     product,
     sums_multiples,
 )
-from ._native_weights import BITS, Blobs, Tensor, tensor_of
+from ._native_weights import BITS, Blobs, Tensor, is_default, tensor_of
 from .base import Array
 from .errors import GraphError
 
@@ -91,7 +89,6 @@ class _Lowering:
         self._node: Any = None
         self._layers = 0
         self._tensors: dict[str, Tensor] = {}
-        self._scales: dict[int, tuple[Place, Place] | None] = {}
         self._operands: dict[str, Operand] = {
             t.name: GraphInput(t.name, t.dtype, t.shape)
             for t in spec.inputs
@@ -405,43 +402,23 @@ class _Lowering:
                     f"weight {values.name}: {name} is {part.type}{list(part.shape)}, expected {[outputs, groups]}"
                 )
         zero = found.zero_point
-        if zero is not None and _is_default(zero, kind):
+        if zero is not None and is_default(zero, kind):
             zero = None
         elif zero is None and kind != "int8":
             self._refuse(f"weight {values.name}: {kind} without zero points means 0, expected some")
         elif zero is not None and kind == "int8":
             self._refuse(f"weight {values.name}: int8 with zero points, expected none")
         products: Literal["float", "int8"] = "int8" if self._int8_inputs else "float"
-        if self._int8_inputs and zero is None and kind in ("uint4", "uint2"):
-            parts_of_scales = self._multiples(values.name, found.scale, outputs, inputs, group, BITS[values.type])
-            if parts_of_scales is not None:
-                steps, multiples = parts_of_scales
-                return WeightRecord(values.name, kind, outputs, inputs, group, place, steps, None, products, multiples)
+        scale, multiples = self.blobs.add(found.scale), None
+        if (
+            self._int8_inputs
+            and zero is None
+            and BITS[values.type] < 8
+            and sums_multiples(inputs, group, BITS[values.type])
+        ):
+            scale, multiples = self.blobs.add_multiples(found.scale) or (scale, None)
         zero_place = None if zero is None else self.blobs.add(zero)
-        return WeightRecord(
-            values.name, kind, outputs, inputs, group, place, self.blobs.add(found.scale), zero_place, products
-        )
-
-    def _multiples(
-        self, name: str, scale: Tensor, outputs: int, inputs: int, group: int, bits: int
-    ) -> tuple[Place, Place] | None:
-        """The places of the steps and the multiples that make the scales of a weight, if there are such and a kernel takes
-        them.
-        """
-        if not sums_multiples(inputs, group, bits):
-            return None
-        if id(scale) not in self._scales:
-            found = multiples(scale.array().reshape(outputs, -1))
-            if found is not None:
-                of_row, steps = found
-                made = (
-                    Tensor(f"{name}.steps", "FLOAT", (outputs,), held=steps.astype("<f4").tobytes()),
-                    Tensor(f"{name}.multiples", "INT8", of_row.shape, held=of_row.tobytes()),
-                )
-                self._scales[id(scale)] = (self.blobs.add(made[0]), self.blobs.add(made[1]))
-            else:
-                self._scales[id(scale)] = None
-        return self._scales[id(scale)]
+        return WeightRecord(values.name, kind, outputs, inputs, group, place, scale, zero_place, products, multiples)
 
     def _product(self, x: Array, weight: WeightRecord) -> Array:
         """x W^T of constants, some outputs at a time."""
@@ -510,14 +487,6 @@ class _Lowering:
         node = self._node
         kind = f"{node.domain}.{node.op_type}".lstrip(".")
         raise GraphError(f"graph {self._spec.name}: backend native: node {kind} of {node.outputs[0].name!r} {reason}")
-
-
-def _is_default(zero_point: Tensor, kind: Kind) -> bool:
-    """Whether all zero points are those that a weight without any has."""
-    count = prod(zero_point.shape)
-    bits = BITS[kind.upper()]
-    values = zero_point.array() if kind == "int8" else unpack(zero_point.array(), bits, count)
-    return bool((values == (0 if kind == "int8" else 2 ** (bits - 1))).all())
 
 
 def _size(name: str, blobs: Blobs, own: Path) -> int:

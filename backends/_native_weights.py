@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ._native_program import TILE, TILED_INPUTS, TILED_OUTPUTS, Place
+from lensc.kernels.linear.reference import unpack
+
+from ._multiples import multiples
+from ._native_program import TILE, TILED_INPUTS, TILED_OUTPUTS, Kind, Place
 from .base import Array
 from .errors import GraphError, StorageError
 
@@ -164,6 +167,8 @@ class Blobs:
 
     items: list[Blob] = field(default_factory=list)
     _known: dict[tuple[int, bool, bool], int] = field(default_factory=dict)
+    _multiples: dict[int, tuple[Place, Place] | None] = field(default_factory=dict)
+    _kept: list[Tensor] = field(default_factory=list)
 
     def add(self, tensor: Tensor, turned: bool = False, tiled: bool = False) -> Place:
         """The place of a tensor, or of its columns; the same for the same tensor."""
@@ -172,6 +177,25 @@ class Blobs:
             self._known[key] = len(self.items)
             self.items.append(Blob(tensor, turned, tiled))
         return Place("", self._known[key])
+
+    def add_multiples(self, scale: Tensor) -> tuple[Place, Place] | None:
+        """The places of steps, float32[outputs], and of their multiples, int8[outputs, groups], that make `scale:
+        float32[outputs, groups]`; None if none do.
+        """
+        key = id(scale)
+        if key not in self._multiples:
+            found = multiples(scale.array().reshape(scale.shape[0], -1))
+            self._multiples[key] = None if found is None else self._held(scale, *found)
+        return self._multiples[key]
+
+    def _held(self, scale: Tensor, of_groups: Array, steps: Array) -> tuple[Place, Place]:
+        parts = (
+            Tensor(f"{scale.name}.steps", "FLOAT", steps.shape, held=steps.astype("<f4").tobytes()),
+            Tensor(f"{scale.name}.multiples", "INT8", of_groups.shape, held=of_groups.tobytes()),
+        )
+        self._kept.append(scale)  # its identity is a key
+        steps_place, multiples_place = (self.add(part) for part in parts)
+        return steps_place, multiples_place
 
     def settle(self, used: list[int], own: Path) -> Mapping[int, Place]:
         """Where each of the `used` constants lies: in the graph's data file if at least half of their bytes can be read
@@ -211,3 +235,11 @@ def _lies_well(blob: Blob, shared: Path) -> bool:
     """Whether a kernel can read the bytes where they lie."""
     alignment = 4 if blob.tensor.type == "FLOAT" else 1
     return not (blob.turned or blob.tiled) and blob.tensor.file == shared and blob.tensor.offset % alignment == 0
+
+
+def is_default(zero_point: Tensor, kind: Kind) -> bool:
+    """Whether all zero points are those that a weight without any has."""
+    count = prod(zero_point.shape)
+    bits = BITS[kind.upper()]
+    values = zero_point.array() if kind == "int8" else unpack(zero_point.array(), bits, count)
+    return bool((values == (0 if kind == "int8" else 2 ** (bits - 1))).all())

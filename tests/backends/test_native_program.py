@@ -209,9 +209,19 @@ def without(*keys: str | int) -> Callable[[Any], None]:
     return change
 
 
+def _with_multiples(group: int, offset: int = 0) -> Callable[[Any], None]:
+    """The head with scales that are multiples of steps, which lie where the scales lay."""
+
+    def change(document: Any) -> None:
+        head = {"group": group, "zero_point": None, "multiples": {"file": DATA, "offset": offset}}
+        document["steps"][11]["weight"] |= head
+
+    return change
+
+
 HOSTILE = {
-    "format": (at("format", value=2), "format is 2, expected 1"),
-    "format-bool": (at("format", value=True), "format is true, expected 1"),
+    "format": (at("format", value=1), "format is 1, expected 2"),
+    "format-bool": (at("format", value=True), "format is true, expected 2"),
     "unknown-key": (at("extra", value=1), "extra: unknown key"),
     "unknown-key-of-a-step": (at("steps", 0, "extra", value=1), r"steps\[0\]\.extra: unknown key"),
     "missing-key": (without("steps", 0, "x"), r"steps\[0\]\.x: missing"),
@@ -244,6 +254,12 @@ HOSTILE = {
     "whole-bytes": (at("steps", 11, "weight", "inputs", value=7), r"rows of 7 values in uint4 do not end with whole"),
     "no-scale": (at("steps", 11, "weight", "scale", value=None), "a weight in uint4 has no scale"),
     "scaled-floats": (at("steps", 1, "weight", "activations", value="int8"), "a weight in float32 has no group, scale"),
+    "multiples": (
+        at("steps", 11, "weight", "multiples", value={"file": DATA, "offset": 0}),
+        "multiples are for weights in uint4 or uint2 without a zero point",
+    ),
+    "multiples-of-few-inputs": (_with_multiples(GROUP), f"no kernel sums {WIDTH} inputs in groups of {GROUP} with mult"),
+    "multiples-past-the-end": (_with_multiples(0, offset=BYTES), r'"head.multiples" is 6 bytes at'),
     "zero-point": (at("steps", 11, "weight", "kind", value="int8"), "a weight in int8 has a zero point"),
     "offset": (at("steps", 0, "weight", "place", "offset", value=-4), r'"norm" is 32 bytes at -4 of'),
     "offset-past-the-end": (at("steps", 0, "weight", "place", "offset", value=1 << 70), r'"norm" is 32 bytes at 11805'),
