@@ -31,7 +31,7 @@ from lensc.export.graph import DimRange, GraphSpec, TensorSpec
 from lensc.export.models.minicpmv import MiniCPMV
 from lensc.export.models.session import graph_modules
 from lensc.export.onnx import example_inputs, trace_graph
-from lensc.export.quantize.linears import find_linears
+from lensc.export.quantize.linears import SCALE, find_linears
 from lensc.export.quantize.recipe import EMBEDDING, PRESETS, Recipe
 from lensc.export.quantize.weights import QuantizedWeight, WeightFormat, quantize_rtn
 from lensc.export.writer import Parameter, write_graph
@@ -195,6 +195,32 @@ def test_inputs_in_8_bits_cost_little(graph: str, name: str, graphs: Graphs, tmp
     weights = [step.weight for step in made.program.steps if isinstance(step, Linear)]
     assert {weight.activations for weight in weights if weight.kind != "f32"} == {"int8"}
     assert LEAST_INT8_DB <= worst_db(made) < LEAST_DB
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "expected"),
+    (("int4", 8, True), ("int4", 32, False), ("int4-asym", 8, False)),
+    ids=("int8-inputs", "float-inputs", "zero-points"),
+)
+def test_scales_that_are_multiples_are_taken_so(
+    name: str, bits: int, expected: bool, graphs: Graphs, tmp_path: Path
+) -> None:
+    spec, model = graphs("decoder", PRESETS[name])
+    made = lowered(model, spec, tmp_path / "made", bits)
+    weights = [step.weight for step in made.program.steps if isinstance(step, Linear)]
+    assert {weight.kind for weight in weights} == {"uint4"}
+    assert {weight.multiples is not None for weight in weights} == {expected}
+    if expected:
+        held = (made.folder / OWN).read_bytes()
+        scales = {i.name: i.const_value.numpy() for i in ir.load(model).graph.initializers.values()}
+        for weight in weights:
+            assert weight.scale is not None and weight.multiples is not None
+            assert weight.scale.file == weight.multiples.file == OWN
+            steps = np.frombuffer(held, "<f4", weight.outputs, weight.scale.offset)
+            multiples = np.frombuffer(held, np.int8, weight.multiples_bytes, weight.multiples.offset)
+            products = steps[:, None] * multiples.reshape(weight.outputs, -1)
+            np.testing.assert_allclose(products, scales[weight.name + SCALE].reshape(products.shape), rtol=2e-7)
+            assert np.abs(multiples).max() <= 15
 
 
 def test_the_output_is_written_where_it_is_wanted(graphs: Graphs, tmp_path: Path) -> None:
