@@ -29,8 +29,10 @@ Shown = tuple[npt.NDArray[Any], Floats]
 
 LINEARS = ((4096, 4096), (14336, 4096), (4096, 14336), (128256, 4096))
 """Outputs and inputs of Llama-3-8B: query and output, gate and up, down, head."""
-FORMATS = ((4, 128), (4, 32), (2, 128))
-"""Bits of a weight, and weights of a group."""
+FORMATS = ((4, 128), (4, 32), (2, 64))
+"""Bits of a weight, and weights of a group; scales are whole multiples of a step, as named schemes make them."""
+ANY_SCALES = (14336, 4096), (4, 128), (1, 8, 128, 1024)
+"""Outputs and inputs, format and rows of a linear whose scales are any."""
 CHANNELS = ((1152, 1152), (4304, 1152), (1152, 4304))
 """Of SigLIP, in 8 bits with a scale per output."""
 ROWS = (1, 2, 4, 8, 128, 1024)
@@ -138,6 +140,12 @@ def cases() -> Iterator[Case]:
                     f"int4_linear: {outputs} x {inputs}, {bits} bits, groups of {group}, {_count(rows, 'row')}",
                     _group_linear, outputs, inputs, bits, group, rows,
                 )  # fmt: skip
+    (outputs, inputs), (bits, group), of_rows = ANY_SCALES
+    for rows in of_rows:
+        size = f"{outputs} x {inputs}, {bits} bits, groups of {group} with any scales"
+        yield _case(
+            f"int4_linear: {size}, {_count(rows, 'row')}", _group_linear, outputs, inputs, bits, group, rows, True
+        )
     for outputs, inputs in CHANNELS:
         size = f"{outputs} x {inputs}, {PATCHES} rows"
         yield _case(f"int8_linear: {size}", _channel_linear, outputs, inputs, PATCHES)
@@ -164,25 +172,30 @@ def _count(n: int, what: str) -> str:
 # --- linears ------------------------------------------------------------------------------------------------------
 
 
-def _group_linear(machine: Machine, outputs: int, inputs: int, bits: int, group: int, rows: int) -> Ready:
+def _group_linear(
+    machine: Machine, outputs: int, inputs: int, bits: int, group: int, rows: int, any_scales: bool = False
+) -> Ready:
     size, groups = outputs * inputs * bits // 8, inputs // group
     operations = 2 * rows * outputs * inputs
     copies = machine.copies(size, operations if rows > STREAMED else 0)
-    values, scales = machine.pool.pieces(size), machine.pool.float_pieces(outputs * groups)
-    weights = [(next(values), next(scales).reshape(outputs, groups)) for _ in range(copies)]
+    values, scales = machine.pool.pieces(size), machine.pool.float_pieces(outputs * (groups if any_scales else 1))
+    weights = [(next(values), next(scales).reshape(outputs, -1)) for _ in range(copies)]
+    multiples = None if any_scales else np.random.default_rng(1).integers(1, 16, (outputs, groups), np.int8)
     zero = np.full((SAMPLED, groups), 1 << (bits - 1), np.uint8)
     chosen = np.linspace(0, outputs - 1, SAMPLED).astype(int)
 
     def add(program: Any, x: int, y: int, i: int) -> None:
-        program.group_linear(x, weights[i][0], weights[i][1], None, bits, False, group, True, None, -1, y)
+        program.group_linear(x, *weights[i], None, bits, False, group, True, None, -1, y, multiples)
 
     def expect(x: F32) -> Floats:
         packed = weights[-1][0].reshape(outputs, -1)[chosen]
         unpacked = unpack(packed, bits, SAMPLED * inputs).reshape(SAMPLED, inputs)
-        unit = min(group, 64 * 8 // bits)
-        return quantized_linear(x, unpacked, weights[-1][1][chosen], zero, group, unit)
+        unit, of_groups = min(group, 64 * 8 // bits), weights[-1][1][chosen]
+        if multiples is not None:
+            unit, of_groups = inputs, of_groups.astype(np.float64) * multiples[chosen]
+        return quantized_linear(x, unpacked, of_groups, zero, group, unit)
 
-    read = copies * (size + 4 * outputs * groups)
+    read = copies * (size + (4 * outputs * groups if any_scales else outputs * (4 + groups)))
     return _linear(machine, (outputs, inputs, rows), copies, add, chosen, expect, read)
 
 

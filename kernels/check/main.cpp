@@ -85,7 +85,7 @@ void check_linears(const std::string& isa) {
         int64_t outputs, inputs;
         int bits;
         int64_t group;
-        bool zeros, is_signed;
+        bool zeros, is_signed, has_multiples = false;
     };
     const Format formats[] = {
         {70, 256, 4, 128, false, false}, {33, 320, 4, 32, true, false},  {31, 104, 4, 16, true, false},
@@ -93,6 +93,9 @@ void check_linears(const std::string& isa) {
         {37, 200, 8, 32, true, false},   {5, 12, 8, 4, true, false},     {3, 6, 8, 6, false, false},
         {2, 10, 4, 10, false, false},    {39, 776, 2, 32, true, false},  {40, 528, 2, 16, false, false},
         {35, 1288, 2, 256, true, false},
+        {70, 256, 4, 128, false, false, true}, {33, 328, 4, 32, false, false, true},
+        {65, 2304, 4, 256, false, false, true}, {1, 4304, 4, 4304, false, false, true},
+        {39, 776, 2, 64, false, false, true}, {35, 1288, 2, 256, false, false, true},
     };
     for (const Format& f : formats) {
         Random random(static_cast<uint64_t>(f.inputs));
@@ -103,7 +106,11 @@ void check_linears(const std::string& isa) {
         const std::vector<uint8_t> zeros = random.bytes((f.outputs * w.groups() * f.bits + 7) / 8);
         std::vector<float> scales = random.floats(f.outputs * w.groups(), 0.01f), bias = random.floats(f.outputs);
         w.values = values.data(), w.scales = scales.data(), w.zero_points = f.zeros ? zeros.data() : nullptr;
-        const std::string name = std::to_string(f.bits) + " bits, groups of " + std::to_string(f.group);
+        const std::vector<uint8_t> random_bytes = random.bytes(f.outputs * w.groups());
+        std::vector<int8_t> multiples;
+        for (const uint8_t byte : random_bytes) multiples.push_back(static_cast<int8_t>(byte % 31 - lensc::most_multiple));
+        if (f.has_multiples) w.multiples = multiples.data();
+        const std::string name = (f.has_multiples ? "multiples, " : "") + std::to_string(f.bits) + " bits, groups of " + std::to_string(f.group);
         for (const int64_t rows : {1, 2, 3, 8, 9, 17, 40}) {
             check("int4_linear, " + name + ", rows " + std::to_string(rows), isa, 1e-5f, [&](const std::string& set, int threads) {
                 return run_rows(set, threads, rows, f.inputs, f.outputs,
