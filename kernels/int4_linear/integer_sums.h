@@ -54,6 +54,7 @@ inline void stream_apart(const Int4LinearArgs& a, const GroupsOfChunks& groups, 
     const int64_t row_bytes = w.row_bytes(), chunks = w.chunks(), padded = w.padded_inputs();
     const uint8_t* values = w.values + output * row_bytes;
     const int8_t* x = a.x.values + row * padded;
+    const int8_t* multiples = groups.of_output(output);
     // All loops over outputs and rows are unrolled, or the compiler keeps the sums in memory.
     __m512i sums[Outputs][Rows];
 #pragma GCC unroll 8
@@ -68,7 +69,7 @@ inline void stream_apart(const Int4LinearArgs& a, const GroupsOfChunks& groups, 
             const uint8_t* at = values + o * apart * row_bytes + c * chunk_bytes;
             __builtin_prefetch(at + fetched_ahead);
             const __m512i packed = _mm512_maskz_loadu_epi8(held, at);
-            const __m512i tables = tables_of<Bits, Lanes>(groups, output + o * apart, c);
+            const __m512i tables = tables_of<Bits, Lanes>(groups, multiples + o * apart * groups.groups, c);
 #pragma GCC unroll 4
             for (int p = 0; p < planes; p++) weights[o][p] = multiplied<Bits>(tables, packed, p);
         }

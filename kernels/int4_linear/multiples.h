@@ -37,7 +37,7 @@ inline const uint8_t* table_of(int8_t multiple) {
 
 // Which multiple belongs to which bytes of a row: a group is 16 or 32 bytes, or 2^n chunks.
 struct GroupsOfChunks {
-    const int8_t* multiples;  // of the first output
+    const int8_t* multiples;
     int64_t groups;
     int chunk_shift, lane_shift;  // group = chunk >> chunk_shift, or (chunk * 4 + lane) >> lane_shift
 
@@ -48,10 +48,11 @@ struct GroupsOfChunks {
         while ((16 << lane_shift) < bytes) lane_shift++;
     }
 
-    int8_t of_chunk(int64_t output, int64_t chunk) const { return multiples[output * groups + (chunk >> chunk_shift)]; }
+    const int8_t* of_output(int64_t output) const { return multiples + output * groups; }
+    int8_t of_chunk(const int8_t* of_output, int64_t chunk) const { return of_output[chunk >> chunk_shift]; }
     // Lanes behind the end of a row have the last group's, for want of another.
-    int8_t of_lane(int64_t output, int64_t chunk, int lane) const {
-        return multiples[output * groups + std::min(groups - 1, (chunk * 4 + lane) >> lane_shift)];
+    int8_t of_lane(const int8_t* of_output, int64_t chunk, int lane) const {
+        return of_output[std::min(groups - 1, (chunk * 4 + lane) >> lane_shift)];
     }
 };
 
@@ -62,7 +63,7 @@ inline bool has_lanes(const GroupWeight& w) { return w.groups() > 1 && w.group *
 
 // The tables of a chunk's four lanes.
 template <int Bits, bool Lanes>
-inline __m512i tables_of(const GroupsOfChunks& g, int64_t output, int64_t chunk) {
+inline __m512i tables_of(const GroupsOfChunks& g, const int8_t* output, int64_t chunk) {
     const auto load = [](int8_t multiple) {
         return _mm_load_si128(reinterpret_cast<const __m128i*>(table_of<Bits>(multiple)));
     };
@@ -86,8 +87,9 @@ inline __mmask64 held_of(int64_t left) { return left >= 64 ? ~__mmask64(0) : (__
 template <int Bits, bool Lanes>
 inline void unpack_multiplied(const GroupsOfChunks& g, int64_t output, int64_t first, int64_t count, const uint8_t* from,
                               int64_t left, uint8_t* values) {
+    const int8_t* of_output = g.of_output(output);
     const auto put = [&](int64_t c, __m512i packed) {
-        const __m512i tables = tables_of<Bits, Lanes>(g, output, first + c);
+        const __m512i tables = tables_of<Bits, Lanes>(g, of_output, first + c);
         for (int p = 0; p < 8 / Bits; p++)
             _mm512_storeu_si512(values + (c * (8 / Bits) + p) * chunk_bytes, multiplied<Bits>(tables, packed, p));
     };
@@ -104,6 +106,7 @@ inline void unpack_multiplied(const GroupsOfChunks& g, int64_t output, int64_t f
                               int64_t left, uint8_t* values) {
     constexpr int planes = 8 / Bits;
     uint8_t last[chunk_bytes];
+    const int8_t* of_output = g.of_output(output);
     for (int64_t c = 0; c < count; c++, from += chunk_bytes, left -= chunk_bytes, values += planes * chunk_bytes) {
         if (left < chunk_bytes) {
             std::memset(last, 0, sizeof last);
@@ -111,7 +114,7 @@ inline void unpack_multiplied(const GroupsOfChunks& g, int64_t output, int64_t f
             from = last;
         }
         for (int lane = 0; lane < 4; lane++) {
-            const uint8_t* table = table_of<Bits>(Lanes ? g.of_lane(output, first + c, lane) : g.of_chunk(output, first + c));
+            const uint8_t* table = table_of<Bits>(Lanes ? g.of_lane(of_output, first + c, lane) : g.of_chunk(of_output, first + c));
 #if defined(__AVX2__)
             const __m128i entries = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
             const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + lane * 16));
