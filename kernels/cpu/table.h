@@ -16,7 +16,7 @@ namespace lensc {
 
 struct Table {
     const char* isa;
-    int64_t most_streamed_rows;  // up to so many rows int4_linear takes rows, beyond panels
+    int64_t most_streamed_rows;  // up to so many rows int4_linear takes rows of any scales, beyond panels
     void (*rows)(const RowsArgs&, Share);
     size_t (*rows_scratch)(const RowsArgs&);
     void (*float_linear)(const FloatLinearArgs&, Share);

@@ -247,7 +247,7 @@ void Program::finish() {
 // --- memory --------------------------------------------------------------------------------------------------------
 
 Program::SlotLayout Program::layout_of(const Slot& slot, int64_t rows) const {
-    const int64_t multiple = slot.channels ? channel_rows_multiple : in_panels(rows) ? panel_rows : 1;
+    const int64_t multiple = slot.channels ? channel_rows_multiple : in_panels(slot, rows) ? panel_rows : 1;
     const int64_t held = (rows + multiple - 1) / multiple * multiple;
     const int64_t units = slot.channels ? 1 : (slot.inputs + slot.unit - 1) / slot.unit;
     const size_t scales = aligned(static_cast<size_t>(held * slot.padded));
@@ -266,7 +266,7 @@ QuantizedRows Program::group_rows(int id, const Frame& frame) const {
             summed ? nullptr : reinterpret_cast<float*>(behind),
             summed ? reinterpret_cast<int32_t*>(behind) : nullptr,
             rows,
-            in_panels(rows),
+            in_panels(slot(id), rows),
             block_panels_of(slot(id).padded, summed)};
 }
 

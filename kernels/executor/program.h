@@ -79,7 +79,9 @@ class Program {
 
     // --- what steps ask for
     // Whether int4_linear takes `rows` rows in panels.
-    bool in_panels(int64_t rows) const { return rows > kernels_.most_streamed_rows; }
+    bool in_panels(const Slot& slot, int64_t rows) const {
+        return rows > (slot.has_multiples ? most_streamed_rows : kernels_.most_streamed_rows);
+    }
     const Slot& slot(int id) const { return slots_[static_cast<size_t>(id)]; }
     QuantizedRows group_rows(int slot, const Frame& frame) const;
     ChannelRows channel_rows(int slot, const Frame& frame) const;
