@@ -19,7 +19,7 @@ ort = pytest.importorskip("onnxruntime", reason="pip install lensc")
 import onnx_ir as ir
 import torch
 
-from lensc.backends import _native_weights
+from lensc.backends import _native_lower, _native_weights
 from lensc.backends._native_file import read, write
 from lensc.backends._native_lower import lower
 from lensc.backends._native_program import Add, Attention, Constant, Linear, Program
@@ -203,8 +203,9 @@ def test_inputs_in_8_bits_cost_little(graph: str, name: str, graphs: Graphs, tmp
     ids=("int8-inputs", "float-inputs", "zero-points"),
 )
 def test_scales_that_are_multiples_are_taken_so(
-    name: str, bits: int, expected: bool, graphs: Graphs, tmp_path: Path
+    name: str, bits: int, expected: bool, graphs: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(_native_lower, "SUMS_MULTIPLES", True)
     spec, model = graphs("decoder", PRESETS[name])
     made = lowered(model, spec, tmp_path / "made", bits)
     weights = [step.weight for step in made.program.steps if isinstance(step, Linear)]
