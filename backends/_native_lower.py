@@ -59,7 +59,7 @@ FOLDED = 1 << 20
 
 SUMS_MULTIPLES = False
 """Whether weights whose scales are multiples of a step are summed as integers, which rounds inputs with one scale per row.
-It is up to twice as fast, and too coarse: a layer of true width loses 1.5 to 3.5 dB, the demo in int4 misses its probe."""
+It is up to twice as fast, and too coarse as it is: a layer of true width loses 1.5 to 3.5 dB."""
 
 KINDS: dict[str, Kind] = {"FLOAT": "f32", "INT8": "int8", "UINT8": "uint8", "UINT4": "uint4", "UINT2": "uint2"}
 

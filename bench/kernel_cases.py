@@ -30,7 +30,7 @@ Shown = tuple[npt.NDArray[Any], Floats]
 LINEARS = ((4096, 4096), (14336, 4096), (4096, 14336), (128256, 4096))
 """Outputs and inputs of Llama-3-8B: query and output, gate and up, down, head."""
 FORMATS = ((4, 128), (4, 32), (2, 64))
-"""Bits of a weight, and weights of a group; scales are whole multiples of a step, as named schemes make them."""
+"""Bits of a weight, and weights of a group; scales are whole multiples of a step."""
 ANY_SCALES = (14336, 4096), (4, 128), (1, 8, 128, 1024)
 """Outputs and inputs, format and rows of a linear whose scales are any."""
 CHANNELS = ((1152, 1152), (4304, 1152), (1152, 4304))

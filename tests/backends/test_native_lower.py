@@ -199,14 +199,14 @@ def test_inputs_in_8_bits_cost_little(graph: str, name: str, graphs: Graphs, tmp
 
 @pytest.mark.parametrize(
     ("name", "bits", "expected"),
-    (("int4", 8, True), ("int4", 32, False), ("int4-asym", 8, False)),
+    (("w4-g128-s4", 8, True), ("w4-g128-s4", 32, False), ("w4-g128-asym", 8, False)),
     ids=("int8-inputs", "float-inputs", "zero-points"),
 )
 def test_scales_that_are_multiples_are_taken_so(
     name: str, bits: int, expected: bool, graphs: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_native_lower, "SUMS_MULTIPLES", True)
-    spec, model = graphs("decoder", PRESETS[name])
+    spec, model = graphs("decoder", Recipe("mine", ((EMBEDDING, "f32"), ("*", name))))
     made = lowered(model, spec, tmp_path / "made", bits)
     weights = [step.weight for step in made.program.steps if isinstance(step, Linear)]
     assert {weight.kind for weight in weights} == {"uint4"}
