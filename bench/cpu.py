@@ -88,7 +88,7 @@ def constant_bytes(program: Program) -> int:
                 read = [(item.place, 4 * item.width if isinstance(step, GatherRows) else item.nbytes)]
             elif isinstance(item, WeightRecord):
                 read = [(item.values, item.values_bytes), (item.scale, item.scale_bytes)]
-                read.append((item.zero_point, item.zero_point_bytes))
+                read += [(item.zero_point, item.zero_point_bytes), (item.multiples, item.multiples_bytes)]
             found |= {place: max(count, found.get(place, 0)) for place, count in read if place is not None}
     return sum(found.values())
 

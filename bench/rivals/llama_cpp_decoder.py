@@ -20,7 +20,6 @@ import logging
 import math
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -44,9 +43,6 @@ PATTERN_WIDTH = 256
 
 PIECE = 1 << 23
 """Values that a thread quantizes at once."""
-
-ROOM = 128
-"""Tokens that a context has room for beyond its prompt, as our own has."""
 
 
 def require(name: str) -> Any:
@@ -208,8 +204,10 @@ def write(
 
 def serve(folder: Path, threads: int) -> Iterator[dict[str, Any]]:
     """Answer the lines of stdin."""
+    import rival_command
+
     llama_cpp = require_llama_cpp()
-    path = folder / MODEL
+    path, room = folder / MODEL, rival_command.ROOM
     started = time.perf_counter()
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(os.fsencode(path), llama_cpp.llama_model_default_params())
@@ -217,19 +215,22 @@ def serve(folder: Path, threads: int) -> Iterator[dict[str, Any]]:
         raise SystemExit(f"error: {path}: llama.cpp does not load it; build it again")
     vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
     context: Any = None
+    prompt: list[int] = []
+    token = 0
 
     def begin(tokens: int) -> None:
         """An empty context for a prompt of `tokens` in the place of the last one."""
-        nonlocal context
+        nonlocal context, prompt
         if context is not None:
             llama_cpp.llama_free(context)
         options = llama_cpp.llama_context_default_params()
-        options.n_ctx = tokens + ROOM
+        options.n_ctx = tokens + room
         options.n_batch = max(tokens, options.n_batch)
         options.n_threads = options.n_threads_batch = threads
         context = llama_cpp.llama_init_from_model(model, options)
         if not context:
-            raise SystemExit(f"error: {path}: no context of {tokens + ROOM} tokens; is there memory for it?")
+            raise SystemExit(f"error: {path}: no context of {tokens + room} tokens; is there memory for it?")
+        prompt = np.random.default_rng(tokens).integers(0, vocabulary, tokens).tolist()
 
     def step(ids: Any) -> int:
         """The likeliest token after `ids`, which are appended."""
@@ -242,27 +243,15 @@ def serve(folder: Path, threads: int) -> Iterator[dict[str, Any]]:
             raise SystemExit(f"error: {path}: a logit is {logits[likeliest]}; build it again")
         return likeliest
 
-    # ready means that it answers, as for all that are measured: the first token, too
-    begin(8)
-    token = step(range(1, 9))
-    yield {"ready": True, "load_seconds": time.perf_counter() - started}
-    for line in sys.stdin:
-        what, *rest = line.split()
-        if what == "quit":
-            return
-        count = int(rest[0])
-        if what == "prefill":
-            begin(count)
-            ids = np.random.default_rng(count).integers(0, vocabulary, count).tolist()
-            started = time.perf_counter()
-            token = step(ids)
-        elif what == "decode":
-            started = time.perf_counter()
-            for _ in range(count):
-                token = step([token])
-        else:
-            raise SystemExit(f"error: {what!r}: expected prefill, decode or quit")
-        yield {"what": line.strip(), "seconds": time.perf_counter() - started}
+    def prefill() -> None:
+        nonlocal token
+        token = step(prompt)
+
+    def decode() -> None:
+        nonlocal token
+        token = step([token])
+
+    yield from rival_command.decoder_answers(started, begin, prefill, decode)
 
 
 def main() -> None:

@@ -142,41 +142,33 @@ def _sort(graph: Any) -> None:
 def serve(folder: Path, threads: int) -> Iterator[dict[str, Any]]:
     """Answer the lines of stdin."""
     import onnxruntime_genai as genai
+    import rival_command
 
-    started = time.perf_counter()
+    started, room = time.perf_counter(), rival_command.ROOM
     config = genai.Config(str(folder))
     overlay = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
     config.overlay(json.dumps(overlay))
     model = genai.Model(config)
-    generator = None
-    # ready means that it answers, as for all that are measured: the first token, too
-    parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=64, do_sample=False, min_length=64)
-    generator = genai.Generator(model, parameters)
-    generator.append_tokens(np.arange(1, 9, dtype=np.int32))
-    generator.generate_next_token()
-    yield {"ready": True, "load_seconds": time.perf_counter() - started}
-    for line in sys.stdin:
-        what, *rest = line.split()
-        if what == "quit":
-            return
-        count = int(rest[0])
-        if what == "prefill":
-            generator = None
-            parameters = genai.GeneratorParams(model)
-            # no token may end the sequence before its steps are timed
-            parameters.set_search_options(max_length=count + 128, min_length=count + 128, do_sample=False)
-            generator = genai.Generator(model, parameters)
-            tokens = np.random.default_rng(count).integers(1, 100_000, count, dtype=np.int32)
-            started = time.perf_counter()
-            generator.append_tokens(tokens)
-            generator.generate_next_token()
-        else:
-            assert generator is not None
-            started = time.perf_counter()
-            for _ in range(count):
-                generator.generate_next_token()
-        yield {"what": line.strip(), "seconds": time.perf_counter() - started}
+    generator: Any = None
+    prompt = np.empty(0, np.int32)
+
+    def begin(tokens: int) -> None:
+        nonlocal generator, prompt
+        generator = None
+        parameters = genai.GeneratorParams(model)
+        # no token may end the sequence before its steps are timed
+        parameters.set_search_options(max_length=tokens + room, min_length=tokens + room, do_sample=False)
+        generator = genai.Generator(model, parameters)
+        prompt = np.random.default_rng(tokens).integers(1, 100_000, tokens, dtype=np.int32)
+
+    def prefill() -> None:
+        generator.append_tokens(prompt)
+        generator.generate_next_token()
+
+    def decode() -> None:
+        generator.generate_next_token()
+
+    yield from rival_command.decoder_answers(started, begin, prefill, decode)
 
 
 def main() -> None:
