@@ -51,3 +51,9 @@ def multiples(scales: Array) -> tuple[Array, Array] | None:
         else:
             return None
     return found, steps
+
+
+def scales_of(steps: Array, multiples: Array) -> Array:
+    """float64[out, groups]: the scales that steps, float32[out], and their multiples, int8[out, groups], make."""
+    scales: Array = steps[:, None].astype(np.float64) * multiples
+    return scales

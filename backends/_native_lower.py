@@ -25,6 +25,7 @@ from lensc.export.graph import GraphSpec
 from lensc.kernels.linear.reference import dequantize, linear, unpack
 from lensc.kernels.norm.reference import layer_norm, rms_norm
 
+from ._multiples import scales_of
 from ._native_file import check, check_spec
 from ._native_finish import fused, placed, renumbered
 from ._native_operands import Const, Dims, Dynamic, GraphInput, Operand, Quantized, Sigmoid, Silu, shown
@@ -414,13 +415,8 @@ class _Lowering:
             self._refuse(f"weight {values.name}: int8 with zero points, expected none")
         products: Literal["float", "int8"] = "int8" if self._int8_inputs else "float"
         scale, multiples = self.blobs.add(found.scale), None
-        if (
-            SUMS_MULTIPLES
-            and self._int8_inputs
-            and zero is None
-            and BITS[values.type] < 8
-            and sums_multiples(inputs, group, BITS[values.type])
-        ):
+        bits, integers = BITS[values.type], self._int8_inputs and zero is None
+        if SUMS_MULTIPLES and integers and bits < 8 and sums_multiples(inputs, group, bits):
             scale, multiples = self.blobs.add_multiples(found.scale) or (scale, None)
         zero_place = None if zero is None else self.blobs.add(zero)
         return WeightRecord(values.name, kind, outputs, inputs, group, place, scale, zero_place, products, multiples)
@@ -445,9 +441,9 @@ class _Lowering:
         if weight.multiples is None:
             scales = self.blobs.items[weight.scale.offset].tensor.array()[part].reshape(len(rows), -1)
         else:
-            steps = self.blobs.items[weight.scale.offset].tensor.array()[start : start + len(rows), None]
+            steps = self.blobs.items[weight.scale.offset].tensor.array()[start : start + len(rows)]
             whole = self.blobs.items[weight.multiples.offset].tensor.array()[part].reshape(len(rows), -1)
-            scales = steps.astype(np.float64) * whole
+            scales = scales_of(steps, whole)
         if weight.kind == "int8":
             return dequantize(rows.view(np.int8).reshape(shape), scales, None, weight.group)
         bits = BITS[weight.kind.upper()]

@@ -19,6 +19,7 @@ from lensc.kernels.linear.reference import linear, quantized_linear, unpack
 from lensc.kernels.norm.reference import layer_norm, rms_norm
 from lensc.kernels.rope.reference import rope, rope_table
 
+from ._multiples import scales_of
 from ._native_file import check_spec
 from ._native_program import (
     BITS,
@@ -240,8 +241,7 @@ class NumpySession:
             )
         steps = np.frombuffer(self._bytes(weight.scale, 4 * start, 4 * n), "<f4")
         multiples = np.frombuffer(self._bytes(weight.multiples, start * groups, n * groups), np.int8)
-        scales: Array = steps[:, None].astype(np.float64) * multiples.reshape(n, groups)
-        return scales
+        return scales_of(steps, multiples.reshape(n, groups))
 
     def _untiled(self, weight: WeightRecord, start: int, n: int) -> Array:
         """Outputs start to start + n of `int8_tiles`: int8[n, inputs]. `start` begins a tile."""
