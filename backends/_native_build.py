@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ._native_program import (
+from ._program import (
     BITS,
     Add,
     Attention,

@@ -15,7 +15,7 @@ from lensc.kernels.rope.reference import quantize_rows
 
 from ._engine_cache import EngineCache
 from ._native_build import Built, build
-from ._native_program import Program, count, split
+from ._program import Program, count, split
 from .base import Array, Cache, check_continues, check_feeds, check_indices, check_out, map_file, writeable
 from .errors import ExecutionError, UsageError
 

@@ -19,11 +19,11 @@ from lensc.export.graph import Graph, GraphSpec
 from lensc.export.quantize.scheme import Scheme
 from lensc.profiles import probe
 
-from ._native_file import FORMAT, check_spec, read, write
-from ._native_lower import lower
-from ._native_program import BITS, CHUNK_BYTES, Attention, CausalAttention, GatherRows, Linear, Program, SelectRows
-from ._native_reference import NumpySession
 from ._native_session import NativeDecoderSession, NativeSession
+from ._program import BITS, CHUNK_BYTES, Attention, CausalAttention, GatherRows, Linear, Program, SelectRows
+from ._program_file import FORMAT, check_spec, read, write
+from ._program_lower import lower
+from ._program_reference import NumpySession
 from .base import (
     Artifact,
     Probe,

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from lensc.backends import _native_file
-from lensc.backends._native_program import Constant, GatherRows, Place, Program, WeightRecord
+from lensc.backends import _program_file
+from lensc.backends._program import Constant, GatherRows, Place, Program, WeightRecord
 from lensc.backends.bundle import DecoderSpec, load_manifest
 from lensc.backends.errors import LensError, StorageError
 from lensc.export.quantize.scheme import Scheme
@@ -74,7 +74,7 @@ class Bench:
         manifest = load_manifest(self.bundle)
         artifact = next(a for a in manifest.artifacts if a.graph == "decoder" and str(a.target) == TARGET)
         kv_bits = Scheme.parse(artifact.scheme).kv_bits
-        program = _native_file.read(self.bundle / artifact.files[0].path)
+        program = _program_file.read(self.bundle / artifact.files[0].path)
         return constant_bytes(program) + cache_bytes(manifest.model.decoder, context, kv_bits)
 
 

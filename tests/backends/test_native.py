@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("onnx_ir", reason="compiling needs onnx: pip install 'lensc[export]'")
 
 from lensc.backends import native
-from lensc.backends._native_reference import NumpySession
+from lensc.backends._program_reference import NumpySession
 from lensc.backends.base import Artifact, Target
 from lensc.backends.errors import UnavailableError
 

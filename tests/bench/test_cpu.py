@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from lensc.backends import _native_file
-from lensc.backends._native_program import Constant, GatherRows, Linear, Normalize, Place, Program, WeightRecord
+from lensc.backends import _program_file
+from lensc.backends._program import Constant, GatherRows, Linear, Normalize, Place, Program, WeightRecord
 from lensc.backends.base import Target
 from lensc.backends.bundle import load_manifest
 from lensc.backends.errors import UnsupportedError
@@ -119,7 +119,7 @@ def test_a_token_reads_what_the_program_names_and_no_more_of_its_files(bench: cp
     for path in data:
         with open(tmp_path / path.name, "ab") as file:
             file.write(bytes(1 << 20))
-    larger = _native_file.read(tmp_path / program.name)
+    larger = _program_file.read(tmp_path / program.name)
     assert cpu.constant_bytes(larger) == bench.bytes_per_token(0)
 
 

@@ -19,11 +19,11 @@ ort = pytest.importorskip("onnxruntime", reason="pip install lensc")
 import onnx_ir as ir
 import torch
 
-from lensc.backends import _native_lower, _native_weights
-from lensc.backends._native_file import read, write
-from lensc.backends._native_lower import lower
-from lensc.backends._native_program import Add, Attention, Constant, Linear, Program
-from lensc.backends._native_reference import NumpySession
+from lensc.backends import _program_lower, _program_weights
+from lensc.backends._program import Add, Attention, Constant, Linear, Program
+from lensc.backends._program_file import read, write
+from lensc.backends._program_lower import lower
+from lensc.backends._program_reference import NumpySession
 from lensc.backends.base import Array
 from lensc.backends.errors import GraphError, UsageError
 from lensc.export.checkpoint import Checkpoint
@@ -205,7 +205,7 @@ def test_inputs_in_8_bits_cost_little(graph: str, name: str, graphs: Graphs, tmp
 def test_scales_that_are_multiples_are_taken_so(
     name: str, bits: int, expected: bool, graphs: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_native_lower, "SUMS_MULTIPLES", True)
+    monkeypatch.setattr(_program_lower, "SUMS_MULTIPLES", True)
     spec, model = graphs("decoder", Recipe("mine", ((EMBEDDING, "f32"), ("*", name))))
     made = lowered(model, spec, tmp_path / "made", bits)
     weights = [step.weight for step in made.program.steps if isinstance(step, Linear)]
@@ -325,7 +325,7 @@ def test_turned_weights_are_written_by_rows(graphs: Graphs, tmp_path: Path, monk
         assert lies is not None and weight.values.offset % 64 == 0
         start = weight.values.offset
         assert whole[start : start + weight.values_bytes] == np.ascontiguousarray(lies.numpy().T).tobytes()
-    monkeypatch.setattr(_native_weights, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(_program_weights, "PIECE_BYTES", 1000)
     assert (lowered(model, spec, tmp_path / "again").folder / OWN).read_bytes() == whole
     table = initializers["vpm.embeddings.position_embedding.weight"].const_value
     assert table is not None and set(made.program.files) == {OWN, f"{model.name}.data"}, "the table is most of it"
@@ -450,7 +450,7 @@ def test_a_data_file_that_is_cut_is_an_error(tmp_path: Path) -> None:
 
 def test_lowering_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a weight that lies turned, 32 MiB."""
-    monkeypatch.setattr(_native_weights, "PIECE_BYTES", 1 << 20)
+    monkeypatch.setattr(_program_weights, "PIECE_BYTES", 1 << 20)
     weight = np.ones((8, 8), np.float32)
     nodes = [node("MatMul", "x", "w", "wide"), node("MatMul", "wide", "v", "y")]
     wide = (1 << 20) // 2

@@ -1,4 +1,4 @@
-"""The native backend's programs as files: written, read, and refused where they break a rule."""
+"""Programs as files: written, read, and refused where they break a rule."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lensc.backends import _native_program as native
-from lensc.backends._native_file import check, check_spec, read, write
-from lensc.backends._native_program import Constant, Place, Port, Program, Value, WeightRecord
-from lensc.backends._native_reference import NumpySession
+from lensc.backends import _program as program_
+from lensc.backends._program import Constant, Place, Port, Program, Value, WeightRecord
+from lensc.backends._program_file import check, check_spec, read, write
+from lensc.backends._program_reference import NumpySession
 from lensc.backends.base import Array
 from lensc.backends.errors import GraphError
 from lensc.export.graph import DimRange, GraphSpec, StatePair, TensorSpec
@@ -62,22 +62,22 @@ def program() -> Program:
     head = WeightRecord("head", "uint4", VOCAB, WIDTH, GROUP, *places, "int8")
     norm = constant("norm", 1, WIDTH)
     tokens = "batch*tokens"
-    steps: list[tuple[native.Step, Value]] = [
-        (native.Normalize("rms", 0, norm, None, 1e-5, 1), Value(tokens, WIDTH)),
-        (native.Linear(1, floats("q", WIDTH), constant("bias", 1, WIDTH), None, 2), Value(tokens, WIDTH)),
-        (native.Linear(1, floats("k", DIM), None, None, 3), Value(tokens, DIM)),
-        (native.Linear(1, floats("k", DIM), None, None, 4), Value(tokens, DIM)),
+    steps: list[tuple[program_.Step, Value]] = [
+        (program_.Normalize("rms", 0, norm, None, 1e-5, 1), Value(tokens, WIDTH)),
+        (program_.Linear(1, floats("q", WIDTH), constant("bias", 1, WIDTH), None, 2), Value(tokens, WIDTH)),
+        (program_.Linear(1, floats("k", DIM), None, None, 3), Value(tokens, DIM)),
+        (program_.Linear(1, floats("k", DIM), None, None, 4), Value(tokens, DIM)),
         (
-            native.CausalAttention(2, 3, 4, 5, 0, HEADS, KV_HEADS, DIM, 0.5, constant("frequencies", 1, DIM // 2)),
+            program_.CausalAttention(2, 3, 4, 5, 0, HEADS, KV_HEADS, DIM, 0.5, constant("frequencies", 1, DIM // 2)),
             Value(tokens, WIDTH),
         ),
-        (native.Linear(5, floats("q", WIDTH), None, 0, 6), Value(tokens, WIDTH)),
-        (native.SiluMul(6, 1, 7), Value(tokens, WIDTH)),
-        (native.GeluTanh(7, 8), Value(tokens, WIDTH)),
-        (native.Add(8, constant("bias", 1, WIDTH), 9), Value(tokens, WIDTH)),
-        (native.Add(9, 6, 10), Value(tokens, WIDTH)),
-        (native.SelectRows(10, "logit_positions", 11), Value("batch*rows", WIDTH)),
-        (native.Linear(11, head, None, None, 12), Value("batch*rows", VOCAB)),
+        (program_.Linear(5, floats("q", WIDTH), None, 0, 6), Value(tokens, WIDTH)),
+        (program_.SiluMul(6, 1, 7), Value(tokens, WIDTH)),
+        (program_.GeluTanh(7, 8), Value(tokens, WIDTH)),
+        (program_.Add(8, constant("bias", 1, WIDTH), 9), Value(tokens, WIDTH)),
+        (program_.Add(9, 6, 10), Value(tokens, WIDTH)),
+        (program_.SelectRows(10, "logit_positions", 11), Value("batch*rows", WIDTH)),
+        (program_.Linear(11, head, None, None, 12), Value("batch*rows", VOCAB)),
     ]
     values = (Value(tokens, WIDTH), *(value for _, value in steps))
     inputs, outputs = (Port("inputs_embeds", 0),), (Port("logits", 12),)
@@ -107,11 +107,11 @@ def spec() -> GraphSpec:
 def vision() -> Program:
     """The steps that a decoder has not."""
     width = Value("slices*patches", WIDTH)
-    steps: tuple[native.Step, ...] = (
-        native.GatherRows(constant("q", WIDTH, WIDTH), "position_ids", 1),
-        native.Add(0, 1, 2),
-        native.Normalize("layer", 2, constant("norm", 1, WIDTH), constant("bias", 1, WIDTH), 1e-6, 3),
-        native.Attention(constant("k", DIM, WIDTH), 3, 2, "key_bias", 4, HEADS, 0.5),
+    steps: tuple[program_.Step, ...] = (
+        program_.GatherRows(constant("q", WIDTH, WIDTH), "position_ids", 1),
+        program_.Add(0, 1, 2),
+        program_.Normalize("layer", 2, constant("norm", 1, WIDTH), constant("bias", 1, WIDTH), 1e-6, 3),
+        program_.Attention(constant("k", DIM, WIDTH), 3, 2, "key_bias", 4, HEADS, 0.5),
     )
     values = (*[width] * 4, Value(f"slices*{DIM}", WIDTH))
     return Program("vision", (DATA,), values, (Port("patches", 0),), steps, (Port("image_embeds", 4),))

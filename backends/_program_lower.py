@@ -1,4 +1,4 @@
-"""Portable graph -> the steps of the native backend.
+"""Portable graph -> the steps of a program.
 
     lensc.RMSNorm, LayerNormalization          Normalize
     MatMul with a weight, quantized or not     Linear, which takes the Add of a bias and of a residual stream behind it
@@ -26,10 +26,7 @@ from lensc.kernels.linear.reference import dequantize, linear, unpack
 from lensc.kernels.norm.reference import layer_norm, rms_norm
 
 from ._multiples import scales_of
-from ._native_file import check, check_spec
-from ._native_finish import fused, placed, renumbered
-from ._native_operands import Const, Dims, Dynamic, GraphInput, Operand, Quantized, Sigmoid, Silu, shown
-from ._native_program import (
+from ._program import (
     Add,
     Attention,
     CausalAttention,
@@ -49,7 +46,10 @@ from ._native_program import (
     product,
     sums_multiples,
 )
-from ._native_weights import BITS, Blobs, Tensor, is_default, tensor_of
+from ._program_file import check, check_spec
+from ._program_finish import fused, placed, renumbered
+from ._program_operands import Const, Dims, Dynamic, GraphInput, Operand, Quantized, Sigmoid, Silu, shown
+from ._program_weights import BITS, Blobs, Tensor, is_default, tensor_of
 from .base import Array
 from .errors import GraphError
 
@@ -487,7 +487,7 @@ class _Lowering:
     def _refuse(self, reason: str) -> NoReturn:
         node = self._node
         kind = f"{node.domain}.{node.op_type}".lstrip(".")
-        raise GraphError(f"graph {self._spec.name}: backend native: node {kind} of {node.outputs[0].name!r} {reason}")
+        raise GraphError(f"graph {self._spec.name}: node {kind} of {node.outputs[0].name!r} {reason}")
 
 
 def _size(name: str, blobs: Blobs, own: Path) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from lensc.kernels.linear.reference import unpack
 
 from ._multiples import multiples
-from ._native_program import TILE, TILED_INPUTS, TILED_OUTPUTS, Kind, Place
+from ._program import TILE, TILED_INPUTS, TILED_OUTPUTS, Kind, Place
 from .base import Array
 from .errors import GraphError, StorageError
 

@@ -7,8 +7,8 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ._native_program import Add, Constant, Linear, Place, Program, Step, reads
-from ._native_weights import Blobs
+from ._program import Add, Constant, Linear, Place, Program, Step, reads
+from ._program_weights import Blobs
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""The program of the native backend as a file: written, read, and held against the rules before anything runs it.
+"""A program as a file: written, read, and held against the rules before anything runs it.
 
 Whoever reads a program gets one that is safe to run: every step fits what it reads, and every constant lies within its
 file. Kernels check nothing.
@@ -18,7 +18,7 @@ from typing import Any
 from lensc.export.graph import GraphSpec, TensorSpec
 
 from . import codec
-from ._native_program import (
+from ._program import (
     BITS,
     STEPS,
     Add,

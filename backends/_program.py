@@ -1,4 +1,4 @@
-"""What the native backend runs: a list of steps over matrices of float32, and where their constants lie.
+"""A lowered graph, as the backends with our own kernels run it: steps over matrices, and where their constants lie.
 
 An artifact is this program as JSON, `<target>.json`, beside the data files that it names. A *value* is float32[rows,
 width] with its rows contiguous; its id is its place in `Program.values`. The inputs of the program are the first values,

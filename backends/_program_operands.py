@@ -1,4 +1,4 @@
-"""What the nodes of a portable graph make, while they become steps of the native backend.
+"""What the nodes of a portable graph make, while they become steps of a program.
 
 A `Dynamic` is a value of the program. The others stand for something that a later node takes as a whole: a constant, an
 input that is no matrix, half of a SiLU.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ._native_weights import Tensor
+from ._program_weights import Tensor
 
 Dims = tuple[int | str, ...]
 

@@ -1,4 +1,4 @@
-"""A program of the native backend run step by step in numpy, from the kernels' references.
+"""A program run step by step in numpy, from the kernels' references.
 
 It is what the compiled executor is held against, and what answers where that cannot run. Weights are dequantized while
 they are read, some outputs at a time, so it takes as little memory as the compiled one, and far more time.
@@ -20,8 +20,7 @@ from lensc.kernels.norm.reference import layer_norm, rms_norm
 from lensc.kernels.rope.reference import rope, rope_table
 
 from ._multiples import scales_of
-from ._native_file import check_spec
-from ._native_program import (
+from ._program import (
     BITS,
     TILE,
     Add,
@@ -43,6 +42,7 @@ from ._native_program import (
     reads,
     split,
 )
+from ._program_file import check_spec
 from .base import Array, check_feeds, check_indices, check_out
 from .errors import ExecutionError, UsageError
 
