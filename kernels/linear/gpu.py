@@ -1,0 +1,384 @@
+"""y = x W^T on a GPU: weights in floats, or in 4 bits with groups, for one row of x or for thousands.
+
+One to eight rows are a matter of memory: `few_rows` reads the weights as they are stored, by `few_rows.cu` where NVRTC and the
+shapes allow, else by the Triton kernel here, which computes the same from the same bytes. More rows are a matter of
+arithmetic: the weight becomes floats (`unpacked`) for the length of the call, and the vendor's library multiplies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from lensc.kernels import nvrtc
+
+jit: Any = triton.jit
+
+STEP = 128
+"""Inputs of a 4-bit weight that a warp takes at a time; rows are filled up to a multiple with weights of 0."""
+MOST_ROWS = 8
+_SOURCE = Path(__file__).with_name("few_rows.cu")
+_THREADS, _TILE = 256, 16
+_STATIC_BYTES = 2048
+"""Of shared memory, for what the kernel and the driver take beside x."""
+
+
+class Ending(IntEnum):
+    """What becomes of the sums; the numbers are those of few_rows.cu."""
+
+    STORE = 0
+    """y in the type of the weight's activations."""
+    LOGITS = 1
+    """y in float32."""
+    RESIDUAL = 2
+    """float32: a residual stream plus y."""
+    SILU = 3
+    """silu(gate) * up, where the first half of the outputs is gate and the second up."""
+
+
+@dataclass(frozen=True)
+class FloatWeight:
+    """values: float[outputs, inputs], in the type that is computed in."""
+
+    values: torch.Tensor
+
+    @property
+    def outputs(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        return self.values.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+
+@dataclass(frozen=True)
+class GroupedWeight:
+    """(value - zero) * scale * factor, 4 bits each. See `pack`.
+
+    packed: uint8[outputs, padded / 2]; scale: float16[outputs, groups], the largest of an output is 1; factor:
+    float32[outputs]; zero: uint8[outputs, groups], None is 8. `group` inputs share a scale, a multiple of `span`.
+    """
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    factor: torch.Tensor
+    zero: torch.Tensor | None
+    group: int
+    inputs: int
+
+    @property
+    def outputs(self) -> int:
+        return self.packed.shape[0]
+
+    @property
+    def padded(self) -> int:
+        """Inputs with those that rows were filled up with."""
+        return 2 * self.packed.shape[1]
+
+    @property
+    def span(self) -> int:
+        """Inputs that are summed before they are scaled."""
+        return next(span for span in (128, 64, 32) if self.group % span == 0)
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.packed, self.scale, self.factor, self.zero)
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+Weight = FloatWeight | GroupedWeight
+
+
+def can_pack(group: int) -> bool:
+    """Whether groups of `group` inputs can be packed."""
+    return group % 32 == 0
+
+
+def pack(
+    values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, group: int, inputs: int
+) -> GroupedWeight:
+    """Weights as they lie in a portable graph, in the order in which `few_rows.cu` takes them.
+
+    values: uint8[outputs, inputs / 2], neighbouring inputs in a byte, the lower bits first; scale: float32[outputs, groups];
+    zero: uint8[outputs, groups] or None for 8. Of 128 inputs the words of 8 are turned from 4 x 4 [i, t] to [t, i].
+    """
+    outputs = values.shape[0]
+    short = -inputs % STEP
+    if short:
+        middle = torch.full((outputs, short // 2), 0x88, dtype=torch.uint8, device=values.device)
+        values = torch.cat([values, middle], dim=1)
+    packed = values.reshape(outputs, -1, 4, 4, 4).transpose(2, 3).reshape(outputs, -1).contiguous()
+    groups = -(-(inputs + short) // group)
+    missing = groups - scale.shape[1]
+    if missing:
+        scale = torch.nn.functional.pad(scale, (0, missing))
+        zero = None if zero is None else torch.nn.functional.pad(zero, (0, missing), value=8)
+    factor = scale.abs().amax(dim=1)
+    ratio = scale / torch.where(factor == 0, 1, factor)[:, None]
+    return GroupedWeight(packed, ratio.to(torch.float16).contiguous(), factor, zero, group, inputs)
+
+
+def merged(weights: list[Weight]) -> Weight:
+    """One weight with the outputs of several that have the same inputs and format, one behind the other."""
+    first = weights[0]
+    if isinstance(first, FloatWeight):
+        return FloatWeight(torch.cat([w.values for w in weights if isinstance(w, FloatWeight)]))
+    grouped = [w for w in weights if isinstance(w, GroupedWeight)]
+    zeros = [w.zero for w in grouped if w.zero is not None]
+    return GroupedWeight(
+        torch.cat([w.packed for w in grouped]),
+        torch.cat([w.scale for w in grouped]),
+        torch.cat([w.factor for w in grouped]),
+        torch.cat(zeros) if zeros else None,
+        first.group,
+        first.inputs,
+    )
+
+
+def unpacked(weight: GroupedWeight, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The weight in floats: [outputs, inputs]. `out` is a flat buffer to write into."""
+    size = weight.outputs * weight.inputs
+    made = torch.empty(size, dtype=dtype, device=weight.packed.device) if out is None else out[:size]
+    made = made.view(weight.outputs, weight.inputs)
+    block = min(1024, triton.next_power_of_2(weight.inputs))
+    grid = (triton.cdiv(weight.outputs, 4), triton.cdiv(weight.inputs, block))
+    zero = weight.packed if weight.zero is None else weight.zero
+    _unpack[grid](
+        weight.packed, weight.scale, weight.factor, zero, made, weight.outputs, weight.inputs, weight.packed.shape[1],
+        weight.group, weight.scale.shape[1], HAS_ZERO=weight.zero is not None, ROWS=4, BLOCK=block,
+    )  # fmt: skip
+    return made
+
+
+@jit
+def _nibbles(packed, rows, k, row_bytes, mask):  # type: ignore[no-untyped-def]
+    """Values 0 to 15 at [rows, k] of a packed weight."""
+    word, within = k // 8, k % 8
+    # words of 128 inputs lie [t, i], inputs are 32 i + 8 t
+    place = (word // 16) * 64 + (word % 4) * 16 + (word // 4 % 4) * 4 + within // 2
+    byte = tl.load(packed + rows[:, None].to(tl.int64) * row_bytes + place[None, :], mask=mask, other=0)
+    return (byte >> (4 * (within % 2))[None, :].to(tl.uint8)) & 15
+
+
+@jit
+def _unpack(  # type: ignore[no-untyped-def]
+    packed, scale, factor, zero, out, outputs, inputs, row_bytes, group, groups,
+    HAS_ZERO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = (rows < outputs)[:, None] & (k < inputs)[None, :]
+    value = _nibbles(packed, rows, k, row_bytes, mask).to(tl.float32)
+    place = rows[:, None].to(tl.int64) * groups + (k // group)[None, :]
+    by = tl.load(scale + place, mask=mask, other=0).to(tl.float32)
+    less = tl.load(zero + place, mask=mask, other=0).to(tl.float32) if HAS_ZERO else 8.0
+    whole = tl.load(factor + rows, mask=rows < outputs, other=0)
+    y = (value - less) * by * whole[:, None]
+    tl.store(out + rows[:, None].to(tl.int64) * inputs + k[None, :], y.to(out.dtype.element_ty), mask=mask)
+
+
+def few_rows(
+    x: torch.Tensor,
+    weight: Weight,
+    ending: Ending = Ending.STORE,
+    norm: tuple[torch.Tensor, float] | None = None,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """One to eight rows of x times a weight.
+
+    x: `dtype`[rows, inputs], or with `norm`, a float32[inputs] and an epsilon, float32 that is RMS-normalized first. residual:
+    float32[rows, outputs], for that ending; `out` may be the same. Returns [rows, outputs], with SILU half as wide, in
+    float32 for LOGITS and RESIDUAL and else in `dtype`.
+    """
+    rows = x.shape[0]
+    width = weight.outputs // 2 if ending == Ending.SILU else weight.outputs
+    if out is None:
+        kind = torch.float32 if ending in (Ending.LOGITS, Ending.RESIDUAL) else dtype
+        out = torch.empty(rows, width, dtype=kind, device=x.device)
+    most = _most_rows(weight) if x.is_cuda and dtype == torch.bfloat16 else 0
+    if most:
+        for start in range(0, rows, most):
+            part = slice(start, start + most)
+            _launch_cuda(x[part], weight, ending, norm, None if residual is None else residual[part], out[part])
+    else:
+        _launch_triton(x, weight, ending, norm, residual, out, exact=dtype == torch.float32)
+    return out
+
+
+# --- CUDA ---------------------------------------------------------------------------------------------------------
+
+
+def _padded(weight: Weight) -> int:
+    return weight.inputs if isinstance(weight, FloatWeight) else weight.padded
+
+
+def _shared_bytes(weight: Weight, rows: int) -> int:
+    """What few_rows.cu asks for: x, the sums of its spans, and in their place the sums of the warps."""
+    padded = _padded(weight)
+    sums = 4 * padded // weight.span if isinstance(weight, GroupedWeight) else 0
+    return max(rows * (2 * (padded + 8) + sums), (_THREADS // 32) * 8 * 2 * _TILE * 4)
+
+
+def _most_rows(weight: Weight) -> int:
+    """How many rows few_rows.cu can take at once: 0 where it cannot take this weight."""
+    device = weight.values.device if isinstance(weight, FloatWeight) else weight.packed.device
+    limits = torch.cuda.get_device_properties(device)
+    if limits.major < 9 or weight.inputs % 32 or weight.outputs % 32:
+        return 0
+    room = limits.shared_memory_per_block_optin - _STATIC_BYTES
+    return next((rows for rows in range(MOST_ROWS, 0, -1) if _shared_bytes(weight, rows) <= room), 0)
+
+
+def _launch_cuda(
+    x: torch.Tensor,
+    weight: Weight,
+    ending: Ending,
+    norm: tuple[torch.Tensor, float] | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    grouped = weight if isinstance(weight, GroupedWeight) else None
+    definitions = {
+        "BITS": 16 if grouped is None else 4,
+        "SPAN": 0 if grouped is None else grouped.span,
+        "ZEROS": int(grouped is not None and grouped.zero is not None),
+        "NORM": int(norm is not None),
+        "ENDING": int(ending),
+    }
+    device = x.device.index or 0
+    major, minor = torch.cuda.get_device_capability(device)
+    kernel = nvrtc.kernel(_SOURCE, "few_rows", tuple(definitions.items()), device, f"sm_{major}{minor}")
+    rows = x.shape[0]
+    blocks = -(-weight.outputs // (2 * _TILE))
+    first = weight.values if isinstance(weight, FloatWeight) else weight.packed
+    group, groups = (1, 0) if grouped is None else (grouped.group, grouped.scale.shape[1])
+
+    def address(tensor: torch.Tensor | None) -> tuple[int | None, Any]:
+        return (None if tensor is None else tensor.data_ptr(), nvrtc.POINTER)
+
+    arguments = [
+        address(x),
+        address(None if norm is None else norm[0]),
+        (0.0 if norm is None else norm[1], nvrtc.FLOAT),
+        address(first),
+        address(None if grouped is None else grouped.scale),
+        address(None if grouped is None else grouped.factor),
+        address(None if grouped is None else grouped.zero),
+        (group, nvrtc.INT),
+        (groups, nvrtc.INT),
+        address(residual),
+        address(out),
+        (rows, nvrtc.INT),
+        (weight.inputs, nvrtc.INT),
+        (_padded(weight), nvrtc.INT),
+        (weight.outputs, nvrtc.INT),
+    ]
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    kernel.launch((blocks, 1), _THREADS, _shared_bytes(weight, rows), arguments, stream)
+
+
+# --- Triton -------------------------------------------------------------------------------------------------------
+
+
+def _launch_triton(
+    x: torch.Tensor,
+    weight: Weight,
+    ending: Ending,
+    norm: tuple[torch.Tensor, float] | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    exact: bool,
+) -> None:
+    rows, outputs = out.shape
+    grouped = weight if isinstance(weight, GroupedWeight) else None
+    block = 64 if grouped is None else grouped.span
+    values = weight.values if isinstance(weight, FloatWeight) else weight.packed
+    block_outputs = 16
+    _few_rows[(triton.cdiv(outputs, block_outputs),)](
+        x, x if norm is None else norm[0], 0.0 if norm is None else norm[1], values,
+        values if grouped is None else grouped.scale, values if grouped is None else grouped.factor,
+        values if grouped is None or grouped.zero is None else grouped.zero, out if residual is None else residual, out,
+        rows, weight.inputs, outputs, values.shape[1], 1 if grouped is None else grouped.group,
+        1 if grouped is None else grouped.scale.shape[1],
+        GROUPED=grouped is not None, HAS_ZERO=grouped is not None and grouped.zero is not None, NORM=norm is not None,
+        ENDING=int(ending), EXACT=exact, INTERPRETED=not x.is_cuda, ROWS=triton.next_power_of_2(max(16, rows)), OUTPUTS=block_outputs, BLOCK=block,
+    )  # fmt: skip
+
+
+@jit
+def _few_rows(  # type: ignore[no-untyped-def]
+    x, norm, epsilon, values, scale, factor, zero, residual, y, rows, inputs, outputs, row_size, group, groups,
+    GROUPED: tl.constexpr, HAS_ZERO: tl.constexpr, NORM: tl.constexpr, ENDING: tl.constexpr, EXACT: tl.constexpr,
+    INTERPRETED: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n = tl.arange(0, ROWS)
+    here = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    inverse = tl.full((ROWS,), 1.0, tl.float32)
+    if NORM:
+        squares = tl.zeros((ROWS,), tl.float32)
+        for start in range(0, inputs, BLOCK):
+            k = start + tl.arange(0, BLOCK)
+            part = tl.load(x + n[:, None] * inputs + k[None, :], (n < rows)[:, None] & (k < inputs)[None, :], 0.0)
+            squares += tl.sum(part * part, axis=1)
+        inverse = 1.0 / tl.sqrt(squares / inputs + epsilon)
+    total = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    upper = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    for start in range(0, inputs, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        part = tl.load(x + n[:, None] * inputs + k[None, :], (n < rows)[:, None] & (k < inputs)[None, :], 0.0)
+        if NORM:
+            part = part * inverse[:, None] * tl.load(norm + k, k < inputs, 0.0)[None, :]
+        total += _part(
+            part, here, k, values, scale, factor, zero, inputs, outputs, row_size, group, groups, GROUPED,
+            HAS_ZERO, EXACT, INTERPRETED,
+        )  # fmt: skip
+        if ENDING == 3:
+            upper += _part(
+                part, here + outputs, k, values, scale, factor, zero, inputs, 2 * outputs, row_size, group, groups,
+                GROUPED, HAS_ZERO, EXACT, INTERPRETED,
+            )  # fmt: skip
+    mask = (n < rows)[:, None] & (here < outputs)[None, :]
+    place = n[:, None] * outputs + here[None, :]
+    if ENDING == 2:
+        total += tl.load(residual + place, mask, 0.0)
+    if ENDING == 3:
+        small = tl.exp(-tl.abs(total))  # does not overflow
+        total = total * tl.where(total < 0, small, 1.0) / (1.0 + small) * upper
+    tl.store(y + place, total.to(y.dtype.element_ty), mask)
+
+
+@jit
+def _part(  # type: ignore[no-untyped-def]
+    part, here, k, values, scale, factor, zero, inputs, outputs, row_size, group, groups,
+    GROUPED: tl.constexpr, HAS_ZERO: tl.constexpr, EXACT: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Products of [ROWS, BLOCK] with BLOCK inputs of the outputs `here`: float32[ROWS, OUTPUTS]."""
+    mask = (here < outputs)[:, None] & (k < inputs)[None, :]
+    if GROUPED:
+        weight = _nibbles(values, here, k, row_size, mask).to(tl.float32)
+        place = here.to(tl.int64) * groups + tl.min(k) // group
+        weight -= tl.load(zero + place, here < outputs, 0).to(tl.float32)[:, None] if HAS_ZERO else 8.0
+        by = tl.load(scale + place, here < outputs, 0.0).to(tl.float32) * tl.load(factor + here, here < outputs, 0.0)
+        weight = tl.where(mask, weight, 0.0)
+    else:
+        weight = tl.load(values + here[:, None].to(tl.int64) * row_size + k[None, :], mask, 0.0)
+        by = tl.full(here.shape, 1.0, tl.float32)
+    if not EXACT:
+        part, weight = part.to(tl.bfloat16), weight.to(tl.bfloat16)
+    if EXACT or INTERPRETED:  # which has no products of bfloat16
+        made = tl.dot(part.to(tl.float32), tl.trans(weight.to(tl.float32)), input_precision="ieee")
+    else:
+        made = tl.dot(part, tl.trans(weight))
+    return made * by[None, :]
