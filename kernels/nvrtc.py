@@ -17,7 +17,7 @@ from typing import Any
 from lensc.backends.errors import UnavailableError
 
 Argument = tuple[Any, Any]
-"""A value and its ctypes type; for a pointer an address, or None, and c_void_p."""
+"""A value and its ctypes type; for a pointer an address, 0 for none, and c_void_p."""
 
 
 def binary(source: Path, definitions: Mapping[str, int], arch: str) -> bytes:

@@ -8,7 +8,11 @@
 //   ENDING   STORE: y is bfloat16; LOGITS: float32; RESIDUAL: float32, residual + x W^T; SILU: bfloat16[rows, outputs / 2],
 //            silu(gate) * up, where the first half of W is gate and the second up
 //
-// A block has 16 * TILES outputs, and its warps split the inputs. Weights go from memory into the registers of the tensor
+//   TILES    how many times 16 outputs a block computes at once: 1 or 2, with SILU 2
+//   WARPS, DEPTH   warps of a block, and steps of each that are on their way from memory
+//
+// A block stays on its processor: it stages x once, and takes every n-th tile of outputs, of which each warp has a part of
+// the inputs. Weights go through a ring in shared memory, of which a lane reads what it copied itself, into the tensor
 // cores' first operand; x is the second, with up to 8 columns, so that eight rows cost what one does. A product may take
 // inputs in any order, as long as both operands take the same: the order is the one in which 16 bytes of a row arrive.
 //
@@ -29,18 +33,19 @@ typedef unsigned short u16;
 #define RESIDUAL 2
 #define SILU 3
 
-#define TILES 2
-#define WARPS 8
 #define THREADS (32 * WARPS)
-#define ROWS 8
-#define RING 4  // steps whose weights are on their way
 
 #if BITS == 4
 #define STEP 128
 #define SPANS (STEP / SPAN)
+#define SCALE_BYTES (SPANS * 32)
+#define ZERO_BYTES (ZEROS * SPANS * 16)
 #else
 #define STEP 32
+#define SCALE_BYTES 0
+#define ZERO_BYTES 0
 #endif
+#define SLOT (TILES * (1024 + SCALE_BYTES + ZERO_BYTES))  // bytes of a step of a warp
 #define PAD 8  // bfloat16 between rows of x, so that their columns lie in different banks
 
 __device__ __forceinline__ u32 bfloat_pair(float low, float high) {
@@ -66,116 +71,101 @@ __device__ __forceinline__ void multiply(float (&sum)[4], u32 a0, u32 a1, u32 a2
 }
 
 // Weights are read once: they do not take the place of what is read again.
-__device__ __forceinline__ uint4 streamed(const uint4* from) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
-  return v;
+__device__ __forceinline__ void copy_16(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from));
+}
+__device__ __forceinline__ void copy_4(u32 to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from));
 }
 
 __device__ __forceinline__ u32 nibbles(u32 word, int shift) { return ((word >> shift) & 0x000F000Fu) | 0x43004300u; }
 
-struct Step {
-  uint4 weight[TILES][2];
-#if BITS == 4
-  u16 scale[TILES][2][SPANS];
-#if ZEROS
-  unsigned char zero[TILES][2][SPANS];
-#endif
-#endif
-};
-
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
-few_rows(const void* __restrict__ x_, const float* __restrict__ norm, float epsilon, const uint4* __restrict__ weight,
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+few_rows(const void* __restrict__ x_, const float* __restrict__ norm, float epsilon, const char* __restrict__ weight,
          const u16* __restrict__ scale, const float* __restrict__ factor, const unsigned char* __restrict__ zero,
          int group, int groups, const float* residual, void* y_, int rows, int inputs, int padded, int outputs) {
   extern __shared__ uint4 shared[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int steps = padded / STEP, share = (steps + WARPS - 1) / WARPS;
-  const int first = warp * share, last = min(first + share, steps);
-  const int row_words = padded * BITS / 128;  // uint4 of a row
+  const int first = min(warp * share, steps), last = min(first + share, steps);
+  const int width = ENDING == SILU ? outputs / 2 : outputs;  // of y
+  const int of_tile = ENDING == SILU ? 16 : 16 * TILES;      // columns of y
+  const int tiles = (width + of_tile - 1) / of_tile;
+  const long long row_bytes = (long long)padded * BITS / 8;
 
-  const uint4* from[TILES][2];
-  int output[TILES][2];
-#pragma unroll
-  for (int tile = 0; tile < TILES; ++tile) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      int row = ENDING == SILU ? blockIdx.x * 16 + tile * (outputs / 2) : (blockIdx.x * TILES + tile) * 16;
-      row = min(row + half * 8 + g, outputs - 1);
-      output[tile][half] = row;
-      from[tile][half] = weight + (long long)row * row_words + t;
-    }
-  }
-
-  auto fetch = [&](Step& into, int step) {
-#pragma unroll
-    for (int tile = 0; tile < TILES; ++tile)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        into.weight[tile][half] = streamed(from[tile][half] + step * 4);
+  // shared memory: a ring of steps for each warp; x as bfloat16[rows, padded + PAD] in the order of the products; the
+  // sums of its spans, float[rows, padded / SPAN]; twice the sums of each warp, float[WARPS, rows, 16 * TILES]
+  char* ring = (char*)shared + warp * (DEPTH * SLOT);
+  u16* xs = (u16*)((char*)shared + WARPS * DEPTH * SLOT);
+  const int stride = padded + PAD;
+  float* sums = (float*)(xs + rows * stride);
 #if BITS == 4
+  float* parts = sums + rows * (padded / SPAN);
+#else
+  float* parts = sums;
+#endif
+  const u32 ring_address = (u32)__cvta_generic_to_shared(ring);
+
+  auto row_of = [&](int tile, int part, int half) {
+    const int row = ENDING == SILU ? tile * 16 + part * width : (tile * TILES + part) * 16;
+    return min(row, outputs - 16) + half * 8 + g;
+  };
+  int next_tile = blockIdx.x, next_step = first, next_slot = 0;
+  auto fetch = [&] {
+    if (next_tile < tiles && first < last) {
+      u32 to = ring_address + next_slot * SLOT;
 #pragma unroll
-        for (int span = 0; span < SPANS; ++span) {
-          long long place = (long long)output[tile][half] * groups + (step * STEP + span * SPAN) / group;
-          into.scale[tile][half][span] = scale[place];
+      for (int part = 0; part < TILES; ++part) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          copy_16(to + part * 1024 + half * 512 + lane * 16,
+                  weight + row_of(next_tile, part, half) * row_bytes + next_step * 64 + t * 16);
+#if BITS == 4
+        // of 16 outputs, [groups, 16]; lane is a span and a pair of outputs
+        const int block = row_of(next_tile, part, 0) / 16, span = lane / 8;
+        if (span < SPANS) {
+          const long long at = ((long long)block * groups + (next_step * STEP + span * SPAN) / group) * 16;
+          copy_4(to + TILES * 1024 + part * SCALE_BYTES + lane * 4, scale + at + lane % 8 * 2);
 #if ZEROS
-          into.zero[tile][half][span] = zero[place];
+          if (lane % 8 < 4)
+            copy_4(to + TILES * (1024 + SCALE_BYTES) + part * ZERO_BYTES + span * 16 + lane % 8 * 4, zero + at + lane % 8 * 4);
 #endif
         }
 #endif
       }
+      if (++next_step == last) next_step = first, next_tile += gridDim.x;
+      if (++next_slot == DEPTH) next_slot = 0;
+    }
+    asm volatile("cp.async.commit_group;");
   };
-
-  Step ring[RING];
 #pragma unroll
-  for (int i = 0; i < RING; ++i)
-    if (first + i < last) fetch(ring[i], first + i);
+  for (int i = 0; i < DEPTH - 1; ++i) fetch();
 
   asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
 
-  // x as bfloat16[rows, padded + PAD], in the order of the products; behind it the sums of its spans
-  u16* xs = (u16*)shared;
-  const int stride = padded + PAD;
-  float* sums = (float*)(xs + rows * stride);
 #if NORM
-  __shared__ float squares[WARPS][ROWS];
-  const float* x = (const float*)x_;
-  for (int n = 0; n < rows; ++n) {
-    float square = 0;
-    for (int k = threadIdx.x * 4; k < inputs; k += THREADS * 4) {
-      float4 v = *(const float4*)(x + (long long)n * inputs + k);
-      square += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-    }
-#pragma unroll
-    for (int other = 16; other; other >>= 1) square += __shfl_xor_sync(~0u, square, other);
-    if (lane == 0) squares[warp][n] = square;
-  }
-  __syncthreads();
-#else
-  const u16* x = (const u16*)x_;
+  // y = 1 / rms(x) * (x * norm) W^T: the first factor is known once all of x was seen, and joins at the end
+  __shared__ float squares[WARPS][8];
 #endif
   for (int n = 0; n < rows; ++n) {
 #if NORM
     float square = 0;
-#pragma unroll
-    for (int i = 0; i < WARPS; ++i) square += squares[i][n];
-    const float inverse = rsqrtf(square / inputs + epsilon);
 #endif
     for (int k = threadIdx.x * 8; k < padded; k += THREADS * 8) {
       u32 pairs[4] = {0, 0, 0, 0};
       if (k < inputs) {
 #if NORM
-        const float4* from_x = (const float4*)(x + (long long)n * inputs + k);
+        const float4* from_x = (const float4*)((const float*)x_ + (long long)n * inputs + k);
         const float4* from_norm = (const float4*)(norm + k);
-        float4 a = from_x[0], b = from_x[1], u = from_norm[0], v = from_norm[1];
-        pairs[0] = bfloat_pair(a.x * inverse * u.x, a.y * inverse * u.y);
-        pairs[1] = bfloat_pair(a.z * inverse * u.z, a.w * inverse * u.w);
-        pairs[2] = bfloat_pair(b.x * inverse * v.x, b.y * inverse * v.y);
-        pairs[3] = bfloat_pair(b.z * inverse * v.z, b.w * inverse * v.w);
+        const float4 a = from_x[0], b = from_x[1], u = from_norm[0], v = from_norm[1];
+        square += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w + b.x * b.x + b.y * b.y + b.z * b.z + b.w * b.w;
+        pairs[0] = bfloat_pair(a.x * u.x, a.y * u.y);
+        pairs[1] = bfloat_pair(a.z * u.z, a.w * u.w);
+        pairs[2] = bfloat_pair(b.x * v.x, b.y * v.y);
+        pairs[3] = bfloat_pair(b.z * v.z, b.w * v.w);
 #else
-        uint4 given = *(const uint4*)(x + (long long)n * inputs + k);
+        const uint4 given = *(const uint4*)((const u16*)x_ + (long long)n * inputs + k);
         pairs[0] = given.x, pairs[1] = given.y, pairs[2] = given.z, pairs[3] = given.w;
 #endif
       }
@@ -187,109 +177,133 @@ few_rows(const void* __restrict__ x_, const float* __restrict__ norm, float epsi
       for (int other = SPAN / 16; other; other >>= 1) sum += __shfl_xor_sync(__activemask(), sum, other);
       if (k % SPAN == 0) sums[n * (padded / SPAN) + k / SPAN] = sum;
       // 0 4, 1 5, 2 6, 3 7
-      uint4 turned = {__byte_perm(pairs[0], pairs[2], 0x5410), __byte_perm(pairs[0], pairs[2], 0x7632),
-                      __byte_perm(pairs[1], pairs[3], 0x5410), __byte_perm(pairs[1], pairs[3], 0x7632)};
-      *(uint4*)(xs + n * stride + k) = turned;
+      *(uint4*)(xs + n * stride + k) =
+          uint4{__byte_perm(pairs[0], pairs[2], 0x5410), __byte_perm(pairs[0], pairs[2], 0x7632),
+                __byte_perm(pairs[1], pairs[3], 0x5410), __byte_perm(pairs[1], pairs[3], 0x7632)};
 #else
       *(uint4*)(xs + n * stride + k) = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
 #endif
     }
+#if NORM
+#pragma unroll
+    for (int other = 16; other; other >>= 1) square += __shfl_xor_sync(~0u, square, other);
+    if (lane == 0) squares[warp][n] = square;
+#endif
   }
   __syncthreads();
 
-  float total[TILES][4] = {};
   const u16* column = xs + g * stride + t * 8;
-  auto compute = [&](const Step& at, int step) {
-    const u16* here = column + step * STEP;
+  const bool is_column = g < rows;
+  int slot = 0, buffer = 0;
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    // who ends the tile: a thread for each output and row
+    const int n = threadIdx.x / of_tile, place = threadIdx.x % of_tile, column_of_y = tile * of_tile + place;
+    const bool ends = n < rows && column_of_y < width;
+    const long long at = (long long)n * width + column_of_y;
+#if ENDING == RESIDUAL
+    const float held = ends ? residual[at] : 0;
+#endif
+
+    float total[TILES][4] = {};
+    for (int step = first; step < last; ++step) {
+      __syncwarp();
+      fetch();
+      asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
+      __syncwarp();
+      const char* from = ring + slot * SLOT;
+      if (++slot == DEPTH) slot = 0;
+      const u16* here = column + step * STEP;
+      uint4 w[TILES][2];
+#pragma unroll
+      for (int part = 0; part < TILES; ++part)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) w[part][half] = *(const uint4*)(from + part * 1024 + half * 512 + lane * 16);
 #if BITS == 4
-    float sum[TILES][4] = {};
+      float sum[TILES][2][4] = {};  // two, so that products wait for each other half as long
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      uint4 b = g < rows ? *(const uint4*)(here + i * 32) : uint4{0, 0, 0, 0};
+      for (int i = 0; i < 4; ++i) {
+        const uint4 b = is_column ? *(const uint4*)(here + i * 32) : uint4{0, 0, 0, 0};
 #pragma unroll
-      for (int tile = 0; tile < TILES; ++tile) {
-        u32 p = (&at.weight[tile][0].x)[i], q = (&at.weight[tile][1].x)[i];
-        multiply(sum[tile], nibbles(p, 0), nibbles(q, 0), nibbles(p, 4), nibbles(q, 4), b.x, b.y);
-        multiply(sum[tile], nibbles(p, 8), nibbles(q, 8), nibbles(p, 12), nibbles(q, 12), b.z, b.w);
-      }
-      if ((i + 1) * 32 % SPAN == 0) {
-        const int span = i * 32 / SPAN, place = step * SPANS + span, of_row = padded / SPAN;
-        const float left = 2 * t < rows ? sums[2 * t * of_row + place] : 0;
-        const float right = 2 * t + 1 < rows ? sums[(2 * t + 1) * of_row + place] : 0;
+        for (int part = 0; part < TILES; ++part) {
+          const u32 p = (&w[part][0].x)[i], q = (&w[part][1].x)[i];
+          multiply(sum[part][0], nibbles(p, 0), nibbles(q, 0), nibbles(p, 4), nibbles(q, 4), b.x, b.y);
+          multiply(sum[part][1], nibbles(p, 8), nibbles(q, 8), nibbles(p, 12), nibbles(q, 12), b.z, b.w);
+        }
+        if ((i + 1) * 32 % SPAN == 0) {
+          const int span = i * 32 / SPAN, of_row = padded / SPAN, of_x = step * SPANS + span;
+          const float left = 2 * t < rows ? sums[2 * t * of_row + of_x] : 0;
+          const float right = 2 * t + 1 < rows ? sums[(2 * t + 1) * of_row + of_x] : 0;
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile)
+          for (int part = 0; part < TILES; ++part)
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const float by = half_float(at.scale[tile][half][span]);
+            for (int half = 0; half < 2; ++half) {
+              const int output = span * 16 + half * 8 + g;
+              const float by = half_float(((const u16*)(from + TILES * 1024 + part * SCALE_BYTES))[output]);
 #if ZEROS
-            const float less = 128.0f + at.zero[tile][half][span];
+              const char* zeros = from + TILES * (1024 + SCALE_BYTES) + part * ZERO_BYTES;
+              const float less = 128.0f + ((const unsigned char*)zeros)[output];
 #else
-            const float less = 136.0f;
+              const float less = 136.0f;
 #endif
-            total[tile][2 * half] += by * (sum[tile][2 * half] - less * left);
-            total[tile][2 * half + 1] += by * (sum[tile][2 * half + 1] - less * right);
-            sum[tile][2 * half] = sum[tile][2 * half + 1] = 0;
-          }
+#pragma unroll
+              for (int side = 0; side < 2; ++side) {
+                const int c = 2 * half + side;
+                total[part][c] += by * (sum[part][0][c] + sum[part][1][c] - less * (side ? right : left));
+                sum[part][0][c] = sum[part][1][c] = 0;
+              }
+            }
+        }
       }
-    }
 #else
-    uint4 b = g < rows ? *(const uint4*)here : uint4{0, 0, 0, 0};
+      const uint4 b = is_column ? *(const uint4*)here : uint4{0, 0, 0, 0};
 #pragma unroll
-    for (int tile = 0; tile < TILES; ++tile) {
-      uint4 p = at.weight[tile][0], q = at.weight[tile][1];
-      multiply(total[tile], p.x, q.x, p.y, q.y, b.x, b.y);
-      multiply(total[tile], p.z, q.z, p.w, q.w, b.z, b.w);
-    }
-#endif
-  };
-  for (int step = first; step < last; step += RING) {
-#pragma unroll
-    for (int i = 0; i < RING; ++i)
-      if (step + i < last) {
-        compute(ring[i], step + i);
-        if (step + i + RING < last) fetch(ring[i], step + i + RING);
+      for (int part = 0; part < TILES; ++part) {
+        multiply(total[part], w[part][0].x, w[part][1].x, w[part][0].y, w[part][1].y, b.x, b.y);
+        multiply(total[part], w[part][0].z, w[part][1].z, w[part][0].w, w[part][1].w, b.z, b.w);
       }
-  }
+#endif
+    }
 
-  __syncthreads();  // nobody reads x any more
-  float* parts = (float*)shared;  // [WARPS][ROWS][16 * TILES]
+    // Warps are at most one tile apart, so two buffers are enough for one barrier a tile.
+    float* mine = parts + (buffer * WARPS + warp) * rows * 16 * TILES;
 #pragma unroll
-  for (int tile = 0; tile < TILES; ++tile)
+    for (int part = 0; part < TILES; ++part)
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      parts[(warp * ROWS + 2 * t + (i & 1)) * 16 * TILES + tile * 16 + (i >> 1) * 8 + g] = total[tile][i];
-  __syncthreads();
-
-  auto whole = [&](int n, int place, int row) {
-    float sum = 0;
+      for (int c = 0; c < 4; ++c)
+        if (2 * t + (c & 1) < rows)
+          mine[(2 * t + (c & 1)) * 16 * TILES + part * 16 + (c >> 1) * 8 + g] = total[part][c];
+    __syncthreads();
+    if (ends) {
+      const float* all = parts + (buffer * WARPS * rows + n) * 16 * TILES + place;
+      float y = 0, up = 0, by = 1;
 #pragma unroll
-    for (int i = 0; i < WARPS; ++i) sum += parts[(i * ROWS + n) * 16 * TILES + place];
+      for (int i = 0; i < WARPS; ++i) {
+        y += all[i * rows * 16 * TILES];
+        if (ENDING == SILU) up += all[i * rows * 16 * TILES + 16];
+      }
+#if NORM
+      float square = 0;
+#pragma unroll
+      for (int i = 0; i < WARPS; ++i) square += squares[i][n];
+      by = rsqrtf(square / inputs + epsilon);
+#endif
 #if BITS == 4
-    sum *= factor[row];
+      if (ENDING == SILU) up *= by * factor[width + column_of_y];
+      y *= by * factor[column_of_y];
+#else
+      if (ENDING == SILU) up *= by;
+      y *= by;
 #endif
-    return sum;
-  };
 #if ENDING == SILU
-  const int half_outputs = outputs / 2;
-  for (int i = threadIdx.x; i < 16 * rows; i += THREADS) {
-    const int n = i / 16, place = i % 16, row = blockIdx.x * 16 + place;
-    if (row >= half_outputs) continue;
-    const float gate = whole(n, place, row), up = whole(n, 16 + place, half_outputs + row);
-    ((u16*)y_)[(long long)n * half_outputs + row] = (u16)bfloat_pair(gate / (1 + __expf(-gate)) * up, 0);
-  }
-#else
-  for (int i = threadIdx.x; i < 16 * TILES * rows; i += THREADS) {
-    const int n = i / (16 * TILES), place = i % (16 * TILES), row = blockIdx.x * 16 * TILES + place;
-    if (row >= outputs) continue;
-    const float sum = whole(n, place, row);
-    const long long at = (long long)n * outputs + row;
-#if ENDING == STORE
-    ((u16*)y_)[at] = (u16)bfloat_pair(sum, 0);
+      ((u16*)y_)[at] = (u16)bfloat_pair(y / (1 + __expf(-y)) * up, 0);
+#elif ENDING == STORE
+      ((u16*)y_)[at] = (u16)bfloat_pair(y, 0);
 #elif ENDING == LOGITS
-    ((float*)y_)[at] = sum;
+      ((float*)y_)[at] = y;
 #else
-    ((float*)y_)[at] = residual[at] + sum;
+      ((float*)y_)[at] = held + y;
 #endif
+    }
+    buffer ^= 1;
   }
-#endif
 }

@@ -7,6 +7,7 @@ arithmetic: the weight becomes floats (`unpacked`) for the length of the call, a
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -24,7 +25,9 @@ STEP = 128
 """Inputs of a 4-bit weight that a warp takes at a time; rows are filled up to a multiple with weights of 0."""
 MOST_ROWS = 8
 _SOURCE = Path(__file__).with_name("few_rows.cu")
-_THREADS, _TILE = 256, 16
+_TILE, _WARPS, _DEPTH = 16, 8, 8
+_MANY_TILES = 8
+"""Tiles of 16 outputs for each multiprocessor from which on it takes two at once."""
 _STATIC_BYTES = 2048
 """Of shared memory, for what the kernel and the driver take beside x."""
 
@@ -65,8 +68,8 @@ class FloatWeight:
 class GroupedWeight:
     """(value - zero) * scale * factor, 4 bits each. See `pack`.
 
-    packed: uint8[outputs, padded / 2]; scale: float16[outputs, groups], the largest of an output is 1; factor:
-    float32[outputs]; zero: uint8[outputs, groups], None is 8. `group` inputs share a scale, a multiple of `span`.
+    packed: uint8[outputs, padded / 2]; scale: float16[outputs / 16, groups, 16], the largest of an output is 1; factor:
+    float32[outputs]; zero: uint8 in the shape of scale, None is 8. `group` inputs share a scale, a multiple of `span`.
     """
 
     packed: torch.Tensor
@@ -118,31 +121,19 @@ def pack(
         middle = torch.full((outputs, short // 2), 0x88, dtype=torch.uint8, device=values.device)
         values = torch.cat([values, middle], dim=1)
     packed = values.reshape(outputs, -1, 4, 4, 4).transpose(2, 3).reshape(outputs, -1).contiguous()
-    groups = -(-(inputs + short) // group)
-    missing = groups - scale.shape[1]
-    if missing:
-        scale = torch.nn.functional.pad(scale, (0, missing))
-        zero = None if zero is None else torch.nn.functional.pad(zero, (0, missing), value=8)
     factor = scale.abs().amax(dim=1)
-    ratio = scale / torch.where(factor == 0, 1, factor)[:, None]
-    return GroupedWeight(packed, ratio.to(torch.float16).contiguous(), factor, zero, group, inputs)
-
-
-def merged(weights: list[Weight]) -> Weight:
-    """One weight with the outputs of several that have the same inputs and format, one behind the other."""
-    first = weights[0]
-    if isinstance(first, FloatWeight):
-        return FloatWeight(torch.cat([w.values for w in weights if isinstance(w, FloatWeight)]))
-    grouped = [w for w in weights if isinstance(w, GroupedWeight)]
-    zeros = [w.zero for w in grouped if w.zero is not None]
+    ratio = (scale / torch.where(factor == 0, 1, factor)[:, None]).to(torch.float16)
+    groups = -(-(inputs + short) // group)
     return GroupedWeight(
-        torch.cat([w.packed for w in grouped]),
-        torch.cat([w.scale for w in grouped]),
-        torch.cat([w.factor for w in grouped]),
-        torch.cat(zeros) if zeros else None,
-        first.group,
-        first.inputs,
+        packed, _in_tiles(ratio, groups), factor, None if zero is None else _in_tiles(zero, groups), group, inputs
     )
+
+
+def _in_tiles(of_groups: torch.Tensor, groups: int) -> torch.Tensor:
+    """[outputs, fewer groups] -> [outputs / 16, groups, 16], filled up with zeros."""
+    outputs, given = of_groups.shape
+    filled = torch.nn.functional.pad(of_groups, (0, groups - given, 0, -outputs % _TILE))
+    return filled.reshape(-1, _TILE, groups).transpose(1, 2).contiguous()
 
 
 def unpacked(weight: GroupedWeight, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -171,6 +162,11 @@ def _nibbles(packed, rows, k, row_bytes, mask):  # type: ignore[no-untyped-def]
 
 
 @jit
+def _place_of_scale(rows, group, groups):  # type: ignore[no-untyped-def]
+    return ((rows // 16).to(tl.int64) * groups + group) * 16 + rows % 16
+
+
+@jit
 def _unpack(  # type: ignore[no-untyped-def]
     packed, scale, factor, zero, out, outputs, inputs, row_bytes, group, groups,
     HAS_ZERO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -179,7 +175,7 @@ def _unpack(  # type: ignore[no-untyped-def]
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = (rows < outputs)[:, None] & (k < inputs)[None, :]
     value = _nibbles(packed, rows, k, row_bytes, mask).to(tl.float32)
-    place = rows[:, None].to(tl.int64) * groups + (k // group)[None, :]
+    place = _place_of_scale(rows[:, None], (k // group)[None, :], groups)
     by = tl.load(scale + place, mask=mask, other=0).to(tl.float32)
     less = tl.load(zero + place, mask=mask, other=0).to(tl.float32) if HAS_ZERO else 8.0
     whole = tl.load(factor + rows, mask=rows < outputs, other=0)
@@ -207,13 +203,16 @@ def few_rows(
     if out is None:
         kind = torch.float32 if ending in (Ending.LOGITS, Ending.RESIDUAL) else dtype
         out = torch.empty(rows, width, dtype=kind, device=x.device)
-    most = _most_rows(weight) if x.is_cuda and dtype == torch.bfloat16 else 0
-    if most:
-        for start in range(0, rows, most):
-            part = slice(start, start + most)
-            _launch_cuda(x[part], weight, ending, norm, None if residual is None else residual[part], out[part])
-    else:
+    shape = None
+    if x.is_cuda and dtype == torch.bfloat16:
+        kind = (16, 0, False) if isinstance(weight, FloatWeight) else (4, weight.span, weight.zero is not None)
+        shape = _shape(kind, _padded(weight), weight.outputs, rows, ending == Ending.SILU, x.device.index or 0)
+    if shape is None:
         _launch_triton(x, weight, ending, norm, residual, out, exact=dtype == torch.float32)
+        return out
+    for start in range(0, rows, shape.rows):
+        part = slice(start, start + shape.rows)
+        _launch_cuda(x[part], weight, shape, ending, norm, None if residual is None else residual[part], out[part])
     return out
 
 
@@ -224,26 +223,44 @@ def _padded(weight: Weight) -> int:
     return weight.inputs if isinstance(weight, FloatWeight) else weight.padded
 
 
-def _shared_bytes(weight: Weight, rows: int) -> int:
-    """What few_rows.cu asks for: x, the sums of its spans, and in their place the sums of the warps."""
-    padded = _padded(weight)
-    sums = 4 * padded // weight.span if isinstance(weight, GroupedWeight) else 0
-    return max(rows * (2 * (padded + 8) + sums), (_THREADS // 32) * 8 * 2 * _TILE * 4)
+@dataclass(frozen=True)
+class _Shape:
+    """How few_rows.cu runs: how many rows of x at once, its definitions, and what shared memory it asks for."""
+
+    rows: int
+    tiles: int
+    warps: int
+    depth: int
+    shared_bytes: int
 
 
-def _most_rows(weight: Weight) -> int:
-    """How many rows few_rows.cu can take at once: 0 where it cannot take this weight."""
-    device = weight.values.device if isinstance(weight, FloatWeight) else weight.packed.device
+@functools.cache
+def _shape(
+    weight_format: tuple[int, int, bool], padded: int, outputs: int, rows: int, silu: bool, device: int
+) -> _Shape | None:
+    """The largest that fits the device, for a weight of (bits, span, has zeros); None where it cannot run."""
     limits = torch.cuda.get_device_properties(device)
-    if limits.major < 9 or weight.inputs % 32 or weight.outputs % 32:
-        return 0
+    bits, span, has_zero = weight_format
+    if limits.major < 9 or padded % STEP or outputs % (2 * _TILE):
+        return None
     room = limits.shared_memory_per_block_optin - _STATIC_BYTES
-    return next((rows for rows in range(MOST_ROWS, 0, -1) if _shared_bytes(weight, rows) <= room), 0)
+    tiles = 2 if silu or outputs > _MANY_TILES * _TILE * limits.multi_processor_count else 1
+    for most in range(min(rows, MOST_ROWS), 0, -1):
+        for depth in (_DEPTH // tiles, 4, 3, 2):
+            of_scales = 0 if bits == 16 else STEP // span * (32 + 16 * has_zero)
+            ring = _WARPS * depth * tiles * (1024 + of_scales)
+            staged = most * (2 * (padded + 8) + (0 if bits == 16 else 4 * (padded // span)))
+            size = ring + staged + 2 * _WARPS * most * _TILE * tiles * 4
+            if size <= room:
+                passes = -(-rows // most)
+                return _Shape(-(-rows // passes), tiles, _WARPS, depth, size)
+    return None
 
 
 def _launch_cuda(
     x: torch.Tensor,
     weight: Weight,
+    shape: _Shape,
     ending: Ending,
     norm: tuple[torch.Tensor, float] | None,
     residual: torch.Tensor | None,
@@ -256,17 +273,21 @@ def _launch_cuda(
         "ZEROS": int(grouped is not None and grouped.zero is not None),
         "NORM": int(norm is not None),
         "ENDING": int(ending),
+        "TILES": shape.tiles,
+        "WARPS": shape.warps,
+        "DEPTH": shape.depth,
     }
     device = x.device.index or 0
     major, minor = torch.cuda.get_device_capability(device)
     kernel = nvrtc.kernel(_SOURCE, "few_rows", tuple(definitions.items()), device, f"sm_{major}{minor}")
     rows = x.shape[0]
-    blocks = -(-weight.outputs // (2 * _TILE))
+    tiles = -(-weight.outputs // (_TILE * shape.tiles))
+    blocks = min(tiles, torch.cuda.get_device_properties(device).multi_processor_count)
     first = weight.values if isinstance(weight, FloatWeight) else weight.packed
     group, groups = (1, 0) if grouped is None else (grouped.group, grouped.scale.shape[1])
 
-    def address(tensor: torch.Tensor | None) -> tuple[int | None, Any]:
-        return (None if tensor is None else tensor.data_ptr(), nvrtc.POINTER)
+    def address(tensor: torch.Tensor | None) -> tuple[int, Any]:
+        return (0 if tensor is None else tensor.data_ptr(), nvrtc.POINTER)
 
     arguments = [
         address(x),
@@ -286,7 +307,7 @@ def _launch_cuda(
         (weight.outputs, nvrtc.INT),
     ]
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    kernel.launch((blocks, 1), _THREADS, _shared_bytes(weight, rows), arguments, stream)
+    kernel.launch((blocks, 1), 32 * shape.warps, shape.shared_bytes, arguments, stream)
 
 
 # --- Triton -------------------------------------------------------------------------------------------------------
@@ -368,7 +389,7 @@ def _part(  # type: ignore[no-untyped-def]
     mask = (here < outputs)[:, None] & (k < inputs)[None, :]
     if GROUPED:
         weight = _nibbles(values, here, k, row_size, mask).to(tl.float32)
-        place = here.to(tl.int64) * groups + tl.min(k) // group
+        place = _place_of_scale(here, tl.min(k) // group, groups)
         weight -= tl.load(zero + place, here < outputs, 0).to(tl.float32)[:, None] if HAS_ZERO else 8.0
         by = tl.load(scale + place, here < outputs, 0.0).to(tl.float32) * tl.load(factor + here, here < outputs, 0.0)
         weight = tl.where(mask, weight, 0.0)
