@@ -391,3 +391,21 @@ def _place_problems(step: Step, sizes: Mapping[str, int], files: Sequence[str]) 
             )
         elif place.offset % alignment:
             yield f"{codec.shown(name)} lies at {place.offset}, expected a multiple of {alignment}"
+
+
+def interface(program: Program, spec: GraphSpec) -> tuple[set[str], set[str]]:
+    """Names of the inputs and outputs of the graph that a program computes."""
+    inputs = {port.name for port in program.inputs}
+    outputs = {port.name for port in program.outputs}
+    for step in program.steps:
+        if isinstance(step, GatherRows):
+            inputs.add(step.ids)
+        elif isinstance(step, SelectRows):
+            inputs.add(step.positions)
+        elif isinstance(step, Attention) and step.bias is not None:
+            inputs.add(step.bias)
+        elif isinstance(step, CausalAttention):
+            states = spec.states[2 * step.layer : 2 * step.layer + 2]
+            inputs |= {"position_ids", *(state.input for state in states)}
+            outputs |= {state.output for state in states}
+    return inputs, outputs

@@ -20,10 +20,11 @@ from lensc.export.quantize.scheme import Scheme
 from lensc.profiles import probe
 
 from ._native_session import NativeDecoderSession, NativeSession
-from ._program import BITS, CHUNK_BYTES, Attention, CausalAttention, GatherRows, Linear, Program, SelectRows
-from ._program_file import FORMAT, check_spec, read, write
+from ._program import BITS, CHUNK_BYTES, Attention, CausalAttention, Linear, Program
+from ._program_file import FORMAT, check_spec, interface, read, write
 from ._program_lower import lower
 from ._program_reference import NumpySession
+from ._program_weights import model_of
 from .base import (
     Artifact,
     Probe,
@@ -88,7 +89,7 @@ class Native:
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            program = lower(_model(graph.path), graph.spec, partial / own, scheme.activation_bits)
+            program = lower(model_of(graph.path), graph.spec, partial / own, scheme.activation_bits)
             _check_groups(program)
             write(program, partial / name)
             data = [share_weights(graph.path.parent / file, out) for file in program.files if file != own]
@@ -118,7 +119,7 @@ class Native:
             program = read(path)
         except GraphError as error:
             raise ExecutionError(str(error)) from error
-        check_interface(spec, *_interface(program, spec))
+        check_interface(spec, *interface(program, spec))
         check_spec(program, spec)
         scheme = Scheme.parse(artifact.scheme)
         kernels = _kernels()
@@ -180,16 +181,6 @@ def _isa(kernels: Any) -> str:
     return wanted
 
 
-def _model(path: Path) -> Any:
-    import onnx_ir as ir
-
-    try:
-        return ir.load(path)
-    except Exception as error:  # protobuf's own, and whatever a damaged file makes of the reader
-        reason = " ".join(str(error).split())[:200]
-        raise ExecutionError(f"{path}: cannot be read as ONNX: {reason}; export it again") from error
-
-
 def _options(scheme: Scheme, program: Program) -> dict[str, str]:
     """What the manifest says of how the program computes."""
     is_int8 = scheme.activation_bits == 8
@@ -200,24 +191,6 @@ def _options(scheme: Scheme, program: Program) -> dict[str, str]:
         cache = {8: "int8, a scale per head and token", 16: "float16"}
         options["kv_cache"] = cache.get(scheme.kv_bits or 0, "float16" if is_int8 else "float32")
     return options
-
-
-def _interface(program: Program, spec: GraphSpec) -> tuple[set[str], set[str]]:
-    """Names of the inputs and outputs of the graph that a program computes."""
-    inputs = {port.name for port in program.inputs}
-    outputs = {port.name for port in program.outputs}
-    for step in program.steps:
-        if isinstance(step, GatherRows):
-            inputs.add(step.ids)
-        elif isinstance(step, SelectRows):
-            inputs.add(step.positions)
-        elif isinstance(step, Attention) and step.bias is not None:
-            inputs.add(step.bias)
-        elif isinstance(step, CausalAttention):
-            states = spec.states[2 * step.layer : 2 * step.layer + 2]
-            inputs |= {"position_ids", *(state.input for state in states)}
-            outputs |= {state.output for state in states}
-    return inputs, outputs
 
 
 backend = Native()

@@ -249,7 +249,7 @@ def _shape(
         for depth in (_DEPTH // tiles, 4, 3, 2):
             of_scales = 0 if bits == 16 else STEP // span * (32 + 16 * has_zero)
             ring = _WARPS * depth * tiles * (1024 + of_scales)
-            staged = most * (2 * (padded + 8) + (0 if bits == 16 else 4 * (padded // span)))
+            staged = most * (2 * padded + (16 if bits == 16 else 32 + 8 * (padded // span)))
             size = ring + staged + 2 * _WARPS * most * _TILE * tiles * 4
             if size <= room:
                 passes = -(-rows // most)
@@ -266,13 +266,15 @@ def _launch_cuda(
     residual: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    grouped = weight if isinstance(weight, GroupedWeight) else None
+    grouped, rows = weight if isinstance(weight, GroupedWeight) else None, x.shape[0]
     definitions = {
         "BITS": 16 if grouped is None else 4,
+        "GROUP": 0 if grouped is None else grouped.group,
         "SPAN": 0 if grouped is None else grouped.span,
         "ZEROS": int(grouped is not None and grouped.zero is not None),
         "NORM": int(norm is not None),
         "ENDING": int(ending),
+        "MOST_ROWS": 4 if rows <= 4 else MOST_ROWS,
         "TILES": shape.tiles,
         "WARPS": shape.warps,
         "DEPTH": shape.depth,
@@ -280,11 +282,10 @@ def _launch_cuda(
     device = x.device.index or 0
     major, minor = torch.cuda.get_device_capability(device)
     kernel = nvrtc.kernel(_SOURCE, "few_rows", tuple(definitions.items()), device, f"sm_{major}{minor}")
-    rows = x.shape[0]
     tiles = -(-weight.outputs // (_TILE * shape.tiles))
     blocks = min(tiles, torch.cuda.get_device_properties(device).multi_processor_count)
     first = weight.values if isinstance(weight, FloatWeight) else weight.packed
-    group, groups = (1, 0) if grouped is None else (grouped.group, grouped.scale.shape[1])
+    groups = 0 if grouped is None else grouped.scale.shape[1]
 
     def address(tensor: torch.Tensor | None) -> tuple[int, Any]:
         return (0 if tensor is None else tensor.data_ptr(), nvrtc.POINTER)
@@ -297,7 +298,6 @@ def _launch_cuda(
         address(None if grouped is None else grouped.scale),
         address(None if grouped is None else grouped.factor),
         address(None if grouped is None else grouped.zero),
-        (group, nvrtc.INT),
         (groups, nvrtc.INT),
         address(residual),
         address(out),

@@ -105,7 +105,7 @@ def test_cuda_compiles_without_a_card(arch: str, tmp_path: Path, monkeypatch: py
         if arch == "sm_100" and ending != gpu.Ending.SILU:
             continue
         definitions = {"BITS": bits, "SPAN": span, "ZEROS": zeros, "NORM": norm, "ENDING": int(ending)}
-        definitions |= {"TILES": 2, "WARPS": 8, "DEPTH": 4}
+        definitions |= {"GROUP": span, "MOST_ROWS": 8, "TILES": 2, "WARPS": 8, "DEPTH": 4}
         assert nvrtc.binary(SOURCE, definitions, arch)[:4] == b"\x7fELF"
     kept = list(tmp_path.rglob("*.cubin"))
     assert len(kept) == (24 if arch == "sm_90" else 6)
