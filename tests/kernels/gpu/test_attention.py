@@ -68,8 +68,8 @@ class Cached:
                 scales.append(None)
         return caches, scales
 
-    def check(self, splits: int | None, limit: float = 1) -> None:
-        """By decode_attention if there are splits, twice over one scratch, else by prefill_attention."""
+    def check(self, splits: int | None, limit: float = 1, launches: int = 1) -> None:
+        """By decode_attention if there are splits, over one scratch, else by prefill_attention."""
         caches, scales = self.stored()
         q = torch.from_numpy(self.q).to(self.dtype)
         _, _, heads, dim = q.shape
@@ -79,7 +79,7 @@ class Cached:
         else:
             kv_heads = caches[0].shape[1]
             scratch = decode_scratch(self.batch, self.tokens, heads, kv_heads, dim, self.device, splits)
-            results = [decode_attention(*given, scratch, *scales) for _ in range(2)]
+            results = [decode_attention(*given, scratch, *scales) for _ in range(launches)]
             assert (scratch.finished == 0).all()
         past = self.length - self.tokens
         for b in range(self.batch):
@@ -97,7 +97,7 @@ class Cached:
 @pytest.mark.parametrize("past", (0, 1, 63, 200))
 @pytest.mark.parametrize("tokens", (1, 2, 8))
 def test_decode_past(tokens: int, past: int, device: torch.device) -> None:
-    Cached(past, tokens, (4, 2), 64, 1, TYPES[1], device).check(splits=3)
+    Cached(past, tokens, (4, 2), 64, 1, TYPES[1], device).check(splits=3, launches=2 if tokens == 1 else 1)
 
 
 @pytest.mark.parametrize("types", TYPES, ids=str)
@@ -109,8 +109,8 @@ def test_decode_shapes(heads: tuple[int, int], dim: int, types: tuple, device: t
 @pytest.mark.parametrize("splits", (1, 2, 5, 16, None))
 def test_decode_splits(splits: int | None, device: torch.device) -> None:
     """More splits than blocks, and the number that is chosen for a large GPU."""
-    case = Cached(200, 1, (4, 2), 8, 1, TYPES[0], device)
-    case.check(splits if splits else decode_scratch(1, 1, 4, 2, 8, device).splits)
+    case = Cached(100, 1, (2, 1), 8, 1, TYPES[0], device)
+    case.check(splits if splits else decode_scratch(1, 1, 2, 1, 8, device).splits)
 
 
 def test_a_token_that_sees_nothing_of_the_last_part(device: torch.device) -> None:
@@ -148,7 +148,7 @@ def test_prefill_shapes(heads: tuple[int, int], dim: int, types: tuple, device: 
 @pytest.mark.parametrize("types", (TYPES[0], TYPES[1]), ids=str)
 def test_large_logits(types: tuple, splits: int | None, device: torch.device) -> None:
     """One key takes all weight; exp of a logit would overflow. Of logits near 4000, float32 keeps 4 digits."""
-    case = Cached(100, 3, (4, 2), 64, 1, types, device)
+    case = Cached(100, 3, (2, 1), 64, 1, types, device)
     case.q *= 1000
     case.check(splits, limit=100)
 
@@ -156,7 +156,7 @@ def test_large_logits(types: tuple, splits: int | None, device: torch.device) ->
 @pytest.mark.parametrize("splits", (3, None))
 def test_zeros(splits: int | None, device: torch.device) -> None:
     """All weights alike."""
-    case = Cached(100, 3, (4, 2), 64, 1, TYPES[0], device)
+    case = Cached(100, 3, (2, 1), 64, 1, TYPES[0], device)
     case.q *= 0
     case.check(splits)
 
@@ -194,7 +194,7 @@ def check_full(
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
 @pytest.mark.parametrize("dim", (8, 20, 40, 64, 72, 96, 128))
 def test_full_dims(dim: int, dtype: torch.dtype, device: torch.device) -> None:
-    check_full(full_case(2, 9, 70, 3, dim, dtype), None, 3, device)
+    check_full(full_case(2, 9, 70, 2, dim, dtype), None, 2, device)
 
 
 @pytest.mark.parametrize("keys", (1, 2, 64, 130))

@@ -34,7 +34,8 @@ def test_add_norm(rows: int, width: int, kind: str, dtype: torch.dtype, device: 
     weight, norm_bias = floats(width, seed=4), floats(width, seed=5)
     residual[-1] = 0
     residual[:, 1] *= 100
-    for given in ((residual, bias, norm_bias), (residual, None, None), (None, bias, norm_bias)):
+    variants = ((residual, bias, norm_bias), (residual, None, None), (None, bias, norm_bias))
+    for given in variants if rows < 63 else variants[:1]:
         on_device = [None if part is None else part.to(device) for part in given]
         stream, normalized = add_norm(x.to(device), *on_device[:2], weight.to(device), on_device[2], 1e-6, kind, dtype)
         exact = sum(np.asarray(part, np.float64) for part in (x.float(), *given[:2]) if part is not None)

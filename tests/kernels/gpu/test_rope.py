@@ -100,9 +100,8 @@ def check(
     ),
     ids=str,
 )
-@pytest.mark.parametrize("heads", ((4, 4), (6, 2), (8, 1)), ids=str)
-@pytest.mark.parametrize("dim", (8, 64, 72, 128))
-def test_append(dim: int, heads: tuple[int, int], types: tuple, device: torch.device) -> None:
+@pytest.mark.parametrize(("heads", "dim"), (((4, 4), 8), ((6, 2), 64), ((8, 1), 72), ((4, 2), 128)), ids=str)
+def test_append(heads: tuple[int, int], dim: int, types: tuple, device: torch.device) -> None:
     check(5, 3, heads, dim, 2, 11, types, device)
 
 
