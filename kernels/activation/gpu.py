@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-jit: Any = triton.jit
+jit: Callable[[Any], Any] = triton.jit
 
 _BLOCK = 1024
 _SLOPE = tl.constexpr(2 * math.sqrt(2 / math.pi))

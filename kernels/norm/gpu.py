@@ -4,13 +4,14 @@ registers for its statistics.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 import triton
 import triton.language as tl
 
-jit: Any = triton.jit
+jit: Callable[[Any], Any] = triton.jit
 
 
 def add_norm(

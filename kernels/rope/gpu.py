@@ -7,13 +7,14 @@ place; nothing here may be compiled with approximate functions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-jit: Any = triton.jit
+jit: Callable[[Any], Any] = triton.jit
 
 
 def rope_append(

@@ -80,6 +80,11 @@ LAYERS = {
     "export.graph": Layer((), siblings=False),
     "export.quantize.scheme": Layer(("backends.errors",), siblings=False),
     "kernels": Layer((), anywhere=frozenset({"numpy"}), in_functions=frozenset({"torch", "triton"})),
+    # Imported by nobody but who has a GPU, inside functions.
+    **{
+        f"kernels.{operator}.gpu": Layer(("kernels",), anywhere=frozenset({"numpy", "torch", "triton"}))
+        for operator in ("activation", "attention", "linear", "norm", "rope")
+    },
     "profiles": Layer(("backends.errors", "backends.codec")),
     "bench": Layer(EVERYTHING, anywhere=frozenset({"numpy", "PIL"}), in_functions=EVERYTHING),
 }
@@ -195,6 +200,8 @@ def test_imports_are_allowed(name: str) -> None:
         ("lensc.export.onnx", "from lensc.bench import record", "which its layer may not"),
         ("lensc.export.onnx", "def f():\n    import transformers", "transformers, which its layer may not"),
         ("lensc.profiles.probe", "import numpy", "numpy, which its layer may not"),
+        ("lensc.kernels.rope.reference", "import torch", "only inside functions"),
+        ("lensc.kernels.rope.gpu", "import onnxruntime", "onnxruntime, which its layer may not"),
         ("lensc.kernels", "from lensc.export import graph", "which its layer may not"),
         ("lensc.cli", "import numpy", "only inside functions"),
         ("lensc", "import torch", "torch, which its layer may not"),
@@ -216,6 +223,7 @@ def test_violation_is_found(name: str, source: str, expected: str) -> None:
         ("lensc.backends.onnxruntime", "from .errors import UnavailableError\nfrom ._onnxruntime_options import x"),
         ("lensc.export.verify", "import torch\nfrom lensc.runtime.prompt import Tokenizer"),
         ("lensc.bench.demo", "def f():\n    import transformers"),
+        ("lensc.kernels.rope.gpu", "import torch\nimport triton.language as tl"),
         ("lensc.cli", "def f():\n    from lensc.export import build"),
     ],
 )

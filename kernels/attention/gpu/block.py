@@ -5,12 +5,13 @@ and the weighted sum of values (Milakov and Gimelshein 2018). Logits are in unit
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import triton
 import triton.language as tl
 
-jit: Any = triton.jit
+jit: Callable[[Any], Any] = triton.jit
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(-1e30)

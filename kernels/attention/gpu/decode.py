@@ -4,6 +4,7 @@ for all query heads that share a kv head, and the last to finish adds up the par
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import triton.language as tl
 
 from .block import LOG2E, LOWEST, attend
 
-jit: Any = triton.jit
+jit: Callable[[Any], Any] = triton.jit
 
 _PROGRAMS = 128
 """That read a cache at once: about one for each multiprocessor of a large GPU."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import triton.language as tl
 
 from .block import LOG2E, attend
 
-jit: Any = triton.jit
+jit: Callable[[Any], Any] = triton.jit
 
 
 def prefill_attention(
