@@ -1,13 +1,16 @@
 """What every test runs under: no folder of the root importable by its bare name, a cache folder of its own, and the
-versions in the header.
+versions in the header. Where no GPU is, Triton's interpreter takes its place.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +18,29 @@ ROOT = Path(__file__).parent.parent
 
 # `python -m pytest` without -P puts the working folder here, and with it the bare names (`kernels`, `export`, ...).
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+try:
+    ctypes.CDLL("libcuda.so.1")
+except OSError:
+    os.environ["TRITON_INTERPRET"] = "1"  # read by every kernel as it is defined
+
+
+@pytest.fixture(scope="session")
+def device() -> Any:
+    """The torch.device that GPU kernels run on: the GPU, or the CPU in Triton's interpreter."""
+    torch = pytest.importorskip("torch", reason="pip install 'lensc[cuda]'")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="pip install 'lensc[cuda]'")
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        """Let numbers be bounds of loops: triton 3.6 makes them by int(array of one), which numpy 2.4 refuses."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
+    return torch.device("cpu")
 
 
 def pytest_report_header() -> list[str]:
