@@ -7,6 +7,7 @@
 #include "narrow.h"
 #include "panels.h"
 #include "quantize.h"
+#include "streams.h"
 #include "weights.h"
 
 namespace lensc::LENSC_ISA {
@@ -29,9 +30,9 @@ inline __m512i plane_of(__m512i bytes, int p, __m512i mask, __m512i flip) {
     return _mm512_and_si512(p ? _mm512_srli_epi16(bytes, p * Bits) : bytes, mask);
 }
 
-// `Outputs` outputs of `Rows` rows.
+// `Outputs` outputs, `apart` from each other, of `Rows` rows.
 template <int Bits, int Outputs, int Rows, bool WholeChunk>
-inline void stream_outputs(const Int4LinearArgs& a, int64_t output, int64_t row) {
+inline void stream_outputs(const Int4LinearArgs& a, int64_t output, int64_t apart, int64_t row) {
     constexpr int planes = 8 / Bits;
     const GroupWeight& w = a.weight;
     const int64_t row_bytes = w.row_bytes(), chunks = w.chunks(), groups = w.groups(), units = w.units();
@@ -41,69 +42,64 @@ inline void stream_outputs(const Int4LinearArgs& a, int64_t output, int64_t row)
     const float* scales = w.scales + output * groups;
     const __m512i mask = _mm512_set1_epi8(Bits == 2 ? 3 : 15), flip = _mm512_set1_epi8(w.is_signed ? -128 : 0);
     const __m512i lanes = unit_lanes(w);
+    // All loops over outputs and rows are unrolled, or the compiler keeps the sums in memory.
     __m512 sums[Outputs][Rows];
-    for (auto& of_output : sums)
-        for (auto& sum : of_output) sum = _mm512_setzero_ps();
+#pragma GCC unroll 8
+    for (int o = 0; o < Outputs; o++)
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; r++) sums[o][r] = _mm512_setzero_ps();
+    // Scales of the next outputs: rows as short as theirs begin before anything has seen that they are streams.
+    for (int o = 0; o < Outputs; o++)
+        for (int64_t g = 0; g < groups; g += 16) __builtin_prefetch(scales + (o * apart + 1) * groups + g);
     for (int64_t c = 0; c < chunks; c++) {
-        const int64_t left = row_bytes - c * chunk_bytes;
-        const __mmask64 bytes = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
-        const int64_t first = c * per_chunk;
+        const __mmask64 held = held_of(row_bytes - c * chunk_bytes);
+        const int64_t first = c * per_chunk, group = c / units_per_group;
         const __mmask16 scale_mask = static_cast<__mmask16>((1u << std::min<int64_t>(per_chunk, units - first)) - 1);
         __m512i unpacked[Outputs][planes];
+        __m512 scale[Outputs];
+#pragma GCC unroll 8
         for (int o = 0; o < Outputs; o++) {
-            const uint8_t* at = values + o * row_bytes + c * chunk_bytes;
-            _mm_prefetch(reinterpret_cast<const char*>(at + Outputs * row_bytes), _MM_HINT_T0);
-            const __m512i packed = _mm512_maskz_loadu_epi8(bytes, at);
+            const uint8_t* at = values + o * apart * row_bytes + c * chunk_bytes;
+            __builtin_prefetch(at + fetched_ahead);
+            const __m512i packed = _mm512_maskz_loadu_epi8(held, at);
+#pragma GCC unroll 4
             for (int p = 0; p < planes; p++) unpacked[o][p] = plane_of<Bits>(packed, p, mask, flip);
+            const float* of_output = scales + o * apart * groups;
+            scale[o] = WholeChunk ? _mm512_set1_ps(of_output[group])
+                                  : _mm512_permutexvar_ps(lanes, _mm512_maskz_loadu_ps(scale_mask, of_output + first));
         }
+#pragma GCC unroll 8
         for (int r = 0; r < Rows; r++) {
             const int8_t* x = a.x.values + (row + r) * padded + c * chunk_bytes * planes;
             const float* x_scales = a.x.scales + (row + r) * units + first;
             const __m512 x_scale =
                 WholeChunk ? _mm512_set1_ps(*x_scales)
                            : _mm512_permutexvar_ps(lanes, _mm512_maskz_loadu_ps(scale_mask, x_scales));
+#pragma GCC unroll 8
             for (int o = 0; o < Outputs; o++) {
                 __m512i product = _mm512_setzero_si512();
+#pragma GCC unroll 4
                 for (int p = 0; p < planes; p++)
                     product = _mm512_dpbusd_epi32(product, unpacked[o][p], _mm512_loadu_si512(x + p * 64));
-                const __m512 scale =
-                    WholeChunk ? _mm512_set1_ps(scales[o * groups + c / units_per_group])
-                               : _mm512_permutexvar_ps(
-                                     lanes, _mm512_maskz_loadu_ps(scale_mask, scales + o * groups + first));
-                sums[o][r] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(product), x_scale), scale, sums[o][r]);
+                sums[o][r] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(product), x_scale), scale[o], sums[o][r]);
             }
         }
     }
+#pragma GCC unroll 8
     for (int o = 0; o < Outputs; o++)
-        for (int r = 0; r < Rows; r++) put_streamed(a, output + o, row + r, _mm512_reduce_add_ps(sums[o][r]));
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; r++) put_streamed(a, output + o * apart, row + r, _mm512_reduce_add_ps(sums[o][r]));
 }
 
 #endif
 
 #if defined(__AVX512VNNI__) || defined(LENSC_BYTES)
 
-template <int Bits, int Rows, bool WholeChunk>
-void stream_rows(const Int4LinearArgs& a, int64_t row, Range outputs) {
-    constexpr int together = Rows <= 2 ? 4 : 2;
-    int64_t o = outputs.begin;
-    for (; o + together <= outputs.end; o += together) stream_outputs<Bits, together, Rows, WholeChunk>(a, o, row);
-    for (; o < outputs.end; o++) stream_outputs<Bits, 1, Rows, WholeChunk>(a, o, row);
-}
-
 template <int Bits, bool WholeChunk>
 void stream_bits(const Int4LinearArgs& a, Range outputs) {
-    int64_t row = 0;
-    for (; row + 8 <= a.x.rows; row += 8) stream_rows<Bits, 8, WholeChunk>(a, row, outputs);
-    switch (a.x.rows - row) {
-        case 1: return stream_rows<Bits, 1, WholeChunk>(a, row, outputs);
-        case 2: return stream_rows<Bits, 2, WholeChunk>(a, row, outputs);
-        case 3: return stream_rows<Bits, 3, WholeChunk>(a, row, outputs);
-        case 4: return stream_rows<Bits, 4, WholeChunk>(a, row, outputs);
-        case 5: return stream_rows<Bits, 5, WholeChunk>(a, row, outputs);
-        case 6: return stream_rows<Bits, 6, WholeChunk>(a, row, outputs);
-        case 7: return stream_rows<Bits, 7, WholeChunk>(a, row, outputs);
-        default: return;
-    }
+    stream_past(a.x.rows, outputs, [&](auto at_once, auto rows, int64_t output, int64_t apart, int64_t row) {
+        stream_outputs<Bits, decltype(at_once)::value, decltype(rows)::value, WholeChunk>(a, output, apart, row);
+    });
 }
 
 inline void stream(const Int4LinearArgs& a, Range outputs) {

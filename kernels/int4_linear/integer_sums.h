@@ -1,15 +1,12 @@
 // int4_linear for weights with multiples: all inputs of an output are summed as integers. Included by cpu.cpp.
 #pragma once
 #include <algorithm>
-#include <type_traits>
 
 #include "multiples.h"
 #include "panels.h"
+#include "streams.h"
 
 namespace lensc::LENSC_ISA {
-
-template <int N>
-using Constant = std::integral_constant<int, N>;
 
 #if !defined(__AVX512VNNI__) && !defined(LENSC_BYTES)
 
@@ -42,11 +39,7 @@ inline void put_sum(const Int4LinearArgs& a, int64_t output, int64_t row, int32_
 
 #if defined(__AVX512VNNI__)
 
-// Bytes from what is multiplied to what is fetched.
-constexpr int64_t fetched_ahead = 2048;
-
-// `Outputs` outputs, `apart` from each other, of `Rows` rows. Far apart, each is a stream of its own from memory: one
-// stream alone does not fill the lines that a core can wait for.
+// `Outputs` outputs, `apart` from each other, of `Rows` rows.
 template <int Bits, bool Lanes, int Outputs, int Rows>
 inline void stream_apart(const Int4LinearArgs& a, const GroupsOfChunks& groups, int64_t output, int64_t apart, int64_t row) {
     constexpr int planes = 8 / Bits;
@@ -111,26 +104,9 @@ template <int Bits, bool Lanes>
 void stream_multiples(const Int4LinearArgs& a, Range outputs) {
     const GroupsOfChunks groups(a.weight);
 #if defined(__AVX512VNNI__)
-    // `n` rows, of so many outputs at once that all sums are in registers
-    const auto rows = [&](auto n, auto at_once, int64_t row) {
-        constexpr int count = decltype(n)::value, streams = decltype(at_once)::value;
-        const int64_t apart = (outputs.end - outputs.begin) / streams;
-        int64_t o = outputs.begin;
-        for (; o < outputs.begin + apart; o++) stream_apart<Bits, Lanes, streams, count>(a, groups, o, apart, row);
-        for (o += (streams - 1) * apart; o < outputs.end; o++) stream_apart<Bits, Lanes, 1, count>(a, groups, o, 0, row);
-    };
-    int64_t row = 0;
-    for (; row + 8 <= a.x.rows; row += 8) rows(Constant<8>(), Constant<3>(), row);
-    switch (a.x.rows - row) {
-        case 1: return rows(Constant<1>(), Constant<8>(), row);
-        case 2: return rows(Constant<2>(), Constant<8>(), row);
-        case 3: return rows(Constant<3>(), Constant<4>(), row);
-        case 4: return rows(Constant<4>(), Constant<4>(), row);
-        case 5: return rows(Constant<5>(), Constant<4>(), row);
-        case 6: return rows(Constant<6>(), Constant<2>(), row);
-        case 7: return rows(Constant<7>(), Constant<2>(), row);
-        default: return;
-    }
+    stream_past(a.x.rows, outputs, [&](auto at_once, auto rows, int64_t output, int64_t apart, int64_t row) {
+        stream_apart<Bits, Lanes, decltype(at_once)::value, decltype(rows)::value>(a, groups, output, apart, row);
+    });
 #else
     for (int64_t row = 0; row < a.x.rows; row += most_streamed_rows)
         for (int64_t o = outputs.begin; o < outputs.end; o++)

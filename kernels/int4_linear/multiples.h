@@ -6,6 +6,7 @@
 
 #include "../cpu/bytes.h"
 #include "int4_linear.h"
+#include "weights.h"
 
 namespace lensc::LENSC_ISA {
 
@@ -80,8 +81,6 @@ inline __m512i multiplied(__m512i tables, __m512i packed, int p) {
     const __m512i index = p ? _mm512_srli_epi16(packed, p * Bits) : packed;
     return _mm512_shuffle_epi8(tables, _mm512_and_si512(index, _mm512_set1_epi8((1 << Bits) - 1)));
 }
-
-inline __mmask64 held_of(int64_t left) { return left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1; }
 
 // `count` chunks of an output from `first` on, of which `left` bytes are there: to `values`, plane after plane.
 template <int Bits, bool Lanes>

@@ -4,15 +4,16 @@
 #include <cstring>
 
 #include "../cpu/bytes.h"
+#include "streams.h"
 #include "weights.h"
 
 #if defined(LENSC_BYTES)
 
 namespace lensc::LENSC_ISA {
 
-// `Outputs` outputs of `Rows` rows. WholeChunk: a chunk is one unit, and is summed as integers throughout.
+// `Outputs` outputs, `apart` from each other, of `Rows` rows. WholeChunk: a chunk is one unit, and is summed as integers throughout.
 template <int Bits, int Outputs, int Rows, bool WholeChunk>
-inline void stream_outputs(const Int4LinearArgs& a, int64_t output, int64_t row) {
+inline void stream_outputs(const Int4LinearArgs& a, int64_t output, int64_t apart, int64_t row) {
     constexpr int planes = 8 / Bits, parts = chunk_bytes / vector_bytes;
     typedef Products<Bits> P;
     static_assert(planes * parts <= P::most, "a chunk is summed without a stop");
@@ -30,8 +31,8 @@ inline void stream_outputs(const Int4LinearArgs& a, int64_t output, int64_t row)
         const int64_t left = row_bytes - c * chunk_bytes;
         vbytes unpacked[Outputs][planes][parts];
         for (int o = 0; o < Outputs; o++) {
-            const uint8_t* at = values + o * row_bytes + c * chunk_bytes;
-            __builtin_prefetch(at + Outputs * row_bytes);
+            const uint8_t* at = values + o * apart * row_bytes + c * chunk_bytes;
+            __builtin_prefetch(at + fetched_ahead);
             uint8_t last[chunk_bytes];
             if (left < chunk_bytes) {
                 std::memset(last, 0, sizeof last);
@@ -53,7 +54,7 @@ inline void stream_outputs(const Int4LinearArgs& a, int64_t output, int64_t row)
                         for (int part = 0; part < parts; part++)
                             product = P::add(product, unpacked[o][p][part],
                                              load_bytes(x + r * padded + p * chunk_bytes + part * vector_bytes));
-                    const float scale = x_scales[r * units + c] * scales[o * groups + c / units_per_group];
+                    const float scale = x_scales[r * units + c] * scales[o * apart * groups + c / units_per_group];
                     sums[o][r] += to_floats(P::whole(product)) * scale;
                 }
             continue;
@@ -65,7 +66,7 @@ inline void stream_outputs(const Int4LinearArgs& a, int64_t output, int64_t row)
                 return unit_bytes >= vector_bytes ? splat(first[unit]) : lane_scales(first + unit, units - unit, shift);
             };
             vfloat scale[Outputs];
-            for (int o = 0; o < Outputs; o++) scale[o] = of_lanes(scales + o * groups);
+            for (int o = 0; o < Outputs; o++) scale[o] = of_lanes(scales + o * apart * groups);
             for (int r = 0; r < Rows; r++) {
                 const vfloat x_scale = of_lanes(x_scales + r * units);
                 for (int o = 0; o < Outputs; o++) {
@@ -79,7 +80,7 @@ inline void stream_outputs(const Int4LinearArgs& a, int64_t output, int64_t row)
         }
     }
     for (int o = 0; o < Outputs; o++)
-        for (int r = 0; r < Rows; r++) put_streamed(a, output + o, row + r, reduce_add(sums[o][r]));
+        for (int r = 0; r < Rows; r++) put_streamed(a, output + o * apart, row + r, reduce_add(sums[o][r]));
 }
 
 // c[32][Panels * 16], see multiply() in panels.h; values are of `Bits` bits at most.

@@ -33,6 +33,15 @@ inline int64_t taken_from_zero_points(const GroupWeight& w) {
 #endif
 }
 
+inline float dot(const float* a, const float* b, int64_t count) {
+    vfloat sums = {};
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) sums += load(a + i) * load(b + i);
+    float sum = reduce_add(sums);
+    for (; i < count; i++) sum += a[i] * b[i];
+    return sum;
+}
+
 // What zero points take from an output: sum over units of scale * correction, times zero points if there are several.
 inline float correction_of(const GroupWeight& w, int64_t output, const float* corrections) {
     const int64_t units = w.units(), groups = w.groups(), per_group = w.units_per_group();
@@ -40,11 +49,7 @@ inline float correction_of(const GroupWeight& w, int64_t output, const float* co
     const auto taken = static_cast<float>(taken_from_zero_points(w));
     float sum = 0;
     if (!w.zero_points && taken != 0) return 0;  // one for all of whole bytes is 128
-    if (!w.zero_points && units == groups) {
-#pragma omp simd reduction(+ : sum)
-        for (int64_t u = 0; u < units; u++) sum += scales[u] * corrections[u];
-        return sum;
-    }
+    if (!w.zero_points && units == groups) return dot(scales, corrections, units);
     for (int64_t g = 0; g < groups; g++) {
         float of_group = 0;
         for (int64_t u = g * per_group; u < std::min((g + 1) * per_group, units); u++) of_group += corrections[u];
@@ -62,11 +67,15 @@ inline void put_streamed(const Int4LinearArgs& a, int64_t output, int64_t row, f
     a.y[at] = y;
 }
 
+#if defined(__AVX512BW__)
+// Which bytes of a chunk are there, of `left` in the row.
+inline __mmask64 held_of(int64_t left) { return left >= chunk_bytes ? ~__mmask64(0) : (__mmask64(1) << left) - 1; }
+#endif
+
 // The `count` bytes of a chunk as values of a byte each: planes of 64, `stride` apart; what is missing is 0.
 inline void unpack(const GroupWeight& w, const uint8_t* bytes, int64_t count, uint8_t* values, int64_t stride) {
 #if defined(__AVX512BW__)
-    const __mmask64 held = count < chunk_bytes ? (__mmask64(1) << count) - 1 : ~__mmask64(0);
-    const __m512i packed = _mm512_maskz_loadu_epi8(held, bytes);
+    const __m512i packed = _mm512_maskz_loadu_epi8(held_of(count), bytes);
     if (w.bits == 8) {
         _mm512_storeu_si512(values, _mm512_xor_si512(packed, _mm512_set1_epi8(w.is_signed ? -128 : 0)));
     } else if (w.bits == 4) {
