@@ -87,6 +87,11 @@ LAYERS = {
     },
     "profiles": Layer(("backends.errors", "backends.codec")),
     "bench": Layer(EVERYTHING, anywhere=frozenset({"numpy", "PIL"}), in_functions=EVERYTHING),
+    # the parts of bench.gpu, which imports them when it is known that there is a GPU
+    **{
+        f"bench.gpu_{part}": Layer(EVERYTHING, anywhere=frozenset({"numpy", "PIL", "torch"}), in_functions=EVERYTHING)
+        for part in ("clock", "kernels", "model", "parity", "program", "torch")
+    },
 }
 
 
