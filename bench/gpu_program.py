@@ -72,14 +72,14 @@ FULL = ModelConfig(
 
 TINY = replace(
     FULL,
-    vision=replace(FULL.vision, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4),
-    query_num=8,
+    vision=replace(FULL.vision, hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4),
+    query_num=3,
     hidden_size=128,
-    intermediate_size=192,
+    intermediate_size=64,
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
-    vocab_size=256,
+    vocab_size=48,
     bos_token_id=0,
     eos_token_id=1,
 )
@@ -264,8 +264,8 @@ class RandomSource:
         if constant.name == FREQUENCIES:
             # in float64, as the model takes the powers: export.models.functions.inverse_frequencies
             exponents = torch.arange(constant.width, dtype=torch.float64, device=self.device) / constant.width
-            powers: torch.Tensor = self._theta**exponents
-            return (1.0 / powers.float()).reshape(shape)
+            powers = torch.pow(self._theta, exponents).float()
+            return torch.reciprocal(powers).reshape(shape)
         name = constant.name.removesuffix(".weight")
         kind = next((kind for kind in ("bias", "position_embedding", "query") if kind in name), "norm")
         drawn = self._normal(constant.name, shape).mul_(SPREAD[kind])
@@ -287,8 +287,8 @@ class RandomSource:
         integers = (255**2 - 1) / 12 if weight.kind == "int8" else (4 ** BITS[weight.kind] - 1) / 12 + 1 / 4
         deviation = (integers * 13 / 12) ** 0.5
         sizes = torch.rand(shape, generator=self._generator(name), device=self.device) + 0.5
-        signs = self._integers(f"{name}.sign", shape, 0, 2, torch.float32) * 2 - 1
-        return sizes * signs / (deviation * weight.inputs**0.5)
+        signs = self._integers(f"{name}.sign", shape, 0, 2, torch.float32).mul_(2).sub_(1)
+        return torch.mul(sizes, signs).div_(deviation * float(weight.inputs) ** 0.5)
 
     def zero_point(self, weight: WeightRecord) -> torch.Tensor | None:
         """uint8[outputs, groups], or None where the weight has the default."""

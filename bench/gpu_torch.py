@@ -105,7 +105,7 @@ class DecoderLayer(nn.Module):
         batch, tokens, width = x.shape
         qkv = F.linear(F.rms_norm(x, (width,), self.norm1, self.epsilon), self.qkv)
         qkv = qkv.view(batch, tokens, -1, self.dim).transpose(1, 2)
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 1)
+        q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], 1)
         q, k = _rotated(q, *angles), _rotated(k, *angles)
         self.keys.index_copy_(2, positions, k)
         self.values.index_copy_(2, positions, v)
@@ -151,7 +151,7 @@ class TorchDecoder(nn.Module):
         self.head = weights.matrix("llm.lm_head.weight")
         self.frequencies = weights.frequencies()
 
-    def forward(self, embeds: Tensor, positions: Tensor, rows: Sequence[int], past: int | None) -> Tensor:
+    def forward(self, embeds: Tensor, positions: Tensor, rows: Sequence[int] | slice, past: int | None) -> Tensor:
         """Logits float32[batch, rows, vocab] of new tokens, which follow `past` ones in the cache, or those that
         `positions: int64[tokens]` say where `past` is None.
 
@@ -259,6 +259,6 @@ class TorchVision(nn.Module):
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, heads: int) -> Tensor:
     """Of every query over all keys of its slice; bias: float[slices, keys], added to the logits."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (torch.unflatten(x, -1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     mask = None if bias is None else bias[:, None, None].to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)

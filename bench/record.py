@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,18 @@ RESULTS = Path("bench/results")
 TOPICS = ("full_size", "native_cpu", "qnn", "gpu", "runtime", "demo_accuracy")
 HIGHER_IS_BETTER = frozenset({"tokens/s", "slices/s", "GB/s", "GOP/s", "TOPS", "%", "dB"})
 LOWER_IS_BETTER = frozenset({"s", "ms", "steps", "MB", "GB", "errors", "% errors", "millinats"})
-PACKAGES = ("lensc", "numpy", "onnxruntime", "tokenizers", "pillow", "torch", "onnx", "openvino", "onnxruntime-qnn")
+PACKAGES = (
+    "lensc",
+    "numpy",
+    "onnxruntime",
+    "tokenizers",
+    "pillow",
+    "torch",
+    "triton",
+    "onnx",
+    "openvino",
+    "onnxruntime-qnn",
+)
 
 
 Parity = Literal["pass", "fail", "none"]
@@ -93,24 +104,35 @@ def write(
     `limits` are what the machine was measured to reach in the same run, e.g. `{"bandwidth_gb_s": 45.8}`.
     Raises InputError for an unknown topic or a damaged file, StorageError if it cannot be written.
     """
-    if topic not in TOPICS:
-        raise InputError(f"bench topic {topic!r} is not one of {', '.join(TOPICS)}")
     path = folder / f"{topic}.json"
+    made = entry(topic, command, [row.to_json() for row in rows], limits)
     if not folder.is_dir():
         raise StorageError(f"{folder} is not a folder; run from the root of the source tree or name another folder")
-    record = {
+    put(path, made)
+    return path
+
+
+def entry(
+    topic: str, command: str, rows: Sequence[dict[str, Any]], limits: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A record of `rows` as JSON with this machine, versions and commit. Raises InputError for an unknown topic."""
+    if topic not in TOPICS:
+        raise InputError(f"bench topic {topic!r} is not one of {', '.join(TOPICS)}")
+    return {
         "topic": topic,
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
-        "machine": machine() | (limits or {}),
+        "machine": {**machine(), **(limits or {})},
         "versions": versions(),
         "command": command,
-        "rows": [row.to_json() for row in rows],
+        "rows": [*rows],
     }
-    records = [r for r in read(path) if r["command"] != command] if path.exists() else []
-    text = json.dumps([*records, record], indent=1, ensure_ascii=False) + "\n"
-    write_text(path, text)
-    return path
+
+
+def put(path: Path, record: Mapping[str, Any]) -> None:
+    """Put a record into a file, in the place of that of the same command. Raises InputError, StorageError."""
+    records = [r for r in read(path) if r["command"] != record["command"]] if path.exists() else []
+    write_text(path, json.dumps([*records, record], indent=1, ensure_ascii=False) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
