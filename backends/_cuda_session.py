@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from lensc.export.graph import GraphSpec
+from lensc.kernels.token.gpu import TokenKernel, runs
 
 from ._cuda_plan import FEW_ROWS, LayerCache, Plan, Run, plan
 from ._cuda_weights import Source
@@ -28,7 +30,9 @@ from .base import (
     check_trim,
     writeable,
 )
-from .errors import ExecutionError, PromptError, UsageError
+from .errors import ExecutionError, PromptError, UnavailableError, UsageError
+
+_log = logging.getLogger("lensc")
 
 ROUNDED = 256
 """Capacities of KV caches are multiples of this, so that the next conversation finds room, and graphs, to use again."""
@@ -85,7 +89,7 @@ class CudaSession:
         with torch.inference_mode():
             for port in self._program.inputs:
                 x = run.feeds[port.name]
-                run.values[port.value] = x.reshape(-1, x.shape[-1])
+                run.values[port.value] = x.reshape(-1, x.shape[-1]).contiguous()
             opened(run)
             made = {}
             for port in self._program.outputs:
@@ -124,6 +128,8 @@ class _Room:
     layers: list[LayerCache]
     past: torch.Tensor
     captured: dict[tuple[int, tuple[int, ...]], _Captured] = field(default_factory=dict)
+    table: torch.Tensor | None = None
+    """For the kernel that takes one token, if there is one: its layers."""
 
     @property
     def batch(self) -> int:
@@ -226,6 +232,7 @@ class CudaDecoderSession(CudaSession):
         self._kv_dtype = dtype if kv_dtype is None else kv_dtype
         self._free: list[_Room] = []
         self._step_spec = spec.stateless
+        self._token = self._token_kernel()
         self._pool: Any = None
         self._logits: torch.Tensor | None = None
 
@@ -304,12 +311,29 @@ class CudaDecoderSession(CudaSession):
     def _advance(self, embeds: torch.Tensor, room: _Room, positions: torch.Tensor) -> torch.Tensor:
         """Compute the tokens of `embeds` and append them. The only caller that changes `past`, so that a graph can hold it."""
         batch, tokens, _ = embeds.shape
+        if self._token is not None and (batch, tokens, len(positions)) == (1, 1, 1):
+            if room.table is None:
+                room.table = self._token.table([(layer.key, layer.value) for layer in room.layers])
+            logits = self._token(embeds, room.table, room.capacity, room.past)[None]
+            room.past.add_(1)
+            return logits
         feeds = {"inputs_embeds": embeds, "logit_positions": positions}
         (rows,) = self.spec.input("logit_positions").shape
         sizes = {"batch": batch, "tokens": tokens, str(rows): len(positions)}
         made = self._outputs(Run(feeds, sizes, room.layers, room.past))
         room.past.add_(tokens)
         return made["logits"]
+
+    def _token_kernel(self) -> TokenKernel | None:
+        """The kernel that takes one token through all layers, if the decoder is one that it knows."""
+        found = self._open().decoder
+        if found is None or self._kv_dtype != torch.bfloat16 or not runs(*found):
+            return None
+        try:
+            return TokenKernel(found[0])
+        except UnavailableError as error:  # every kernel has a slower one to stand in for it
+            _log.warning("graph %s: each linear is launched on its own, which is slower: %s", self.spec.name, error)
+            return None
 
     def _capture(self, embeds: torch.Tensor, cache: CudaCache, positions: tuple[int, ...]) -> _Captured:
         """Run the step once, so that every kernel is compiled, and record it the second time."""

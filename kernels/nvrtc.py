@@ -9,10 +9,11 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lensc.backends.errors import UnavailableError
 
@@ -29,13 +30,21 @@ def binary(source: Path, definitions: Mapping[str, int], arch: str) -> bytes:
             f"NVRTC cannot be loaded ({error}); install it with: pip install 'lensc[cuda]'"
         ) from error
     text = source.read_bytes()
+    headers = [(name, (source.parent / name.decode()).read_bytes()) for name in re.findall(rb'#include "(.*?)"', text)]
     options = [f"--gpu-architecture={arch}", "-std=c++17", *(f"-D{name}={n}" for name, n in definitions.items())]
     version = ".".join(map(str, nvrtc.nvrtcVersion()[1:]))
-    key = hashlib.sha256(b"\0".join([text, version.encode(), *(o.encode() for o in options)])).hexdigest()
+    key = hashlib.sha256(
+        b"\0".join([text, *(part for _, part in headers), version.encode(), *(o.encode() for o in options)])
+    ).hexdigest()
     kept = _cache_folder() / f"{source.stem}-{key[:32]}.cubin"
     if kept.exists():
         return kept.read_bytes()
-    program = _checked(nvrtc.nvrtcCreateProgram(text, source.name.encode(), 0, [], []), source)
+    program = _checked(
+        nvrtc.nvrtcCreateProgram(
+            text, source.name.encode(), len(headers), [part for _, part in headers], [name for name, _ in headers]
+        ),
+        source,
+    )
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
@@ -62,26 +71,36 @@ class Kernel:
         self._module = _checked(driver.cuModuleLoadData(binary(source, definitions, arch)), source)
         self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()), source)
         self._shared_bytes = 0
-        early = driver.CUlaunchAttribute()
+        early, at_once = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
         early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         early.value.programmaticStreamSerializationAllowed = 1
-        self._attributes = [early]
+        at_once.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        at_once.value.cooperative = 1
+        self._attributes = {"early": [early], "at once": [at_once]}
 
     def launch(
-        self, grid: tuple[int, int], threads: int, shared_bytes: int, arguments: Sequence[Argument], stream: int
+        self,
+        blocks: int,
+        threads: int,
+        shared_bytes: int,
+        arguments: Sequence[Argument],
+        stream: int,
+        how: Literal["early", "at once"] = "early",
     ) -> None:
-        """Start it. It begins while the kernel before it ends, and must wait for that itself (griddepcontrol.wait)."""
+        """Start it. `early`: while the kernel before it ends, for which it must wait itself (griddepcontrol.wait); `at once`:
+        with all of its blocks running, so that they can wait for each other.
+        """
         driver = self._driver
         if shared_bytes > self._shared_bytes:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes), self)
             self._shared_bytes = shared_bytes
         config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = shared_bytes
         config.hStream = stream
-        config.attrs, config.numAttrs = self._attributes, len(self._attributes)
+        config.attrs, config.numAttrs = self._attributes[how], 1
         values, types = zip(*arguments, strict=True)
         _checked(driver.cuLaunchKernelEx(config, self._function, (values, types), 0), self)
 

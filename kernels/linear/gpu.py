@@ -25,9 +25,9 @@ STEP = 128
 """Inputs of a 4-bit weight that a warp takes at a time; rows are filled up to a multiple with weights of 0."""
 MOST_ROWS = 8
 _SOURCE = Path(__file__).with_name("few_rows.cu")
-_TILE, _WARPS, _DEPTH = 16, 8, 8
-_MANY_TILES = 8
-"""Tiles of 16 outputs for each multiprocessor from which on it takes two at once."""
+_TILE, _WARPS, _DEPTH = 16, 16, 8
+_LEAST_BYTES = 116 << 10
+"""Of shared memory for a block: more than half, so that no multiprocessor has two blocks of a kernel and another none."""
 _STATIC_BYTES = 2048
 """Of shared memory, for what the kernel and the driver take beside x."""
 
@@ -104,7 +104,7 @@ Weight = FloatWeight | GroupedWeight
 
 def can_pack(group: int) -> bool:
     """Whether groups of `group` inputs can be packed."""
-    return group % 32 == 0
+    return group in (32, 64) or group % STEP == 0
 
 
 def pack(
@@ -141,12 +141,13 @@ def unpacked(weight: GroupedWeight, dtype: torch.dtype, out: torch.Tensor | None
     size = weight.outputs * weight.inputs
     made = torch.empty(size, dtype=dtype, device=weight.packed.device) if out is None else out[:size]
     made = made.view(weight.outputs, weight.inputs)
-    block = min(1024, triton.next_power_of_2(weight.inputs))
-    grid = (triton.cdiv(weight.outputs, 4), triton.cdiv(weight.inputs, block))
+    words = min(256, weight.padded // 8)
+    grid = (triton.cdiv(weight.outputs, _TILE), triton.cdiv(weight.padded // 8, words))
     zero = weight.packed if weight.zero is None else weight.zero
     _unpack[grid](
-        weight.packed, weight.scale, weight.factor, zero, made, weight.outputs, weight.inputs, weight.packed.shape[1],
-        weight.group, weight.scale.shape[1], HAS_ZERO=weight.zero is not None, ROWS=4, BLOCK=block,
+        weight.packed.view(torch.int32), weight.scale, weight.factor, zero, made, weight.outputs, weight.inputs,
+        weight.padded // 8, weight.group, weight.scale.shape[1], HAS_ZERO=weight.zero is not None, ROWS=_TILE,
+        WORDS=words,
     )  # fmt: skip
     return made
 
@@ -168,19 +169,27 @@ def _place_of_scale(rows, group, groups):  # type: ignore[no-untyped-def]
 
 @jit
 def _unpack(  # type: ignore[no-untyped-def]
-    packed, scale, factor, zero, out, outputs, inputs, row_bytes, group, groups,
-    HAS_ZERO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    packed, scale, factor, zero, out, outputs, inputs, row_words, group, groups,
+    HAS_ZERO: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = (rows < outputs)[:, None] & (k < inputs)[None, :]
-    value = _nibbles(packed, rows, k, row_bytes, mask).to(tl.float32)
-    place = _place_of_scale(rows[:, None], (k // group)[None, :], groups)
-    by = tl.load(scale + place, mask=mask, other=0).to(tl.float32)
-    less = tl.load(zero + place, mask=mask, other=0).to(tl.float32) if HAS_ZERO else 8.0
-    whole = tl.load(factor + rows, mask=rows < outputs, other=0)
-    y = (value - less) * by * whole[:, None]
-    tl.store(out + rows[:, None].to(tl.int64) * inputs + k[None, :], y.to(out.dtype.element_ty), mask=mask)
+    """One row after another, a word of 8 inputs at a time."""
+    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    nibble = tl.arange(0, 8)
+    first = (
+        word // 16 * 128 + word % 4 * 32 + word // 4 % 4 * 8
+    )  # words of 128 inputs lie [t, i], inputs are 32 i + 8 t
+    k = first[:, None] + nibble[None, :]
+    for i in range(ROWS):
+        row = tl.program_id(0) * ROWS + i
+        inside = (word < row_words) & (row < outputs)
+        eight = tl.load(packed + row.to(tl.int64) * row_words + word, inside, 0)
+        value = ((eight[:, None] >> (4 * nibble)[None, :]) & 15).to(tl.float32)
+        place = _place_of_scale(row, first // group, groups)
+        by = tl.load(scale + place, inside, 0.0).to(tl.float32) * tl.load(factor + row, row < outputs, 0.0)
+        less = tl.load(zero + place, inside, 0).to(tl.float32)[:, None] if HAS_ZERO else 8.0
+        y = (value - less) * by[:, None]
+        mask = inside[:, None] & (k < inputs)
+        tl.store(out + row.to(tl.int64) * inputs + k, y.to(out.dtype.element_ty), mask=mask)
 
 
 def few_rows(
@@ -204,7 +213,7 @@ def few_rows(
         kind = torch.float32 if ending in (Ending.LOGITS, Ending.RESIDUAL) else dtype
         out = torch.empty(rows, width, dtype=kind, device=x.device)
     shape = None
-    if x.is_cuda and dtype == torch.bfloat16:
+    if x.is_cuda and dtype == torch.bfloat16 and weight.inputs % 8 == 0:
         kind = (16, 0, False) if isinstance(weight, FloatWeight) else (4, weight.span, weight.zero is not None)
         shape = _shape(kind, _padded(weight), weight.outputs, rows, ending == Ending.SILU, x.device.index or 0)
     if shape is None:
@@ -244,7 +253,7 @@ def _shape(
     if limits.major < 9 or padded % STEP or outputs % (2 * _TILE):
         return None
     room = limits.shared_memory_per_block_optin - _STATIC_BYTES
-    tiles = 2 if silu or outputs > _MANY_TILES * _TILE * limits.multi_processor_count else 1
+    tiles = 2 if silu or bits == 4 else 1
     for most in range(min(rows, MOST_ROWS), 0, -1):
         for depth in (_DEPTH // tiles, 4, 3, 2):
             of_scales = 0 if bits == 16 else STEP // span * (32 + 16 * has_zero)
@@ -253,7 +262,7 @@ def _shape(
             size = ring + staged + 2 * _WARPS * most * _TILE * tiles * 4
             if size <= room:
                 passes = -(-rows // most)
-                return _Shape(-(-rows // passes), tiles, _WARPS, depth, size)
+                return _Shape(-(-rows // passes), tiles, _WARPS, depth, max(size, min(room, _LEAST_BYTES)))
     return None
 
 
@@ -307,7 +316,7 @@ def _launch_cuda(
         (weight.outputs, nvrtc.INT),
     ]
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    kernel.launch((blocks, 1), 32 * shape.warps, shape.shared_bytes, arguments, stream)
+    kernel.launch(blocks, 32 * shape.warps, shape.shared_bytes, arguments, stream)
 
 
 # --- Triton -------------------------------------------------------------------------------------------------------

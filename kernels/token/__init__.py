@@ -1,0 +1,1 @@
+"""A whole decoder, one token at a time, as one kernel."""
