@@ -14,7 +14,7 @@ few_rows(const void* x, const float* norm, float epsilon, const char* weight, co
   const auto table = [&](int) { return only; };
   Stream<decltype(table)> stream(table, 1, (char*)shared);
   asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
   Room room((char*)shared, rows, padded);
-  linear<NORM, ENDING>(only, stream, room, x, norm, epsilon, residual, y, rows);
+  linear<NORM, ENDING>(only, stream, room, x, norm, epsilon, residual, y, rows,
+                       [] { asm volatile("griddepcontrol.wait;" ::: "memory"); });
 }

@@ -224,11 +224,14 @@ struct Room {
   }
 };
 
+__device__ __forceinline__ void soon(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
 // One linear: all threads of all blocks take part. x is bfloat16[rows, inputs], with `normed` float32 that is RMS-normalized
-// first; residual may be y. What other blocks wrote just before is read past the first-level cache.
-template <bool normed, int ending, class Weights>
+// first; residual may be y. `ready` waits until x and residual are there. What other blocks wrote just before is read past
+// the first-level cache.
+template <bool normed, int ending, class Weights, class Ready>
 __device__ void linear(const Linear& l, Weights& stream, Room& room, const void* x_, const float* norm, float epsilon,
-                       const float* residual, void* y_, int rows) {
+                       const float* residual, void* y_, int rows, Ready ready) {
   __shared__ float squares[WARPS][8];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int inputs = l.inputs, padded = l.padded;
@@ -270,6 +273,12 @@ __device__ void linear(const Linear& l, Weights& stream, Room& room, const void*
         uint4{bfloat_pair(v[0], v[1]), bfloat_pair(v[2], v[3]), bfloat_pair(v[4], v[5]), bfloat_pair(v[6], v[7])};
 #endif
   };
+  // What does not depend on x comes from memory while others still make it.
+  if constexpr (normed) {
+    for (int k = threadIdx.x * 32; k < inputs; k += THREADS * 32) soon(norm + k);
+  }
+  ready();
+
   // y = 1 / rms(x) * (x * norm) W^T: the first factor is known once all of x was seen, and joins at the end
   for (int n = 0; n < rows; ++n) {
     float square = 0;
@@ -328,7 +337,14 @@ __device__ void linear(const Linear& l, Weights& stream, Room& room, const void*
     const int n = threadIdx.x / of_tile, place = threadIdx.x % of_tile, column_of_y = tile * of_tile + place;
     const bool ends = n < rows && column_of_y < width;
     const long long at = (long long)n * width + column_of_y;
+    // what it takes for that, asked for in time
     const float held = ending == RESIDUAL && ends ? __ldcg(residual + at) : 0;
+#if BITS == 4
+    const float of_y = ends ? __ldg(l.factor + column_of_y) : 0;
+    const float of_up = ending == SILU && ends ? __ldg(l.factor + width + column_of_y) : 0;
+#else
+    const float of_y = 1, of_up = 1;
+#endif
 
 #if BITS == 4
     float total[TILES][SETS][2] = {};
@@ -424,13 +440,8 @@ __device__ void linear(const Linear& l, Weights& stream, Room& room, const void*
         for (int i = 0; i < WARPS; ++i) square += squares[i][n];
         by = rsqrtf(square / inputs + epsilon);
       }
-#if BITS == 4
-      if (ending == SILU) up *= by * l.factor[width + column_of_y];
-      y *= by * l.factor[column_of_y];
-#else
-      if (ending == SILU) up *= by;
-      y *= by;
-#endif
+      y *= by * of_y;
+      if (ending == SILU) up *= by * of_up;
       if constexpr (ending == SILU)
         ((u16*)y_)[at] = (u16)bfloat_pair(y / (1 + __expf(-y)) * up, 0);
       else if constexpr (ending == STORE)

@@ -14,6 +14,8 @@ from lensc.kernels.linear.gpu import STEP, FloatWeight, GroupedWeight, Weight
 
 _SOURCE = Path(__file__).with_name("token.cu")
 _TILES, _WARPS, _DEPTH = 2, 16, 4
+_STATIC_BYTES = 6144
+"""Of shared memory, for what the kernel and the driver take beside it."""
 DIM = 128
 """Dimensions of a head: the only number of them that the kernel knows."""
 
@@ -62,7 +64,8 @@ def runs(weights: DecoderWeights, head_dim: int) -> bool:
     whole = all(w.inputs % STEP == 0 and w.outputs % (16 * _TILES) == 0 for w in linears)
     is_known = all(isinstance(w, GroupedWeight) or w.values.dtype == torch.bfloat16 for w in linears)
     limits = torch.cuda.get_device_properties(device)
-    fits = _shared_bytes(linears, weights.heads // weights.kv_heads) + 8192 <= limits.shared_memory_per_block_optin
+    used = _shared_bytes(linears, weights.heads // weights.kv_heads) + _table_bytes(linears)
+    fits = used + _STATIC_BYTES <= limits.shared_memory_per_block_optin
     enough = limits.multi_processor_count >= weights.kv_heads and weights.heads % weights.kv_heads == 0
     return len(formats) == 1 and whole and is_known and fits and enough
 
@@ -77,7 +80,12 @@ def _shared_bytes(linears: Sequence[Weight], shared_by: int) -> int:
         of_slot += spans * (32 + 16 * (first.zero is not None))
         staged = 2 * (padded + 16) + 8 * (padded // first.span)
     sums = 2 * _WARPS * 16 * _TILES * 4
-    return _WARPS * _DEPTH * _TILES * of_slot + max(staged + sums, _WARPS * shared_by * (DIM + 2) * 4)
+    return _WARPS * _DEPTH * _TILES * of_slot + -(-max(staged + sums, _WARPS * shared_by * (DIM + 2) * 4) // 16) * 16
+
+
+def _table_bytes(linears: Sequence[Weight]) -> int:
+    """Behind it: what linears and layers are."""
+    return len(linears) * 56 + len(linears) // 4 * 32
 
 
 class TokenKernel:
@@ -106,7 +114,8 @@ class TokenKernel:
         arch = f"sm_{limits.major}{limits.minor}"
         self._kernel = nvrtc.kernel(_SOURCE, "token", tuple(definitions.items()), device.index or 0, arch)
         self._blocks = limits.multi_processor_count
-        self._shared_bytes = _shared_bytes(linears, weights.heads // weights.kv_heads)
+        self._tables = _shared_bytes(linears, weights.heads // weights.kv_heads)
+        self._shared_bytes = self._tables + _table_bytes(linears)
         self._linears = torch.tensor(
             [_described(w, i % 4 == 2 and i < len(linears) - 1) for i, w in enumerate(linears)], device=device
         )
@@ -150,6 +159,7 @@ class TokenKernel:
             (capacity, nvrtc.INT),
             *addresses[4:],
             (max(w.inputs for w in weights.linears), nvrtc.INT),
+            (self._tables, nvrtc.INT),
             (len(weights.layers), nvrtc.INT),
             (weights.epsilon, nvrtc.FLOAT),
         ]

@@ -19,18 +19,17 @@ struct Layer {
   u16* values;
 };
 
-// What all blocks write before it, all read behind it. `arrived` counts on and on.
-__device__ void barrier(u32* arrived) {
+// What all blocks write before it, all read behind it. `arrived` counts blocks from 0 on, `until` those that must have.
+__device__ void barrier(u32* arrived, u32& until) {
+  until += gridDim.x;
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
-    u32 before, now;
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrived) : "memory");
-    const u32 until = (before / gridDim.x + 1) * gridDim.x;
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
+    u32 now;
     do {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
-    } while ((int)(now - until) < 0);
-    __threadfence();
+      asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
+    } while (now < until);
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
   }
   __syncthreads();
 }
@@ -60,17 +59,24 @@ struct Scratch {
 
 // Grouped-query attention of the token at position `past`: its key and value go into the cache, and the keys are split
 // among blocks. The block that ends last for a head sums up the others'. qkv: bfloat16[(HEADS + 2 * KV_HEADS) * DIM]; out:
-// bfloat16[HEADS * DIM]; `room`: float[WARPS, SHARED_BY, DIM + 2] in shared memory.
+// bfloat16[HEADS * DIM]; `room`: float[WARPS, SHARED_BY, DIM + 2] in shared memory. `ready` waits until qkv is there.
+template <class Ready>
 __device__ void attend(const u16* qkv, const Layer& layer, int capacity, int past, const float* frequencies, float scale,
-                       const Scratch& scratch, u16* out, float* room) {
+                       const Scratch& scratch, u16* out, float* room, Ready ready) {
   __shared__ float query[SHARED_BY][DIM];
   __shared__ int is_last;
   const int splits = gridDim.x / KV_HEADS, head = blockIdx.x % KV_HEADS, split = blockIdx.x / KV_HEADS;
   const int length = past + 1, each = max(2 * AT_ONCE, (length + splits - 1) / splits);
   const int used = (length + each - 1) / each, start = split * each, end = min(length, start + each);
-  if (split >= used || split >= splits) return;
+  const bool takes_part = split < used && split < splits;
   u16* keys = layer.keys + (long long)head * capacity * DIM;
   u16* values = layer.values + (long long)head * capacity * DIM;
+  // the past does not depend on the token: lines of 64 values
+  if (takes_part)
+    for (int i = threadIdx.x; i < (min(end, past) - start) * (DIM / 64); i += THREADS)
+      soon(keys + (long long)start * DIM + i * 64), soon(values + (long long)start * DIM + i * 64);
+  ready();
+  if (!takes_part) return;
 
   // rotated: x cos + rotate_half(x) sin; the angle is a product in float32, as in the portable graph
   for (int i = threadIdx.x; i < (SHARED_BY + 1) * (DIM / 2); i += THREADS) {
@@ -192,29 +198,37 @@ __device__ void attend(const u16* qkv, const Layer& layer, int capacity, int pas
 }
 
 // linears: four for each layer and the head. stream: float32[width], the embedding of the token; it is written to.
-// past: how many tokens the caches hold; arrived: 0; padded: the most inputs of a linear.
+// past: how many tokens the caches hold; arrived: 0; padded: the most inputs of a linear; tables: where in
+// shared memory there is room for linears and layers.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 token(const Linear* linears, const Layer* layers, const float* last_norm, const float* frequencies, float scale,
       const int* past, int capacity, float* stream, u16* qkv, u16* mixed, u16* gated, float* logits, float* largest,
-      float* total, float* parts, u32* finished, u32* arrived, int padded, int count, float epsilon) {
+      float* total, float* parts, u32* finished, u32* arrived, int padded, int tables, int count,
+      float epsilon) {
   extern __shared__ uint4 shared[];
-  const auto table = [&](int i) { return linears[i]; };
+  // What is where lies in shared memory: a barrier empties the first-level cache.
+  Linear* const linear_of = (Linear*)((char*)shared + tables);
+  Layer* const layer_of = (Layer*)(linear_of + 4 * count + 1);
+  for (int i = threadIdx.x; i < (4 * count + 1) * (int)sizeof(Linear) / 8; i += THREADS)
+    ((long long*)linear_of)[i] = ((const long long*)linears)[i];
+  for (int i = threadIdx.x; i < count * (int)sizeof(Layer) / 8; i += THREADS)
+    ((long long*)layer_of)[i] = ((const long long*)layers)[i];
+  __syncthreads();
+  const auto table = [&](int i) { return linear_of[i]; };
   Stream<decltype(table)> weights(table, 4 * count + 1, (char*)shared);
   Room room((char*)shared, 1, padded);
   const Scratch scratch{largest, total, parts, finished};
   const int position = *past;
+  u32 until = 0;
+  const auto all = [&] { barrier(arrived, until); };
   for (int i = 0; i < count; ++i) {
-    const Layer layer = layers[i];
-    linear<true, STORE>(linears[4 * i], weights, room, stream, layer.attention_norm, epsilon, nullptr, qkv, 1);
-    barrier(arrived);
-    attend(qkv, layer, capacity, position, frequencies, scale, scratch, mixed, (float*)room.x);
-    barrier(arrived);
-    linear<false, RESIDUAL>(linears[4 * i + 1], weights, room, mixed, nullptr, 0, stream, stream, 1);
-    barrier(arrived);
-    linear<true, SILU>(linears[4 * i + 2], weights, room, stream, layer.mlp_norm, epsilon, nullptr, gated, 1);
-    barrier(arrived);
-    linear<false, RESIDUAL>(linears[4 * i + 3], weights, room, gated, nullptr, 0, stream, stream, 1);
-    barrier(arrived);
+    const Layer layer = layer_of[i];
+    const Linear* l = linear_of + 4 * i;
+    linear<true, STORE>(l[0], weights, room, stream, layer.attention_norm, epsilon, nullptr, qkv, 1, all);
+    attend(qkv, layer, capacity, position, frequencies, scale, scratch, mixed, (float*)room.x, all);
+    linear<false, RESIDUAL>(l[1], weights, room, mixed, nullptr, 0, stream, stream, 1, all);
+    linear<true, SILU>(l[2], weights, room, stream, layer.mlp_norm, epsilon, nullptr, gated, 1, all);
+    linear<false, RESIDUAL>(l[3], weights, room, gated, nullptr, 0, stream, stream, 1, all);
   }
-  linear<true, LOGITS>(linears[4 * count], weights, room, stream, last_norm, epsilon, nullptr, logits, 1);
+  linear<true, LOGITS>(linear_of[4 * count], weights, room, stream, last_norm, epsilon, nullptr, logits, 1, all);
 }
