@@ -15,12 +15,19 @@ import torch
 import torch.nn.functional as F
 
 from lensc.kernels.activation import gpu as activation
-from lensc.kernels.attention.gpu import DecodeScratch, attention, decode_attention, decode_scratch, prefill_attention
+from lensc.kernels.attention.gpu import (
+    DecodeScratch,
+    attention,
+    decode_attention,
+    decode_scratch,
+    one_token,
+    prefill_attention,
+    takes_one_token,
+)
 from lensc.kernels.linear import gpu as linear_
 from lensc.kernels.linear.gpu import Ending, GroupedWeight, Weight
 from lensc.kernels.norm import gpu as norm_
 from lensc.kernels.rope import gpu as rope_
-from lensc.kernels.token.gpu import DecoderWeights, LayerWeights
 
 from ._cuda_weights import Source, format_of, weight_on_device
 from ._program import (
@@ -111,34 +118,12 @@ class Plan:
     """In order, each with the values that nobody reads after it."""
     notes: tuple[str, ...]
     """What is not as the scheme says: weights that became floats."""
-    decoder: tuple[DecoderWeights, int] | None
-    """The same as layers of a decoder, and the dimensions of its heads, if it is one and nothing else."""
 
     def __call__(self, run: Run) -> None:
         for operation, done in self.operations:
             operation(run)
             for value in done:
                 run.values.pop(value, None)
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A linear without a bias, as it was planned."""
-
-    ending: Ending
-    weight: Weight
-    norm: Norm | None
-    x: int
-    residual: int | None
-    y: int
-
-    def is_(self, ending: Ending, normed: int) -> bool:
-        """Whether it ends so and takes the RMSNorm of `normed` along."""
-        return self.ending == ending and self.norm is not None and self.x == normed
-
-    def adds_to(self, stream: int) -> bool:
-        """Whether it is added to `stream`, without a norm before it."""
-        return self.ending == Ending.RESIDUAL and self.norm is None and self.residual == stream
 
 
 def plan(program: Program, source: Source, dtype: torch.dtype) -> Plan:
@@ -160,12 +145,9 @@ class _Planning:
         self._constants: dict[object, torch.Tensor] = {}
         self._floats = _Floats()
         self._decode_scratch: dict[tuple[int, ...], DecodeScratch] = {}
-        self._merged_all: set[tuple[int, ...]] = set()
         self._merged: list[int] = []
         """The values that the linear before made as one, in the place of the first."""
         self._notes: set[str] = set()
-        self._made: list[_Made | CausalAttention | SelectRows | None] = []
-        """What each operation is, None for one that a decoder has not."""
 
     def planned(self) -> Plan:
         steps = list(self._program.steps)
@@ -185,9 +167,8 @@ class _Planning:
                 norms[step.y] = step
             else:
                 self._add(self._operation(step), reads(step), step.y)
-                self._made.append(step if isinstance(step, CausalAttention | SelectRows) else None)
             i += 1
-        return Plan(self._with_last_reads(), tuple(sorted(self._notes)), self._decoder())
+        return Plan(self._with_last_reads(), tuple(sorted(self._notes)))
 
     # --- linears --------------------------------------------------------------------------------------------------
 
@@ -290,10 +271,8 @@ class _Planning:
             run.values[y] = made.float() if ending == Ending.LOGITS else made
 
         self._add(run_linear, [x] if residual is None else [x, residual], y)
-        self._made.append(None if bias is not None else _Made(ending, weight, along, x, residual, y))
         if len(members) > 1 and not gate:
             self._merged = [member.y for member in members]
-            self._merged_all.add(tuple(self._merged))
 
     # --- other steps ----------------------------------------------------------------------------------------------
 
@@ -362,6 +341,12 @@ class _Planning:
             assert past is not None
             batch = count(apart, run.sizes)
             tokens = qkv.shape[0] // batch
+            if merged and takes_one_token(qkv, layer.key) and layer.key_scale is None:
+                scratch = self._scratch(1, 1, step, qkv.device)
+                run.values[step.y] = one_token(
+                    qkv, layer.key, layer.value, past, frequencies, step.num_heads, step.scale, scratch
+                )
+                return
             scales = {"scale_k": layer.key_scale, "scale_v": layer.value_scale}
             query = rope_.rope_append(
                 qkv, layer.key, layer.value, past, frequencies, step.num_heads, batch, tokens, **scales
@@ -407,53 +392,6 @@ class _Planning:
     def _took(self, *values: int) -> bool:
         """Whether the linear before made these as one value."""
         return list(values) == self._merged
-
-    # --- the whole ------------------------------------------------------------------------------------------------
-
-    def _decoder(self) -> tuple[DecoderWeights, int] | None:
-        """What was made, if it is layers of attention and a gated MLP on one stream, and a head."""
-        made = self._made
-        count_, rest = divmod(len(made) - 2, 5)
-        if rest or count_ < 1 or len(self._program.inputs) != 1:
-            return None
-        stream, layers, attentions = self._program.inputs[0].value, [], []
-        for i in range(count_):
-            qkv, attention_, output, gate_up, down = made[5 * i : 5 * i + 5]
-            if not (
-                isinstance(qkv, _Made) and qkv.is_(Ending.STORE, stream)
-                and isinstance(attention_, CausalAttention) and attention_.q == qkv.y and self._merges(attention_)
-                and isinstance(output, _Made) and output.x == attention_.y and output.adds_to(stream)
-                and isinstance(gate_up, _Made) and gate_up.is_(Ending.SILU, output.y)
-                and isinstance(down, _Made) and down.x == gate_up.y and down.adds_to(output.y)
-            ):  # fmt: skip
-                return None
-            assert qkv.norm is not None and gate_up.norm is not None
-            layers.append(
-                LayerWeights(
-                    qkv.norm.weight, qkv.weight, output.weight, gate_up.norm.weight, gate_up.weight, down.weight
-                )
-            )
-            attentions.append(attention_)
-            stream = down.y
-        select, head = made[-2:]
-        if not (isinstance(select, SelectRows) and select.x == stream and isinstance(head, _Made)):
-            return None
-        alike = {(a.num_heads, a.kv_num_heads, a.head_dim, a.scale, a.inverse_frequencies.place) for a in attentions}
-        norms = [m.norm for m in made if isinstance(m, _Made) and m.norm is not None]
-        one = len(alike) == 1 and len({norm.epsilon for norm in norms}) == 1
-        if not one or not head.is_(Ending.LOGITS, select.y) or head.norm is None:
-            return None
-        first = attentions[0]
-        frequencies = self._constant(first.inverse_frequencies)[0].contiguous()
-        weights = DecoderWeights(
-            layers, head.norm.weight, head.weight, head.norm.epsilon,
-            first.num_heads, first.kv_num_heads, first.scale, frequencies,
-        )  # fmt: skip
-        return weights, first.head_dim
-
-    def _merges(self, step: CausalAttention) -> bool:
-        """Whether query, key and value are one value."""
-        return (step.q, step.k, step.v) in self._merged_all
 
     # --- constants ------------------------------------------------------------------------------------------------
 

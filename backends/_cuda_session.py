@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,6 @@ import numpy.typing as npt
 import torch
 
 from lensc.export.graph import GraphSpec
-from lensc.kernels.token.gpu import TokenKernel, runs
 
 from ._cuda_plan import FEW_ROWS, LayerCache, Plan, Run, plan
 from ._cuda_weights import Source
@@ -30,16 +28,18 @@ from .base import (
     check_trim,
     writeable,
 )
-from .errors import ExecutionError, PromptError, UnavailableError, UsageError
+from .errors import ExecutionError, PromptError, UsageError
 
-_log = logging.getLogger("lensc")
-
+GRAPHS = 8
+"""Sizes of which a session keeps a CUDA graph: those that came last."""
 ROUNDED = 256
 """Capacities of KV caches are multiples of this, so that the next conversation finds room, and graphs, to use again."""
 
 
 class CudaSession:
-    """See `Session`. `run_on_device` takes and returns tensors, and does not wait for the GPU."""
+    """See `Session`. `run_on_device` takes and returns tensors, and does not wait for the GPU; what it returned may change
+    with the next run.
+    """
 
     def __init__(self, spec: GraphSpec, program: Program, source: Source, dtype: torch.dtype) -> None:
         """Put the constants on `source.device`. Raises ExecutionError."""
@@ -48,6 +48,8 @@ class CudaSession:
         self._dtype = dtype
         self._program = program
         self._plan: Plan | None = plan(program, source, dtype)
+        self._graphs: dict[object, _Graph | None] = {}
+        self._pool: Any = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -71,11 +73,36 @@ class CudaSession:
             for dim, size in zip(tensor.shape, feeds[tensor.name].shape, strict=True):
                 if isinstance(dim, str):
                     sizes[dim] = size
-        run = Run(feeds, sizes)
-        return self._outputs(run)
+        if self.device.type != "cuda" or self.spec.states:
+            return self._outputs(Run(feeds, sizes))
+        return self._replayed(feeds, sizes)
+
+    def _replayed(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
+        """By a CUDA graph from the second time on that these sizes come: one picture has many slices of a size."""
+        key = tuple(sorted(sizes.items()))
+        if key not in self._graphs:
+            while len(self._graphs) >= GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
+            self._graphs[key] = None
+            return self._outputs(Run(feeds, sizes))
+        found = self._graphs.pop(key)
+        if found is None:
+            held = {name: tensor.clone() for name, tensor in feeds.items()}
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                outputs = self._outputs(Run(held, sizes))
+            self._pool = graph.pool()
+            found = _Graph(graph, held, outputs)
+        self._graphs[key] = found  # the last that is given up
+        with torch.inference_mode():
+            for name, tensor in feeds.items():
+                found.feeds[name].copy_(tensor)
+        found.graph.replay()
+        return found.outputs
 
     def close(self) -> None:
         """Free the device's memory."""
+        self._graphs.clear()
         self._plan = None
 
     def _open(self) -> Plan:
@@ -113,11 +140,21 @@ def _fetch(tensor: torch.Tensor, to: Array) -> None:
 
 
 @dataclass
+class _Graph:
+    """A run as a CUDA graph: what it reads and what it writes."""
+
+    graph: Any
+    feeds: dict[str, torch.Tensor]
+    outputs: dict[str, torch.Tensor]
+
+
+@dataclass
 class _Captured:
-    """A step of few tokens as a CUDA graph, its input and its output."""
+    """A step of few tokens as a CUDA graph, what it reads and its output: a graph holds addresses, no tensors."""
 
     graph: Any
     embeds: torch.Tensor
+    positions: torch.Tensor
     logits: torch.Tensor
 
 
@@ -128,8 +165,6 @@ class _Room:
     layers: list[LayerCache]
     past: torch.Tensor
     captured: dict[tuple[int, tuple[int, ...]], _Captured] = field(default_factory=dict)
-    table: torch.Tensor | None = None
-    """For the kernel that takes one token, if there is one: its layers."""
 
     @property
     def batch(self) -> int:
@@ -232,8 +267,6 @@ class CudaDecoderSession(CudaSession):
         self._kv_dtype = dtype if kv_dtype is None else kv_dtype
         self._free: list[_Room] = []
         self._step_spec = spec.stateless
-        self._token = self._token_kernel()
-        self._pool: Any = None
         self._logits: torch.Tensor | None = None
 
     def new_cache(self, capacity: int, batch: int = 1) -> CudaCache:
@@ -311,29 +344,12 @@ class CudaDecoderSession(CudaSession):
     def _advance(self, embeds: torch.Tensor, room: _Room, positions: torch.Tensor) -> torch.Tensor:
         """Compute the tokens of `embeds` and append them. The only caller that changes `past`, so that a graph can hold it."""
         batch, tokens, _ = embeds.shape
-        if self._token is not None and (batch, tokens, len(positions)) == (1, 1, 1):
-            if room.table is None:
-                room.table = self._token.table([(layer.key, layer.value) for layer in room.layers])
-            logits = self._token(embeds, room.table, room.capacity, room.past)[None]
-            room.past.add_(1)
-            return logits
         feeds = {"inputs_embeds": embeds, "logit_positions": positions}
         (rows,) = self.spec.input("logit_positions").shape
         sizes = {"batch": batch, "tokens": tokens, str(rows): len(positions)}
         made = self._outputs(Run(feeds, sizes, room.layers, room.past))
         room.past.add_(tokens)
         return made["logits"]
-
-    def _token_kernel(self) -> TokenKernel | None:
-        """The kernel that takes one token through all layers, if the decoder is one that it knows."""
-        found = self._open().decoder
-        if found is None or self._kv_dtype != torch.bfloat16 or not runs(*found):
-            return None
-        try:
-            return TokenKernel(found[0])
-        except UnavailableError as error:  # every kernel has a slower one to stand in for it
-            _log.warning("graph %s: each linear is launched on its own, which is slower: %s", self.spec.name, error)
-            return None
 
     def _capture(self, embeds: torch.Tensor, cache: CudaCache, positions: tuple[int, ...]) -> _Captured:
         """Run the step once, so that every kernel is compiled, and record it the second time."""
@@ -349,7 +365,7 @@ class CudaDecoderSession(CudaSession):
         if self._pool is None:
             self._pool = graph.pool()
         room.past.fill_(cache.length)
-        captured = room.captured[(embeds.shape[1], positions)] = _Captured(graph, held, logits)
+        captured = room.captured[(embeds.shape[1], positions)] = _Captured(graph, held, picked, logits)
         return captured
 
     def _fetch_logits(self, logits: torch.Tensor, to: Array) -> None:

@@ -87,7 +87,8 @@ def unpacked_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     if bits == 8:
         return packed.flatten()[:count]
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    return ((packed.flatten()[:, None] >> shifts) & (2**bits - 1)).flatten()[:count]
+    values: torch.Tensor = (packed.flatten()[:, None] >> shifts) & (2**bits - 1)
+    return values.flatten()[:count]
 
 
 def format_of(weight: WeightRecord) -> tuple[object, ...]:

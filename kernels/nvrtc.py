@@ -13,7 +13,7 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lensc.backends.errors import UnavailableError
 
@@ -52,7 +52,7 @@ def binary(source: Path, definitions: Mapping[str, int], arch: str) -> bytes:
             nvrtc.nvrtcGetProgramLog(program, log)
             words = " ".join(log.decode(errors="replace").replace("\0", "").split())
             raise UnavailableError(f"{source.name} for {arch}: NVRTC {version} refuses it: {words[:500]}")
-        made = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), source)
+        made: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), source)
         nvrtc.nvrtcGetCUBIN(program, made)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
@@ -71,25 +71,13 @@ class Kernel:
         self._module = _checked(driver.cuModuleLoadData(binary(source, definitions, arch)), source)
         self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()), source)
         self._shared_bytes = 0
-        early, at_once = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
+        early = driver.CUlaunchAttribute()
         early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         early.value.programmaticStreamSerializationAllowed = 1
-        at_once.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-        at_once.value.cooperative = 1
-        self._attributes = {"early": [early], "at once": [at_once]}
+        self._attributes = [early]
 
-    def launch(
-        self,
-        blocks: int,
-        threads: int,
-        shared_bytes: int,
-        arguments: Sequence[Argument],
-        stream: int,
-        how: Literal["early", "at once"] = "early",
-    ) -> None:
-        """Start it. `early`: while the kernel before it ends, for which it must wait itself (griddepcontrol.wait); `at once`:
-        with all of its blocks running, so that they can wait for each other.
-        """
+    def launch(self, blocks: int, threads: int, shared_bytes: int, arguments: Sequence[Argument], stream: int) -> None:
+        """Start it. It begins while the kernel before it ends, and must wait for that itself (griddepcontrol.wait)."""
         driver = self._driver
         if shared_bytes > self._shared_bytes:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -100,7 +88,7 @@ class Kernel:
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = shared_bytes
         config.hStream = stream
-        config.attrs, config.numAttrs = self._attributes[how], 1
+        config.attrs, config.numAttrs = self._attributes, 1
         values, types = zip(*arguments, strict=True)
         _checked(driver.cuLaunchKernelEx(config, self._function, (values, types), 0), self)
 

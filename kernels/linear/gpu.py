@@ -8,6 +8,7 @@ arithmetic: the weight becomes floats (`unpacked`) for the length of the call, a
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -19,7 +20,7 @@ import triton.language as tl
 
 from lensc.kernels import nvrtc
 
-jit: Any = triton.jit
+jit: Callable[[Any], Any] = triton.jit
 
 STEP = 128
 """Inputs of a 4-bit weight that a warp takes at a time; rows are filled up to a multiple with weights of 0."""
@@ -214,8 +215,8 @@ def few_rows(
         out = torch.empty(rows, width, dtype=kind, device=x.device)
     shape = None
     if x.is_cuda and dtype == torch.bfloat16 and weight.inputs % 8 == 0:
-        kind = (16, 0, False) if isinstance(weight, FloatWeight) else (4, weight.span, weight.zero is not None)
-        shape = _shape(kind, _padded(weight), weight.outputs, rows, ending == Ending.SILU, x.device.index or 0)
+        form = (16, 0, False) if isinstance(weight, FloatWeight) else (4, weight.span, weight.zero is not None)
+        shape = _shape(form, _padded(weight), weight.outputs, rows, ending == Ending.SILU, x.device.index or 0)
     if shape is None:
         _launch_triton(x, weight, ending, norm, residual, out, exact=dtype == torch.float32)
         return out
@@ -248,7 +249,7 @@ def _shape(
     weight_format: tuple[int, int, bool], padded: int, outputs: int, rows: int, silu: bool, device: int
 ) -> _Shape | None:
     """The largest that fits the device, for a weight of (bits, span, has zeros); None where it cannot run."""
-    limits = torch.cuda.get_device_properties(device)
+    limits: Any = torch.cuda.get_device_properties(device)
     bits, span, has_zero = weight_format
     if limits.major < 9 or padded % STEP or outputs % (2 * _TILE):
         return None

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="pip install 'lensc[cuda]'")
 pytest.importorskip("triton", reason="pip install 'lensc[cuda]'")
 
+from lensc.kernels import nvrtc
 from lensc.kernels.attention import reference
-from lensc.kernels.attention.gpu import attention, decode_attention, decode_scratch, prefill_attention
+from lensc.kernels.attention.gpu import (
+    attention,
+    decode_attention,
+    decode_scratch,
+    one_token,
+    prefill_attention,
+    takes_one_token,
+)
+from lensc.kernels.rope.gpu import rope_append
 from lensc.kernels.rope.reference import quantize_rows
 
 LIMIT = {
@@ -231,3 +242,33 @@ def test_full_of_hidden_keys_alone(device: torch.device) -> None:
 
 def test_full_large_logits(device: torch.device) -> None:
     check_full(full_case(1, 5, 70, 2, 72, torch.float32), None, 2, device, limit=1000, scale=1000.0)
+
+
+@pytest.mark.parametrize("heads", [(32, 8), (8, 8), (16, 2)])
+@pytest.mark.parametrize("past", [0, 1, 63, 64, 700, 2000])
+def test_one_token_is_rope_and_attention(past: int, heads: tuple[int, int]) -> None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("one_token is CUDA C++: needs a GPU of compute capability 9.0")
+    device, (num_heads, kv_heads) = torch.device("cuda"), heads
+    torch.manual_seed(past)
+    caches = [torch.randn(1, kv_heads, 2048, 128, device=device).bfloat16() for _ in range(2)]
+    copies = [cache.clone() for cache in caches]
+    qkv = torch.randn(1, (num_heads + 2 * kv_heads) * 128, device=device).bfloat16()
+    frequencies = (500000.0 ** -(torch.arange(64, device=device) / 64)).float()
+    at = torch.tensor([past], dtype=torch.int32, device=device)
+    scratch = decode_scratch(1, 1, num_heads, kv_heads, 128, device)
+    query = rope_append(qkv, *copies, at, frequencies, num_heads, 1, 1)
+    expected = decode_attention(query, *copies, at, 0.1, 1, 1, scratch).float()
+    assert takes_one_token(qkv, caches[0])
+    for _ in range(2):  # the second time from what the first left of the scratch
+        found = one_token(qkv, *caches, at, frequencies, num_heads, 0.1, scratch).float()
+        assert (found - expected).abs().max() <= 2.0**-6 * expected.abs().max()
+    for mine, theirs in zip(caches, copies, strict=True):
+        assert (mine.float() - theirs.float()).abs().max() <= 2.0**-6  # one rounding of a rotated key
+
+
+def test_one_token_compiles_without_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.bindings", reason="pip install 'lensc[cuda]'")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = Path(decode_attention.__code__.co_filename).with_name("one_token.cu")
+    assert nvrtc.binary(source, {"HEADS": 32, "KV_HEADS": 8}, "sm_90")[:4] == b"\x7fELF"

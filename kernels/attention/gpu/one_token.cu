@@ -1,37 +1,25 @@
-// A token through a whole decoder in one launch: what is between linears costs a barrier of all blocks and no launch, and
-// while blocks wait for each other, weights of the next linear are on their way.
+// Grouped-query attention of one token at the end of a cache, in one launch: its query and key are rotated, its key and value
+// go into the cache, and the keys are split among blocks. The block that ends last for a head sums up the others'.
 //
-// One block to each multiprocessor, all at once. Per layer: query, key and value; attention; its output into the stream;
-// gate and up; down into the stream. Then the head. Beside what streamed.cuh is compiled for:
-//   HEADS, KV_HEADS   of attention, whose heads have 128 dimensions
+// Compiled at run time for HEADS and KV_HEADS. Heads have 128 dimensions. The past is on its way while the kernel before
+// still runs (programmatic dependent launch).
 
-#include "../linear/streamed.cuh"
+typedef unsigned int u32;
+typedef unsigned short u16;
 
 #define DIM 128
+#define WARPS 16
+#define THREADS (32 * WARPS)
 #define SHARED_BY (HEADS / KV_HEADS)  // query heads that read the same keys
 #define LANES 16                      // that take a key together, 8 dimensions each
 #define AT_ONCE (THREADS / LANES)     // keys of a block at once
 
-struct Layer {
-  const float* attention_norm;
-  const float* mlp_norm;
-  u16* keys;  // bfloat16[KV_HEADS, capacity, DIM]
-  u16* values;
-};
+__device__ __forceinline__ void soon(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
-// What all blocks write before it, all read behind it. `arrived` counts blocks from 0 on, `until` those that must have.
-__device__ void barrier(u32* arrived, u32& until) {
-  until += gridDim.x;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
-    u32 now;
-    do {
-      asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
-    } while (now < until);
-    asm volatile("fence.acq_rel.gpu;" ::: "memory");
-  }
-  __syncthreads();
+__device__ __forceinline__ u32 bfloat_pair(float low, float high) {
+  u32 pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
 }
 
 __device__ __forceinline__ float bfloat(u16 bits) { return __uint_as_float((u32)bits << 16); }
@@ -49,34 +37,26 @@ struct Part {
   float largest[SHARED_BY], total[SHARED_BY], mixed[SHARED_BY][8];
 };
 
-// Scratch that outlives a launch: what the blocks of a head tell the last of them.
-struct Scratch {
-  float* largest;  // [KV_HEADS, splits, SHARED_BY]
-  float* total;
-  float* mixed;    // [KV_HEADS, splits, SHARED_BY, DIM]
-  u32* finished;   // [KV_HEADS], zeros
-};
-
-// Grouped-query attention of the token at position `past`: its key and value go into the cache, and the keys are split
-// among blocks. The block that ends last for a head sums up the others'. qkv: bfloat16[(HEADS + 2 * KV_HEADS) * DIM]; out:
-// bfloat16[HEADS * DIM]; `room`: float[WARPS, SHARED_BY, DIM + 2] in shared memory. `ready` waits until qkv is there.
-template <class Ready>
-__device__ void attend(const u16* qkv, const Layer& layer, int capacity, int past, const float* frequencies, float scale,
-                       const Scratch& scratch, u16* out, float* room, Ready ready) {
+// qkv: bfloat16[(HEADS + 2 * KV_HEADS) * DIM]; keys, values: bfloat16[KV_HEADS, capacity, DIM]; past: how many tokens they
+// hold; frequencies: float32[DIM / 2]; out: bfloat16[HEADS * DIM]. What blocks of a head tell the last of them, by split and
+// query head: float32[KV_HEADS, splits, SHARED_BY] and [.., DIM]; finished: uint32[KV_HEADS], zeros, also behind it.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+one_token(const u16* qkv, u16* all_keys, u16* all_values, int capacity, const int* filled, const float* frequencies,
+          float scale, float* of_largest, float* of_total, float* of_mixed, u32* finished, u16* out) {
+  __shared__ float room[WARPS * SHARED_BY * (DIM + 2)];
   __shared__ float query[SHARED_BY][DIM];
   __shared__ int is_last;
-  const int splits = gridDim.x / KV_HEADS, head = blockIdx.x % KV_HEADS, split = blockIdx.x / KV_HEADS;
+  const int past = *filled, splits = gridDim.x / KV_HEADS, head = blockIdx.x % KV_HEADS, split = blockIdx.x / KV_HEADS;
   const int length = past + 1, each = max(2 * AT_ONCE, (length + splits - 1) / splits);
   const int used = (length + each - 1) / each, start = split * each, end = min(length, start + each);
-  const bool takes_part = split < used && split < splits;
-  u16* keys = layer.keys + (long long)head * capacity * DIM;
-  u16* values = layer.values + (long long)head * capacity * DIM;
+  u16* keys = all_keys + (long long)head * capacity * DIM;
+  u16* values = all_values + (long long)head * capacity * DIM;
   // the past does not depend on the token: lines of 64 values
-  if (takes_part)
-    for (int i = threadIdx.x; i < (min(end, past) - start) * (DIM / 64); i += THREADS)
-      soon(keys + (long long)start * DIM + i * 64), soon(values + (long long)start * DIM + i * 64);
-  ready();
-  if (!takes_part) return;
+  for (int i = threadIdx.x; i < (min(end, past) - start) * (DIM / 64); i += THREADS)
+    soon(keys + (long long)start * DIM + i * 64), soon(values + (long long)start * DIM + i * 64);
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  if (split >= used) return;
 
   // rotated: x cos + rotate_half(x) sin; the angle is a product in float32, as in the portable graph
   for (int i = threadIdx.x; i < (SHARED_BY + 1) * (DIM / 2); i += THREADS) {
@@ -168,8 +148,8 @@ __device__ void attend(const u16* qkv, const Layer& layer, int capacity, int pas
       out[(head * SHARED_BY + h) * DIM + d] = (u16)bfloat_pair(mixed / total, 0);
     } else {
       const int at = (head * splits + split) * SHARED_BY + h;
-      __stcg(scratch.mixed + (long long)at * DIM + d, mixed);
-      if (d == 0) __stcg(scratch.largest + at, larger), __stcg(scratch.total + at, total);
+      __stcg(of_mixed + (long long)at * DIM + d, mixed);
+      if (d == 0) __stcg(of_largest + at, larger), __stcg(of_total + at, total);
     }
   }
   if (used == 1) return;
@@ -177,9 +157,9 @@ __device__ void attend(const u16* qkv, const Layer& layer, int capacity, int pas
   if (threadIdx.x == 0) {
     __threadfence();
     u32 before;
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(scratch.finished + head) : "memory");
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(finished + head) : "memory");
     is_last = before == used - 1;
-    if (is_last) scratch.finished[head] = 0;
+    if (is_last) finished[head] = 0;
     __threadfence();
   }
   __syncthreads();
@@ -187,48 +167,12 @@ __device__ void attend(const u16* qkv, const Layer& layer, int capacity, int pas
   for (int i = threadIdx.x; i < SHARED_BY * DIM; i += THREADS) {
     const int h = i / DIM, d = i % DIM;
     float larger = -1e30f, total = 0, mixed = 0;
-    for (int s = 0; s < used; ++s) larger = fmaxf(larger, __ldcg(scratch.largest + (head * splits + s) * SHARED_BY + h));
+    for (int s = 0; s < used; ++s) larger = fmaxf(larger, __ldcg(of_largest + (head * splits + s) * SHARED_BY + h));
     for (int s = 0; s < used; ++s) {
       const int at = (head * splits + s) * SHARED_BY + h;
-      const float shrink = exp2f(__ldcg(scratch.largest + at) - larger);
-      total += __ldcg(scratch.total + at) * shrink, mixed += __ldcg(scratch.mixed + (long long)at * DIM + d) * shrink;
+      const float shrink = exp2f(__ldcg(of_largest + at) - larger);
+      total += __ldcg(of_total + at) * shrink, mixed += __ldcg(of_mixed + (long long)at * DIM + d) * shrink;
     }
     out[(head * SHARED_BY + h) * DIM + d] = (u16)bfloat_pair(mixed / total, 0);
   }
-}
-
-// linears: four for each layer and the head. stream: float32[width], the embedding of the token; it is written to.
-// past: how many tokens the caches hold; arrived: 0; padded: the most inputs of a linear; tables: where in
-// shared memory there is room for linears and layers.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-token(const Linear* linears, const Layer* layers, const float* last_norm, const float* frequencies, float scale,
-      const int* past, int capacity, float* stream, u16* qkv, u16* mixed, u16* gated, float* logits, float* largest,
-      float* total, float* parts, u32* finished, u32* arrived, int padded, int tables, int count,
-      float epsilon) {
-  extern __shared__ uint4 shared[];
-  // What is where lies in shared memory: a barrier empties the first-level cache.
-  Linear* const linear_of = (Linear*)((char*)shared + tables);
-  Layer* const layer_of = (Layer*)(linear_of + 4 * count + 1);
-  for (int i = threadIdx.x; i < (4 * count + 1) * (int)sizeof(Linear) / 8; i += THREADS)
-    ((long long*)linear_of)[i] = ((const long long*)linears)[i];
-  for (int i = threadIdx.x; i < count * (int)sizeof(Layer) / 8; i += THREADS)
-    ((long long*)layer_of)[i] = ((const long long*)layers)[i];
-  __syncthreads();
-  const auto table = [&](int i) { return linear_of[i]; };
-  Stream<decltype(table)> weights(table, 4 * count + 1, (char*)shared);
-  Room room((char*)shared, 1, padded);
-  const Scratch scratch{largest, total, parts, finished};
-  const int position = *past;
-  u32 until = 0;
-  const auto all = [&] { barrier(arrived, until); };
-  for (int i = 0; i < count; ++i) {
-    const Layer layer = layer_of[i];
-    const Linear* l = linear_of + 4 * i;
-    linear<true, STORE>(l[0], weights, room, stream, layer.attention_norm, epsilon, nullptr, qkv, 1, all);
-    attend(qkv, layer, capacity, position, frequencies, scale, scratch, mixed, (float*)room.x, all);
-    linear<false, RESIDUAL>(l[1], weights, room, mixed, nullptr, 0, stream, stream, 1, all);
-    linear<true, SILU>(l[2], weights, room, stream, layer.mlp_norm, epsilon, nullptr, gated, 1, all);
-    linear<false, RESIDUAL>(l[3], weights, room, gated, nullptr, 0, stream, stream, 1, all);
-  }
-  linear<true, LOGITS>(linear_of[4 * count], weights, room, stream, last_norm, epsilon, nullptr, logits, 1, all);
 }

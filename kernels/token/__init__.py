@@ -1,1 +1,0 @@
-"""A whole decoder, one token at a time, as one kernel."""
