@@ -16,11 +16,20 @@ DIM = 128
 """Dimensions of a head: the only number of them that the kernel knows."""
 
 
+_SHARED_BY = 4
+"""Query heads that read the same keys, at most: what they sum up lies in 48 KB of shared memory."""
+
+
 def takes_one_token(qkv: torch.Tensor, cache_k: torch.Tensor) -> bool:
-    """Whether the kernel takes these on this device: bfloat16, one row, heads of 128 dimensions, Hopper or newer."""
+    """Whether the kernel takes these on this device: bfloat16, one row, heads of 128 dimensions of which up to 4 read the
+    same keys, Hopper or newer.
+    """
+    kv_heads = cache_k.shape[1]
+    shared_by = (qkv.shape[1] // DIM - 2 * kv_heads) // kv_heads
     fits = qkv.shape[0] == 1 and cache_k.shape[0] == 1 and cache_k.shape[3] == DIM
     is_bfloat16 = qkv.dtype == cache_k.dtype == torch.bfloat16
-    return qkv.is_cuda and fits and is_bfloat16 and torch.cuda.get_device_capability(qkv.device)[0] >= 9
+    is_known = is_bfloat16 and fits and shared_by <= _SHARED_BY
+    return qkv.is_cuda and is_known and torch.cuda.get_device_capability(qkv.device)[0] >= 9
 
 
 def one_token(
