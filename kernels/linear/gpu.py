@@ -334,9 +334,10 @@ def _launch_triton(
 ) -> None:
     rows, outputs = out.shape
     grouped = weight if isinstance(weight, GroupedWeight) else None
-    block = 64 if grouped is None else grouped.span
+    # the interpreter takes as long for a large block as for a small one
+    block = grouped.span if grouped is not None else 64 if x.is_cuda else 256
     values = weight.values if isinstance(weight, FloatWeight) else weight.packed
-    block_outputs = 16
+    block_outputs = 16 if x.is_cuda else 128
     _few_rows[(triton.cdiv(outputs, block_outputs),)](
         x, x if norm is None else norm[0], 0.0 if norm is None else norm[1], values,
         values if grouped is None else grouped.scale, values if grouped is None else grouped.factor,

@@ -87,6 +87,28 @@ LAYERS = {
     },
     "profiles": Layer(("backends.errors", "backends.codec")),
     "bench": Layer(EVERYTHING, anywhere=frozenset({"numpy", "PIL"}), in_functions=EVERYTHING),
+    "kernels.nvrtc": Layer(("backends.errors",), in_functions=frozenset({"cuda"})),
+    # the parts of backends.cuda, which imports them to load an artifact
+    **{
+        f"backends._cuda_{part}": Layer(
+            (
+                *("backends.base", "backends.errors", "backends._program", "export.graph", "kernels"),
+                *(f"backends._cuda_{other}" for other in ("plan", "session", "weights")),
+            ),
+            anywhere=frozenset({"numpy", "torch"}),
+            siblings=False,
+        )
+        for part in ("plan", "session", "weights")
+    },
+    "backends.cuda": Layer(
+        (
+            *("backends.base", "backends.errors", "export.graph", "export.quantize.scheme", "kernels"),
+            *(f"backends._cuda_{part}" for part in ("plan", "session", "weights")),
+            *(f"backends._program{part}" for part in ("", "_file", "_lower", "_weights")),
+        ),
+        in_functions=frozenset({"torch"}),
+        siblings=False,
+    ),
     # the parts of bench.gpu, which imports them when it is known that there is a GPU
     **{
         f"bench.gpu_{part}": Layer(EVERYTHING, anywhere=frozenset({"numpy", "PIL", "torch"}), in_functions=EVERYTHING)

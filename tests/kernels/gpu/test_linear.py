@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -96,19 +95,23 @@ def test_few_rows(kind: str, rows: int, inputs: int, outputs: int, dtype: torch.
     close(residual, expected, dtype)
 
 
-@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
-def test_cuda_compiles_without_a_card(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_compiles_without_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every format and every ending; what is kept is found again."""
     pytest.importorskip("cuda.bindings", reason="pip install 'lensc[cuda]'")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    formats = [(16, 0, 0), (4, 128, 0), (4, 32, 1)]
-    for (bits, span, zeros), norm, ending in itertools.product(formats, (0, 1), gpu.Ending):
-        if arch == "sm_100" and ending != gpu.Ending.SILU:
-            continue
+    cases = [
+        ("sm_90", 16, 0, 0, 1, gpu.Ending.LOGITS),
+        ("sm_90", 4, 128, 0, 1, gpu.Ending.SILU),
+        ("sm_90", 4, 64, 0, 1, gpu.Ending.STORE),
+        ("sm_90", 4, 32, 1, 0, gpu.Ending.RESIDUAL),
+        ("sm_100", 16, 0, 0, 0, gpu.Ending.RESIDUAL),
+    ]
+    for arch, bits, span, zeros, norm, ending in cases:
         definitions = {"BITS": bits, "SPAN": span, "ZEROS": zeros, "NORM": norm, "ENDING": int(ending)}
-        definitions |= {"GROUP": span, "MOST_ROWS": 8, "TILES": 2, "WARPS": 8, "DEPTH": 4}
+        definitions |= {"GROUP": span, "MOST_ROWS": 8, "TILES": 2, "WARPS": 16, "DEPTH": 4}
         assert nvrtc.binary(SOURCE, definitions, arch)[:4] == b"\x7fELF"
     kept = list(tmp_path.rglob("*.cubin"))
-    assert len(kept) == (24 if arch == "sm_90" else 6)
+    assert len(kept) == len(cases)
     assert nvrtc.binary(SOURCE, definitions, arch) in [path.read_bytes() for path in kept]
 
 
