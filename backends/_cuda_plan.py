@@ -252,8 +252,8 @@ class _Planning:
             if count(rows, run.sizes) <= most:
                 stream = run.value(x)
                 normed = None if along is None else (along.weight, along.epsilon)
-                given = stream if along is not None else stream.to(dtype)
-                added = None if residual is None else run.value(residual)
+                given = stream.float() if along is not None else stream.to(dtype)
+                added = None if residual is None else run.value(residual).float().contiguous()
                 run.values[y] = linear_.few_rows(given.contiguous(), weight, ending, normed, added, dtype=dtype)
                 return
             given = _normalized(run, x, along, dtype) if along is not None else run.value(x).to(dtype)

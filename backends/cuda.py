@@ -64,7 +64,7 @@ class Cuda:
         try:
             device = _device()
         except UnavailableError as error:
-            return (Probe(NAME, "gpu", False, str(error)),)
+            return (Probe(NAME, "gpu", False, str(error), "untested"),)
         import torch
 
         limits = torch.cuda.get_device_properties(device)
