@@ -60,8 +60,9 @@ NOT_JUDGED = "none: what the recipe costs"
 SURE_MARGIN = 2 * TOLERANCES["logits"]
 """Both choices may move by the tolerance, towards each other."""
 
-PROBE_SIZES = {"slices": 2, "patches": 12, "batch": 2, "tokens": 3, "past": 5, "rows": 2}
-"""Sizes of the golden probe: small, but each dimension is one that a graph could get wrong."""
+PROBE_SIZES = {"slices": 2, "patches": 12, "batch": 2, "tokens": 13, "past": 5, "rows": 8}
+"""Sizes of the golden probe: small, but each dimension is one that a graph could get wrong. Logits of random inputs are weak
+in some rows, where rounding inputs to 8 bits weighs more: four rows swing from 24 to 37 dB, sixteen stay above 29."""
 
 
 @dataclass
@@ -168,14 +169,22 @@ class Metrics:
         return self.agreed / self.rows if self.rows else None
 
     def __str__(self) -> str:
-        """The figures, worst output first."""
-        worst = max(self.outputs, key=lambda n: (not self.outputs[n].finite, self.outputs[n].excess), default=None)
+        """The figures, worst output first: by what it must reach."""
+        judged = self.min_sqnr_db is not None
+        far = {n: (not t.finite, -t.sqnr_db if judged else t.excess) for n, t in self.outputs.items()}
+        worst = max(far, key=lambda name: far[name], default=None)
         if worst is None:
             return f"{self.graph}: nothing was compared"
         if not self.finite:
             return f"{self.graph}: {worst} holds NaN or Inf"
-        text = f"{self.graph}: {worst} is {self.outputs[worst].excess:.3g} times the allowed difference off, max abs "
-        text += f"{self.max_abs:.3g}, SQNR {self.sqnr_db:.1f} dB, cosine {self.cosine:.6f}"
+        if judged:
+            text = f"{self.graph}: {worst} reaches SQNR {self.sqnr_db:.1f} dB of {self.min_sqnr_db:.0f}, max abs "
+            text += f"{self.max_abs:.3g}, cosine {self.cosine:.6f}"
+        else:
+            text = (
+                f"{self.graph}: {worst} is {self.outputs[worst].excess:.3g} times the allowed difference off, max abs "
+            )
+            text += f"{self.max_abs:.3g}, SQNR {self.sqnr_db:.1f} dB, cosine {self.cosine:.6f}"
         return text if self.top1_agreement is None else text + f", top-1 agreement {self.top1_agreement:.4f}"
 
 
@@ -286,7 +295,7 @@ def make_probes(reference: Mapping[str, Session], folder: Path, int8: Collection
 def probe_feeds(spec: GraphSpec) -> dict[str, Array]:
     """Small inputs of a fixed seed for the graphs `vision` and `decoder`, and floats for any other input.
 
-    Position ids continue after the past, logits are asked of the first and the last token, the last patches of a slice
+    Position ids continue after the past, logits are asked of tokens from the first to the last, the last patches of a slice
     are padding.
     """
     sizes = {name: min(size, spec.dims[name].max) for name, size in PROBE_SIZES.items() if name in spec.dims}
@@ -298,7 +307,7 @@ def probe_feeds(spec: GraphSpec) -> dict[str, Array]:
     past, tokens, patches = (sizes.get(name, 0) for name in ("past", "tokens", "patches"))
     if "logit_positions" in feeds:
         feeds["position_ids"] = np.arange(past, past + tokens)
-        feeds["logit_positions"] = np.array([0, tokens - 1])[: sizes["rows"]]
+        feeds["logit_positions"] = np.linspace(0, tokens - 1, sizes["rows"]).astype(np.int64)
     if "attention_bias" in feeds:
         feeds["position_ids"] = np.broadcast_to(np.arange(patches), feeds["position_ids"].shape).copy()
         feeds["attention_bias"][:] = 0.0
