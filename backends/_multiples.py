@@ -1,6 +1,6 @@
 """Whether the scales of each row of a weight are whole multiples of one step, and which.
 
-Where they are, a kernel sums a whole row in integers: (value - zero point) * multiple fits in an int8.
+Where they are, a kernel sums inputs of several groups in integers: (value - zero point) * multiple fits in an int8.
 """
 
 from __future__ import annotations

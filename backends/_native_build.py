@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ._multiples import scales_of
 from ._program import (
     BITS,
     Add,
@@ -29,6 +30,10 @@ from ._program import (
 )
 from .base import Array
 
+SUM_MULTIPLES = ("amx", "avx512")
+"""Instruction sets that look up 64 weights at once. On others multiples become scales again when a program is built: products
+of whole bytes take more instructions there than products of 4 bits with a scale for every group."""
+
 
 @dataclass(frozen=True)
 class Built:
@@ -47,12 +52,15 @@ class Built:
 
 def build(program: Program, files: Mapping[str, mmap.mmap], kernels: Any, isa: str, threads: int, exact: bool) -> Built:
     """Make `program` for an instruction set. `exact`: attention in float32 even where bfloat16 is faster."""
-    return _Building(program, files, kernels.Program(isa, threads), exact).built()
+    return _Building(program, files, kernels.Program(isa, threads), exact, isa in SUM_MULTIPLES).built()
 
 
 class _Building:
-    def __init__(self, program: Program, files: Mapping[str, mmap.mmap], made: Any, exact: bool) -> None:
+    def __init__(
+        self, program: Program, files: Mapping[str, mmap.mmap], made: Any, exact: bool, sums_multiples: bool
+    ) -> None:
         self._program, self._files, self._made, self._exact = program, files, made, exact
+        self._sums_multiples = sums_multiples
         self._row_classes: dict[str, int] = {}
         self._arrays: dict[str, int] = {}
         self._limits: dict[str, int | str] = {}
@@ -134,6 +142,10 @@ class _Building:
             sums = self._bytes(behind, sums_bytes).view(np.int32)
             self._made.channel_linear(step.x, tiles, scales, sums, bias, residual, step.y)
             return
+        multiples = self._multiples(weight)
+        if multiples is not None and not self._sums_multiples:
+            scales, multiples = scales_of(scales, multiples).astype(np.float32), None
+            self._constants.append(scales)
         self._made.group_linear(
             step.x,
             self._bytes(weight.values, weight.values_bytes),
@@ -146,7 +158,7 @@ class _Building:
             bias,
             residual,
             step.y,
-            self._multiples(weight),
+            multiples,
         )
 
     def _zero_points(self, weight: WeightRecord) -> Array | None:

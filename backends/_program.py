@@ -27,6 +27,11 @@ CHUNK_BYTES = 64
 """Of a row of weights in groups: inputs are rounded in units of a group, or of a chunk where that is smaller."""
 
 
+UNIT_GROUPS, SPAN_INPUTS = 4, 2048
+"""Of weights whose scales are multiples of a step: the groups whose inputs are rounded together, and the most inputs; see
+int4_linear.h."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where bytes lie: a file of the program, and the offset in it."""
@@ -60,7 +65,7 @@ class WeightRecord:
     byte to the highest, and rows of values end with whole bytes.
 
     With `multiples`, int8[outputs, groups] of magnitude 1 to 15, a scale is a multiple of a step, and `scale` holds the
-    steps, float32[outputs]: all inputs of an output are then summed as integers.
+    steps, float32[outputs]: a whole `unit` of inputs is then summed as integers.
 
     `int8_tiles` is int8 with one group per output, packed for the kernel: [outputs / 16, inputs / 4, 16, 4], both filled
     with zeros to whole tiles (multiples of 32 outputs and 64 inputs), then int32[outputs], the sum of each output's weights.
@@ -86,10 +91,12 @@ class WeightRecord:
 
     @property
     def unit(self) -> int:
-        """Neighbouring inputs that are rounded to 8 bits with one scale; the last of a row may be fewer."""
-        group = self.group or self.inputs
+        """Neighbouring inputs that are rounded to 8 bits with one scale; the last of a row may be fewer. Whoever computes may
+        take smaller units.
+        """
         if self.multiples is not None:
-            return self.inputs
+            return min(UNIT_GROUPS * self.group, SPAN_INPUTS) if self.groups > 1 else SPAN_INPUTS
+        group = self.group or self.inputs
         return group if self.kind == "int8_tiles" else min(group, 8 * CHUNK_BYTES // BITS[self.kind])
 
     @property
@@ -119,8 +126,6 @@ class WeightRecord:
         return self.outputs * self.groups if self.multiples is not None else 0
 
 
-MOST_SUMMED_INPUTS = 1 << 16
-"""Products of unsigned bytes and int8 of so many inputs fit in an int32."""
 SMALLEST_MULTIPLIED_BYTES = 16
 """Of a group with a multiple: a table of 16 values is looked up by 16 lanes at once."""
 
@@ -128,8 +133,7 @@ SMALLEST_MULTIPLIED_BYTES = 16
 def sums_multiples(inputs: int, group: int, bits: int) -> bool:
     """Whether int4_linear takes weights whose scales are whole multiples of a step; `group` 0 is all inputs."""
     nbytes = group * bits // 8
-    fits = group in (0, inputs) or (nbytes >= SMALLEST_MULTIPLIED_BYTES and nbytes & (nbytes - 1) == 0)
-    return fits and inputs <= MOST_SUMMED_INPUTS
+    return group in (0, inputs) or (nbytes >= SMALLEST_MULTIPLIED_BYTES and nbytes & (nbytes - 1) == 0)
 
 
 @dataclass(frozen=True)

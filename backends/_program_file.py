@@ -339,7 +339,7 @@ def _linear_problems(step: Linear, values: Sequence[Value]) -> Iterator[str]:
 
 
 def _multiples_problems(weight: WeightRecord) -> Iterator[str]:
-    """Whether the kernels sum all inputs of such a weight as integers; see int4_linear.h."""
+    """Whether there are kernels for such a weight; see int4_linear.h."""
     if weight.kind not in ("uint4", "uint2") or weight.zero_point is not None or weight.activations != "int8":
         yield "multiples are for weights in uint4 or uint2 without a zero point, and inputs in int8"
     elif not sums_multiples(weight.inputs, weight.group, BITS[weight.kind]):

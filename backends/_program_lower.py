@@ -58,10 +58,6 @@ DOMAIN = "lensc"
 FOLDED = 1 << 20
 """Weights that are dequantized at once where a product of constants is computed: 8 MiB of float64."""
 
-SUMS_MULTIPLES = False
-"""Whether weights whose scales are multiples of a step are summed as integers, which rounds inputs with one scale per row.
-It is up to twice as fast, and too coarse as it is: a layer of true width loses 1.5 to 3.5 dB."""
-
 KINDS: dict[str, Kind] = {"FLOAT": "f32", "INT8": "int8", "UINT8": "uint8", "UINT4": "uint4", "UINT2": "uint2"}
 
 
@@ -416,7 +412,7 @@ class _Lowering:
         products: Literal["float", "int8"] = "int8" if self._int8_inputs else "float"
         scale, multiples = self.blobs.add(found.scale), None
         bits, integers = BITS[values.type], self._int8_inputs and zero is None
-        if SUMS_MULTIPLES and integers and bits < 8 and sums_multiples(inputs, group, bits):
+        if integers and bits < 8 and sums_multiples(inputs, group, bits):
             scale, multiples = self.blobs.add_multiples(found.scale) or (scale, None)
         zero_place = None if zero is None else self.blobs.add(zero)
         return WeightRecord(values.name, kind, outputs, inputs, group, place, scale, zero_place, products, multiples)

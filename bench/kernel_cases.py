@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from lensc.backends._program import UNIT_GROUPS
 from lensc.kernels.activation.reference import gelu_tanh, silu_mul
 from lensc.kernels.attention.reference import attention, causal_attention
 from lensc.kernels.linear.reference import quantized_linear, unpack
@@ -30,7 +31,7 @@ Shown = tuple[npt.NDArray[Any], Floats]
 LINEARS = ((4096, 4096), (14336, 4096), (4096, 14336), (128256, 4096))
 """Outputs and inputs of Llama-3-8B: query and output, gate and up, down, head."""
 FORMATS = ((4, 128), (4, 32), (2, 64))
-"""Bits of a weight, and weights of a group; scales are whole multiples of a step."""
+"""Bits of a weight, and weights of a group; scales are whole multiples of a step, as named schemes make them."""
 ANY_SCALES = (14336, 4096), (4, 128), (1, 8, 128, 1024)
 """Outputs and inputs, format and rows of a linear whose scales are any."""
 CHANNELS = ((1152, 1152), (4304, 1152), (1152, 4304))
@@ -192,7 +193,7 @@ def _group_linear(
         unpacked = unpack(packed, bits, SAMPLED * inputs).reshape(SAMPLED, inputs)
         unit, of_groups = min(group, 64 * 8 // bits), weights[-1][1][chosen]
         if multiples is not None:
-            unit, of_groups = inputs, of_groups.astype(np.float64) * multiples[chosen]
+            unit, of_groups = UNIT_GROUPS * group, of_groups.astype(np.float64) * multiples[chosen]
         return quantized_linear(x, unpacked, of_groups, zero, group, unit)
 
     read = copies * (size + (4 * outputs * groups if any_scales else outputs * (4 + groups)))

@@ -93,7 +93,6 @@ GroupWeight group_weight(const Bytes& values, const Matrix& scales, const std::o
                 "multiples: [outputs, groups]");
         require(w.groups() == 1 || (of_group >= 16 && (of_group & (of_group - 1)) == 0),
                 "multiples: of groups of 16 bytes, or twice as many again");
-        require(inputs <= most_summed_inputs, "multiples: of fewer inputs");
     }
     require(!zero_points || int64_t(zero_points->shape(0)) == (w.outputs * w.groups() * bits + 7) / 8,
             "zero_points: not one for each scale");

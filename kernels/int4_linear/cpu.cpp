@@ -242,8 +242,8 @@ inline void multiply_block(const Int4LinearArgs& a, int64_t output, int64_t bloc
                 next.corrections = corrections + (unit * panels + p) * panel_rows;
                 const TileRange tiles{1, planes, unit_bytes, 0, 64, 32 * 64, w.bits == 8};
                 const auto nothing = [](int64_t) {};
-                next.panels == 2 ? multiply<2>(tiles, of_unit, of_pair, false, products[count % 2], nothing)
-                                 : multiply<1>(tiles, of_unit, of_pair, false, products[count % 2], nothing);
+                next.panels == 2 ? multiply<2>(tiles, of_unit, of_pair, products[count % 2], nothing)
+                                 : multiply<1>(tiles, of_unit, of_pair, products[count % 2], nothing);
                 if (u == 0 && p == 0 && chunk + 1 < w.chunks()) unpack_chunk(chunk + 1);
                 fold_pending();
                 pending = next, pending_sums = sums + p / 2 * 32 * 32;

@@ -20,8 +20,11 @@ constexpr int64_t block_bytes = 5 << 18;
 constexpr int64_t most_streamed_rows = 8;
 // Of whole multiples: (value - 8) * 15 just fits in an int8.
 constexpr int most_multiple = 15;
-// Products of unsigned bytes and int8 of so many inputs fit in an int32.
-constexpr int64_t most_summed_inputs = 65536;
+// Weights with multiples: inputs of 32 outputs that are unpacked at once. Two such spans and what is multiplied with them stay
+// in the second-level cache.
+constexpr int64_t span_inputs = 2048;
+// Groups whose inputs are rounded with one scale: of two groups sums take longer, of eight inputs are too coarse.
+constexpr int64_t unit_groups = 4;
 
 struct GroupWeight {
     const uint8_t* values;       // [outputs, inputs * bits / 8]
@@ -38,9 +41,10 @@ struct GroupWeight {
     LENSC_INLINE int64_t row_bytes() const { return inputs * bits / 8; }
     LENSC_INLINE int64_t chunks() const { return (row_bytes() + chunk_bytes - 1) / chunk_bytes; }
     LENSC_INLINE int64_t chunk_inputs() const { return chunk_bytes * planes(); }
-    // Inputs that are summed as integers before they are scaled: with multiples all, else a group or a chunk of it.
+    // Inputs that are rounded with one scale, and summed as integers: a group or a chunk of it; with multiples four groups,
+    // which are whole chunks, as far as a span holds them.
     LENSC_INLINE int64_t unit() const {
-        if (multiples) return padded_inputs();
+        if (multiples) return groups() > 1 && unit_groups * group < span_inputs ? unit_groups * group : span_inputs;
         return group < chunk_inputs() ? group : chunk_inputs();
     }
     LENSC_INLINE int64_t unit_bytes() const { return unit() * bits / 8; }

@@ -1,4 +1,4 @@
-// int4_linear for weights with multiples: all inputs of an output are summed as integers. Included by cpu.cpp.
+// int4_linear for weights with multiples: inputs that were rounded together are summed as integers. Included by cpu.cpp.
 #pragma once
 #include <algorithm>
 
@@ -10,6 +10,7 @@ namespace lensc::LENSC_ISA {
 
 #if !defined(__AVX512VNNI__) && !defined(LENSC_BYTES)
 
+// A sum of products of whole bytes of weights: of a unit as integers, and of all units.
 class ByteSums {
   public:
     void add(const uint8_t* values, const int8_t* x, int64_t count) {
@@ -18,18 +19,24 @@ class ByteSums {
         for (int64_t i = 0; i < count; i++) sum += int32_t(values[i]) * x[i];
         sum_ += sum;
     }
-    int32_t total() const { return sum_; }
+    // Ends a unit, of which `too_much` was added.
+    void end_unit(int32_t too_much, float scale) {
+        total_ += static_cast<float>(sum_ - too_much) * scale;
+        sum_ = 0;
+    }
+    float total() const { return total_; }
 
   private:
     int32_t sum_ = 0;
+    float total_ = 0;
 };
 
 #endif
 
-// A finished sum to y: times the scales, and with bias and residual.
-inline void put_sum(const Int4LinearArgs& a, int64_t output, int64_t row, int32_t sum) {
+// A finished sum to y: times the step, and with bias and residual.
+inline void put_sum(const Int4LinearArgs& a, int64_t output, int64_t row, float sum) {
     const int64_t at = row * a.weight.outputs + output;
-    float y = static_cast<float>(sum - byte_offset * a.x.sums[row]) * a.x.scales[row] * a.weight.scales[output];
+    float y = sum * a.weight.scales[output];
     if (a.bias) y += a.bias[output];
     if (a.residual) y += a.residual[at];
     a.y[at] = y;
@@ -45,40 +52,58 @@ inline void stream_apart(const Int4LinearArgs& a, const GroupsOfChunks& groups, 
     constexpr int planes = 8 / Bits;
     const GroupWeight& w = a.weight;
     const int64_t row_bytes = w.row_bytes(), chunks = w.chunks(), padded = w.padded_inputs();
+    const int64_t units = w.units(), per_unit = w.unit_bytes() / chunk_bytes;
     const uint8_t* values = w.values + output * row_bytes;
     const int8_t* x = a.x.values + row * padded;
     const int8_t* multiples = groups.of_output(output);
     // All loops over outputs and rows are unrolled, or the compiler keeps the sums in memory.
-    __m512i sums[Outputs][Rows];
+    __m512 sums[Outputs][Rows];
 #pragma GCC unroll 8
     for (int o = 0; o < Outputs; o++)
 #pragma GCC unroll 8
-        for (int r = 0; r < Rows; r++) sums[o][r] = _mm512_setzero_si512();
-    for (int64_t c = 0; c < chunks; c++) {
-        const __mmask64 held = held_of(row_bytes - c * chunk_bytes);
-        __m512i weights[Outputs][planes];
+        for (int r = 0; r < Rows; r++) sums[o][r] = _mm512_setzero_ps();
+    for (int64_t u = 0, c = 0; u < units; u++) {
+        __m512i products[Outputs][Rows];
 #pragma GCC unroll 8
-        for (int o = 0; o < Outputs; o++) {
-            const uint8_t* at = values + o * apart * row_bytes + c * chunk_bytes;
-            __builtin_prefetch(at + fetched_ahead);
-            const __m512i packed = _mm512_maskz_loadu_epi8(held, at);
-            const __m512i tables = tables_of<Bits, Lanes>(groups, multiples + o * apart * groups.groups, c);
+        for (int r = 0; r < Rows; r++) {
+            const __m128i too_much = _mm_cvtsi32_si128(-byte_offset * a.x.sums[(row + r) * units + u]);
+#pragma GCC unroll 8
+            for (int o = 0; o < Outputs; o++) products[o][r] = _mm512_zextsi128_si512(too_much);
+        }
+        for (const int64_t end = std::min(c + per_unit, chunks); c < end; c++) {
+            const __mmask64 held = held_of(row_bytes - c * chunk_bytes);
+            __m512i weights[Outputs][planes];
+#pragma GCC unroll 8
+            for (int o = 0; o < Outputs; o++) {
+                const uint8_t* at = values + o * apart * row_bytes + c * chunk_bytes;
+                __builtin_prefetch(at + fetched_ahead);
+                const __m512i packed = _mm512_maskz_loadu_epi8(held, at);
+                const __m512i tables = tables_of<Bits, Lanes>(groups, multiples + o * apart * groups.groups, c);
 #pragma GCC unroll 4
-            for (int p = 0; p < planes; p++) weights[o][p] = multiplied<Bits>(tables, packed, p);
+                for (int p = 0; p < planes; p++) weights[o][p] = multiplied<Bits>(tables, packed, p);
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 4
+                for (int p = 0; p < planes; p++) {
+                    const __m512i quads = _mm512_loadu_si512(x + r * padded + (c * planes + p) * chunk_bytes);
+#pragma GCC unroll 8
+                    for (int o = 0; o < Outputs; o++)
+                        products[o][r] = _mm512_dpbusd_epi32(products[o][r], weights[o][p], quads);
+                }
         }
 #pragma GCC unroll 8
-        for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 4
-            for (int p = 0; p < planes; p++) {
-                const __m512i quads = _mm512_loadu_si512(x + r * padded + (c * planes + p) * chunk_bytes);
+        for (int r = 0; r < Rows; r++) {
+            const __m512 scale = _mm512_set1_ps(a.x.scales[(row + r) * units + u]);
 #pragma GCC unroll 8
-                for (int o = 0; o < Outputs; o++) sums[o][r] = _mm512_dpbusd_epi32(sums[o][r], weights[o][p], quads);
-            }
+            for (int o = 0; o < Outputs; o++)
+                sums[o][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[o][r]), scale, sums[o][r]);
+        }
     }
 #pragma GCC unroll 8
     for (int o = 0; o < Outputs; o++)
 #pragma GCC unroll 8
-        for (int r = 0; r < Rows; r++) put_sum(a, output + o * apart, row + r, _mm512_reduce_add_epi32(sums[o][r]));
+        for (int r = 0; r < Rows; r++) put_sum(a, output + o * apart, row + r, _mm512_reduce_add_ps(sums[o][r]));
 }
 
 #else
@@ -88,12 +113,20 @@ template <int Bits, bool Lanes>
 inline void stream_output(const Int4LinearArgs& a, const GroupsOfChunks& groups, int64_t output, int64_t row, int64_t rows) {
     constexpr int64_t bytes = 8 / Bits * chunk_bytes;
     const GroupWeight& w = a.weight;
+    const int64_t chunks = w.chunks(), units = w.units(), per_unit = w.unit_bytes() / chunk_bytes;
     const uint8_t* at = w.values + output * w.row_bytes();
     alignas(64) uint8_t values[bytes];
     ByteSums sums[most_streamed_rows];
-    for (int64_t c = 0; c < w.chunks(); c++, at += chunk_bytes) {
-        unpack_multiplied<Bits, Lanes>(groups, output, c, 1, at, w.row_bytes() - c * chunk_bytes, values);
-        for (int64_t r = 0; r < rows; r++) sums[r].add(values, a.x.values + (row + r) * w.padded_inputs() + c * bytes, bytes);
+    for (int64_t u = 0, c = 0; u < units; u++) {
+        for (const int64_t end = std::min(c + per_unit, chunks); c < end; c++, at += chunk_bytes) {
+            unpack_multiplied<Bits, Lanes>(groups, output, c, 1, at, w.row_bytes() - c * chunk_bytes, values);
+            for (int64_t r = 0; r < rows; r++)
+                sums[r].add(values, a.x.values + (row + r) * w.padded_inputs() + c * bytes, bytes);
+        }
+        for (int64_t r = 0; r < rows; r++) {
+            const int64_t unit = (row + r) * units + u;
+            sums[r].end_unit(byte_offset * a.x.sums[unit], a.x.scales[unit]);
+        }
     }
     for (int64_t r = 0; r < rows; r++) put_sum(a, output, row + r, sums[r].total());
 }
@@ -116,15 +149,50 @@ void stream_multiples(const Int4LinearArgs& a, Range outputs) {
 
 // --- many rows: panels ------------------------------------------------------------------------------------------------
 
-// Inputs of 32 outputs that are unpacked at once: two spans and what is multiplied with them stay in the second-level cache.
-constexpr int64_t span_inputs = 2048;
 // A line more: rows of whole pages would share the few lines of a cache that have one place.
 constexpr int64_t unpacked_bytes = span_inputs + chunk_bytes;
 
-// A pair of panels (or the last alone) whose sums are complete. Its 16 x 16 parts are scaled, turned and put one by one.
+// Products of a unit and a pair of panels (or the last alone) on their way to sums: sums += (products - too much) * scale.
+struct PendingUnit {
+    const int32_t* products = nullptr;  // [32][lanes]
+    float* sums = nullptr;              // as products
+    int64_t lanes = 0;
+    bool is_first = false;  // sums are made, not added to
+    int64_t next = block_outputs;
+    alignas(64) float scales[32];
+    int32_t too_much[32];
+
+    // What belongs to unit `unit` and panel `panel` of a block of `panels`, whose scales and sums begin at `block`.
+    void begin(const int32_t* made, float* to, int64_t pair, const QuantizedRows& x, int64_t block, int64_t panels, int64_t unit,
+               int64_t panel) {
+        products = made, sums = to, lanes = pair * panel_rows, is_first = unit == 0, next = 0;
+        const int64_t at = block + (unit * panels + panel) * panel_rows;
+        std::memcpy(scales, x.scales + at, static_cast<size_t>(lanes) * sizeof(float));
+        for (int64_t r = 0; r < lanes; r++) too_much[r] = byte_offset * x.sums[at + r];
+    }
+
+    void add_up_to(int64_t output) {
+        for (int64_t lane = 0; lane < lanes; lane += panel_rows) {
+            int32_t taken[16];  // of a panel, as its scales in registers
+            float scale[16];
+            std::memcpy(taken, too_much + lane, sizeof taken);
+            std::memcpy(scale, scales + lane, sizeof scale);
+            for (int64_t o = next; o < output; o++) {
+                const int32_t* from = products + o * lanes + lane;
+                float* to = sums + o * lanes + lane;
+#pragma omp simd
+                for (int r = 0; r < 16; r++)
+                    to[r] = (is_first ? 0.0f : to[r]) + static_cast<float>(from[r] - taken[r]) * scale[r];
+            }
+        }
+        next = std::max(next, output);
+    }
+};
+
+// A pair of panels (or the last alone), of which its 16 x 16 parts are turned and put one by one once sums are complete.
 struct FinishedPair {
     const Int4LinearArgs& a;
-    const int32_t* sums = nullptr;  // [32][16 * panels]
+    const float* sums = nullptr;  // [32][16 * panels]
     int64_t output = 0, panel = 0, panels = 0;
     int64_t next = 0;  // part: outputs first
 
@@ -134,16 +202,7 @@ struct FinishedPair {
         const int64_t o = next / panels * 16, p = next % panels, lanes = 16 * panels;
         next++;
         if (output + o >= a.weight.outputs) return;
-        alignas(64) float scaled[16 * 16], scales[16];
-        int32_t too_much[16];
-        const int64_t at = place(p);
-        std::memcpy(scales, a.x.scales + at, sizeof scales);
-        for (int r = 0; r < 16; r++) too_much[r] = byte_offset * a.x.sums[at + r];
-        for (int64_t i = 0; i < 16; i++)
-#pragma omp simd
-            for (int r = 0; r < 16; r++)
-                scaled[i * 16 + r] = static_cast<float>(sums[(o + i) * lanes + p * 16 + r] - too_much[r]) * scales[r];
-        put_panel(a, Ending(a, output + o), scaled, 16, output + o, panel + p);
+        put_panel(a, Ending(a, output + o), sums + o * lanes + p * 16, lanes, output + o, panel + p);
     }
 
     // The lines of y that a row of the pair will be put to.
@@ -154,23 +213,26 @@ struct FinishedPair {
         __builtin_prefetch(a.y + at * a.weight.outputs + output + 16, 1);
     }
 
-  private:
-    // With one unit a row, scales lie panel after panel whatever the block.
-    int64_t place(int64_t p) const { return (panel + p) * panel_rows; }
+    void become(const FinishedPair& other) {
+        while (is_left()) put_next();
+        sums = other.sums, output = other.output, panel = other.panel, panels = other.panels, next = 0;
+    }
 };
 
 // All outputs of a share with a block of panels. While tiles are busy, the vector units do what comes before and after: the
-// next span is unpacked and the one behind it fetched, the last pair is put.
+// next span is unpacked and the one behind it fetched, the last unit is added to its sums, and finished sums are put.
 template <int Bits, bool Lanes>
 void multiply_multiples(const Int4LinearArgs& a, Range outputs, int64_t block) {
     constexpr int64_t planes = 8 / Bits, per_span = span_inputs / (planes * chunk_bytes);
     const GroupWeight& w = a.weight;
     const GroupsOfChunks groups(w);
     const int64_t chunks = w.chunks(), spans = (chunks + per_span - 1) / per_span, row_bytes = w.row_bytes();
+    const int64_t per_unit = w.unit_bytes() / chunk_bytes, units = w.units();
     const int64_t first = a.x.first_panel(block), panels = a.x.first_panel(block + 1) - first;
     const int8_t* x = a.x.values + first * panel_rows * w.padded_inputs();
     alignas(64) uint8_t values[2][block_outputs * unpacked_bytes];
-    alignas(64) int32_t sums[2][most_panels / 2][32 * 32];  // of the outputs that are summed, and of those before them
+    alignas(64) int32_t products[2][32 * 32];
+    alignas(64) float sums[2][most_panels / 2][32 * 32];  // of the outputs that are summed, and of those before them
     if (w.outputs % block_outputs) std::memset(values, 0, sizeof values);
 
     struct At {
@@ -194,12 +256,18 @@ void multiply_multiples(const Int4LinearArgs& a, Range outputs, int64_t block) {
     const uint8_t* const end = w.values + outputs.end * row_bytes;
     const int64_t block_tiles = chunks * planes * ((panels + 1) / 2);
     const int64_t fetched_at_once = (block_outputs * row_bytes + block_tiles * 64 - 1) / (block_tiles * 64) * 64;
-    FinishedPair finished{a};
-    int64_t filled = 0, summed = 0;  // the buffers in use
+    PendingUnit pending;
+    FinishedPair pending_pair{a}, finished{a};  // the first has sums once the pending unit is its last
+    const auto end_pending = [&] {
+        pending.add_up_to(block_outputs);
+        if (!pending_pair.sums) return;
+        finished.become(pending_pair);
+        pending_pair.sums = nullptr;
+    };
+    int64_t filled = 0, made = 0, summed = 0;  // the buffers in use
     for (; now.output < outputs.end; filled ^= 1) {
         const At next = next_of(now);
-        const TileRange range{chunks_of(now), planes, 64, panels * planes * 1024, unpacked_bytes, chunk_bytes, true};
-        const int64_t tiles = range.chunks * planes, steps = tiles * ((panels + 1) / 2);
+        const int64_t here = chunks_of(now), tiles = here * planes, steps = tiles * ((panels + 1) / 2);
         const bool is_last = next.span == 0;
         // A few chunks beside each tile: more at once, and tiles would wait for them.
         const int64_t to_unpack = next.output < outputs.end ? std::min(block_outputs, w.outputs - next.output) : 0;
@@ -207,32 +275,39 @@ void multiply_multiples(const Int4LinearArgs& a, Range outputs, int64_t block) {
         const int64_t at_once = (chunks_of(next) + pauses - 1) / pauses;
         int64_t o = 0, c = 0;
         for (int64_t p = 0; p < panels; p += 2) {
-            int32_t* made = sums[summed][p / 2];
-            const FinishedPair pair{a, made, now.output, first + p, std::min<int64_t>(2, panels - p)};
-            const auto beside = [&](int64_t tile) {
-                for (int64_t i = 0; i < fetched_at_once && fetched < end; i += 64, fetched += 64)
-                    __builtin_prefetch(fetched, 0, 2);  // to the second level: the first is full
-                if (o < to_unpack) {
-                    unpack(next, o, c, at_once, values[filled ^ 1]);
-                    if ((c += at_once) >= chunks_of(next)) c = 0, o++;
-                }
-                if (is_last)
-                    for (int64_t row = tile * 32 / tiles; row < (tile + 1) * 32 / tiles; row++) pair.fetch(row);
-                if (finished.is_left() && tile * 4 >= finished.next * tiles) finished.put_next();
-            };
-            const int8_t* x_pair = x + (now.span * per_span * panels + p) * planes * 1024;
-            pair.panels == 2 ? multiply<2>(range, values[filled], x_pair, now.span > 0, made, beside)
-                             : multiply<1>(range, values[filled], x_pair, now.span > 0, made, beside);
-            while (finished.is_left()) finished.put_next();
-            if (is_last) {
-                finished.sums = pair.sums, finished.output = pair.output, finished.panel = pair.panel;
-                finished.panels = pair.panels, finished.next = 0;
+            const FinishedPair pair{a, sums[summed][p / 2], now.output, first + p, std::min<int64_t>(2, panels - p)};
+            for (int64_t from = 0; from < here; from += per_unit, made ^= 1) {
+                const TileRange range{std::min(per_unit, here - from), planes,      64, panels * planes * 1024,
+                                      unpacked_bytes,                  chunk_bytes, true};
+                const int64_t of_unit = range.chunks * planes;
+                const auto beside = [&](int64_t of_tile) {
+                    const int64_t tile = from * planes + of_tile;
+                    for (int64_t i = 0; i < fetched_at_once && fetched < end; i += 64, fetched += 64)
+                        __builtin_prefetch(fetched, 0, 2);  // to the second level: the first is full
+                    if (o < to_unpack) {
+                        unpack(next, o, c, at_once, values[filled ^ 1]);
+                        if ((c += at_once) >= chunks_of(next)) c = 0, o++;
+                    }
+                    if (is_last)
+                        for (int64_t row = tile * 32 / tiles; row < (tile + 1) * 32 / tiles; row++) pair.fetch(row);
+                    pending.add_up_to((of_tile + 1) * block_outputs / of_unit);
+                    if (finished.is_left() && tile * 4 >= finished.next * tiles) finished.put_next();
+                };
+                const uint8_t* of_values = values[filled] + from * planes * chunk_bytes;
+                const int8_t* of_x = x + ((now.span * per_span + from) * panels + p) * planes * 1024;
+                pair.panels == 2 ? multiply<2>(range, of_values, of_x, products[made], beside)
+                                 : multiply<1>(range, of_values, of_x, products[made], beside);
+                end_pending();
+                pending.begin(products[made], sums[summed][p / 2], pair.panels, a.x, first * panel_rows * units, panels,
+                              (now.span * per_span + from) / per_unit, p);
             }
+            if (is_last) pending_pair.become(pair);
         }
         for (; o < to_unpack; o++, c = 0) unpack(next, o, c, per_span, values[filled ^ 1]);
         if (is_last) summed ^= 1;
         now = next;
     }
+    end_pending();
     while (finished.is_left()) finished.put_next();
 }
 

@@ -85,14 +85,13 @@ inline void stream_outputs(const Int4LinearArgs& a, int64_t output, int64_t apar
 
 // c[32][Panels * 16], see multiply() in panels.h; values are of `Bits` bits at most.
 template <int Bits, int Panels>
-inline void multiply_bytes(const TileRange& t, const uint8_t* values, const int8_t* x, bool adds, int32_t* c) {
+inline void multiply_bytes(const TileRange& t, const uint8_t* values, const int8_t* x, int32_t* c) {
     constexpr int vectors = 64 / vector_bytes * Panels, together = vectors <= 4 ? 2 : 1;
     typedef Products<Bits> P;
     constexpr bool at_once = P::most >= 1 << 16;  // else sums are taken over before they overflow
     const int64_t most = std::min(P::most, 16) * 4;
     for (int64_t o = 0; o < 32; o += together) {
         vint whole[together][vectors] = {};
-        for (int i = 0; adds && i < together; i++) std::memcpy(whole[i], c + (o + i) * Panels * 16, sizeof whole[i]);
         typename P::Sum sums[together][vectors];
         const auto clear = [&] {
             for (auto& of_output : sums)
@@ -123,21 +122,24 @@ inline void multiply_bytes(const TileRange& t, const uint8_t* values, const int8
     }
 }
 
-// A sum of products of whole bytes of weights.
+// A sum of products of whole bytes of weights: of a unit as integers, and of all units.
 class ByteSums {
   public:
     void add(const uint8_t* values, const int8_t* x, int64_t count) {
         for (int64_t i = 0; i < count; i += vector_bytes) sum_ = Products<8>::add(sum_, load_bytes(values + i), load_bytes(x + i));
     }
-    int32_t total() const {
-        const vint lanes = Products<8>::whole(sum_);
-        int32_t sum = 0;
-        for (int i = 0; i < kLanes; i++) sum += lanes[i];
-        return sum;
+    // Ends a unit, of which `too_much` was added.
+    void end_unit(int32_t too_much, float scale) {
+        vint lanes = Products<8>::whole(sum_);
+        lanes[0] -= too_much;
+        total_ += to_floats(lanes) * splat(scale);
+        sum_ = Products<8>::zero();
     }
+    float total() const { return reduce_add(total_); }
 
   private:
     Products<8>::Sum sum_ = Products<8>::zero();
+    vfloat total_ = {};
 };
 
 }  // namespace lensc::LENSC_ISA

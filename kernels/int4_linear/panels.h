@@ -11,8 +11,7 @@
 namespace lensc::LENSC_ISA {
 
 // Products of 32 outputs and one or two panels: c[32][Panels * 16], lanes are rows of x. `values` lie as the
-// range says, x is [chunks][panels][planes][16][16][4]. With `adds`, they are added to what is there. beside(i)
-// is called for tile i, to be done meanwhile.
+// range says, x is [chunks][panels][planes][16][16][4]. beside(i) is called for tile i, to be done meanwhile.
 #if defined(__AMX_INT8__)
 
 struct GroupTiles {
@@ -28,21 +27,12 @@ struct GroupTiles {
 };
 
 template <int Panels, class Beside>
-inline void multiply(const TileRange& t, const uint8_t* values, const int8_t* x, bool adds, int32_t* c, Beside beside) {
-    if (adds) {
-        LENSC_TILE_LOAD(0, c, 64 * Panels);
-        LENSC_TILE_LOAD(2, c + 256 * Panels, 64 * Panels);
-        if (Panels == 2) {
-            LENSC_TILE_LOAD(1, c + 16, 128);
-            LENSC_TILE_LOAD(3, c + 16 * 32 + 16, 128);
-        }
-    } else {
-        LENSC_TILE_ZERO(0);
-        LENSC_TILE_ZERO(2);
-        if (Panels == 2) {
-            LENSC_TILE_ZERO(1);
-            LENSC_TILE_ZERO(3);
-        }
+inline void multiply(const TileRange& t, const uint8_t* values, const int8_t* x, int32_t* c, Beside beside) {
+    LENSC_TILE_ZERO(0);
+    LENSC_TILE_ZERO(2);
+    if (Panels == 2) {
+        LENSC_TILE_ZERO(1);
+        LENSC_TILE_ZERO(3);
     }
     int64_t i = 0;
     for (int64_t chunk = 0; chunk < t.chunks; chunk++, x += t.x_apart)
@@ -74,15 +64,14 @@ struct GroupTiles {
 };
 
 template <int Panels, class Beside>
-inline void multiply(const TileRange& t, const uint8_t* values, const int8_t* x, bool adds, int32_t* c, Beside beside) {
+inline void multiply(const TileRange& t, const uint8_t* values, const int8_t* x, int32_t* c, Beside beside) {
     for (int64_t i = 0; i < t.chunks * t.planes; i++) beside(i);
 #if defined(__AVX512VNNI__)
     constexpr int together = 16 / Panels;
     for (int64_t o = 0; o < 32; o += together) {
         __m512i sums[together][Panels];
         for (int k = 0; k < together; k++)
-            for (int j = 0; j < Panels; j++)
-                sums[k][j] = adds ? _mm512_loadu_si512(c + ((o + k) * Panels + j) * 16) : _mm512_setzero_si512();
+            for (int j = 0; j < Panels; j++) sums[k][j] = _mm512_setzero_si512();
         for (int64_t i = 0; i < t.chunks * t.planes; i++) {
             const int8_t* tile = x + i / t.planes * t.x_apart + i % t.planes * 1024;
             const uint8_t* of_tile = values + i * t.tile_bytes + o * t.row_bytes;
@@ -102,12 +91,11 @@ inline void multiply(const TileRange& t, const uint8_t* values, const int8_t* x,
             for (int j = 0; j < Panels; j++) _mm512_storeu_si512(c + ((o + k) * Panels + j) * 16, sums[k][j]);
     }
 #elif defined(LENSC_BYTES)
-    t.whole_bytes ? multiply_bytes<8, Panels>(t, values, x, adds, c) : multiply_bytes<4, Panels>(t, values, x, adds, c);
+    t.whole_bytes ? multiply_bytes<8, Panels>(t, values, x, c) : multiply_bytes<4, Panels>(t, values, x, c);
 #else
     for (int64_t o = 0; o < 32; o++)
         for (int64_t j = 0; j < Panels; j++) {
             int32_t sums[16] = {};
-            if (adds) std::memcpy(sums, c + (o * Panels + j) * 16, sizeof sums);
             for (int64_t i = 0; i < t.chunks * t.planes; i++)
                 for (int64_t b = 0; b < t.bytes; b += 4) {
                     const uint8_t* v = values + i * t.tile_bytes + o * t.row_bytes + b;

@@ -14,7 +14,7 @@ constexpr int64_t fetched_ahead = 2048;
 
 // Outputs at once, of so many rows, whose sums are all in registers.
 #if defined(__AVX512VNNI__)
-constexpr int outputs_at_once(int rows) { return rows <= 2 ? 8 : rows <= 5 ? 4 : rows <= 7 ? 2 : 3; }
+constexpr int outputs_at_once(int rows) { return rows == 1 ? 8 : rows == 2 ? 6 : rows <= 4 ? 4 : rows == 5 ? 3 : 2; }
 #else
 constexpr int outputs_at_once(int rows) { return rows <= 2 ? 4 : 2; }
 #endif

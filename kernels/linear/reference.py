@@ -2,7 +2,7 @@
 
 A quantized weight stands for `(values - zero_points) * scales`, where `group` neighbouring inputs share a scale and a zero
 point; the last group of a row may be shorter, and group 0 is all inputs. Inputs that are rounded to 8 bits are so per row
-and unit: a group of the weight or a part of one, or all inputs where the scales are whole multiples of a step. In kernels
+and unit: a group of the weight or a part of one, or several groups where the scales are whole multiples of a step. In kernels
 the sum over a unit is then one of integers, which is exact, times two scales.
 """
 

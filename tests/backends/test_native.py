@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,13 @@ import pytest
 pytest.importorskip("onnx_ir", reason="compiling needs onnx: pip install 'lensc[export]'")
 
 from lensc.backends import native
+from lensc.backends._multiples import scales_of
+from lensc.backends._native_build import SUM_MULTIPLES, build
+from lensc.backends._program import Linear, Place, Port, Program, Value, WeightRecord
 from lensc.backends._program_reference import NumpySession
 from lensc.backends.base import Artifact, Target
 from lensc.backends.errors import UnavailableError
+from lensc.kernels.linear.reference import quantized_linear, unpack
 
 
 @pytest.fixture(name="compiled")
@@ -61,3 +66,36 @@ def test_an_instruction_set_that_is_not_here_is_refused_and_not_passed_over(
         monkeypatch.setenv("LENSC_ISA", isa)
         assert native.backend.probe()[0].reason == f"kernels for {isa}"
         native.backend.load(artifact, small.spec, tmp_path, threads=1).close()
+
+
+def test_multiples_become_scales_where_that_is_faster(tmp_path: Path) -> None:
+    """Which shows in the inputs that are rounded together: a group, where every group has a scale."""
+    kernels = pytest.importorskip("lensc.kernels._cpu", reason="the compiled kernels are not installed")
+    outputs, inputs, group, rows = 40, 1024, 128, 3
+    random = np.random.default_rng(0)
+    packed = random.integers(0, 256, outputs * inputs // 2, np.uint8)
+    steps = random.uniform(1e-3, 1e-2, outputs).astype("<f4")
+    multiples = random.integers(1, 16, (outputs, inputs // group), np.int8)
+    (tmp_path / "data").write_bytes(packed.tobytes() + steps.tobytes() + multiples.tobytes())
+    places = [Place("data", offset) for offset in (0, packed.nbytes, packed.nbytes + steps.nbytes)]
+    weight = WeightRecord("w", "uint4", outputs, inputs, group, places[0], places[1], None, "int8", places[2])
+    program = Program(
+        "g",
+        ("data",),
+        (Value("rows", inputs), Value("rows", outputs)),
+        (Port("x", 0),),
+        (Linear(0, weight, None, None, 1),),
+        (Port("y", 1),),
+    )
+    x, y = random.standard_normal((rows, inputs)).astype(np.float32), np.empty((rows, outputs), np.float32)
+    values, zeros = unpack(packed, 4, outputs * inputs).reshape(outputs, inputs), np.full(multiples.shape, 8, np.uint8)
+    assert weight.unit == 4 * group
+    with open(tmp_path / "data", "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        for isa in kernels.usable_isas():
+            built = build(program, {"data": mapped}, kernels, isa, 1, True)
+            built.program.run([rows], [(0, x), (1, y)], [], None, 0, 0, 0)
+            unit = weight.unit if isa in SUM_MULTIPLES else group
+            expected = quantized_linear(x, values, scales_of(steps, multiples), zeros, group, unit)
+            # with other units it would be 7e-3
+            assert np.linalg.norm(y - expected) <= 1e-3 * np.linalg.norm(expected), isa
+            del built

@@ -19,7 +19,7 @@ ort = pytest.importorskip("onnxruntime", reason="pip install lensc")
 import onnx_ir as ir
 import torch
 
-from lensc.backends import _program_lower, _program_weights
+from lensc.backends import _program_weights
 from lensc.backends._program import Add, Attention, Constant, Linear, Program
 from lensc.backends._program_file import read, write
 from lensc.backends._program_lower import lower
@@ -203,9 +203,8 @@ def test_inputs_in_8_bits_cost_little(graph: str, name: str, graphs: Graphs, tmp
     ids=("int8-inputs", "float-inputs", "zero-points"),
 )
 def test_scales_that_are_multiples_are_taken_so(
-    name: str, bits: int, expected: bool, graphs: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, bits: int, expected: bool, graphs: Graphs, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(_program_lower, "SUMS_MULTIPLES", True)
     spec, model = graphs("decoder", Recipe("mine", ((EMBEDDING, "f32"), ("*", name))))
     made = lowered(model, spec, tmp_path / "made", bits)
     weights = [step.weight for step in made.program.steps if isinstance(step, Linear)]

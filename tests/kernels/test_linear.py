@@ -49,9 +49,9 @@ class Format:
 
     @property
     def unit(self) -> int:
-        """The inputs that are rounded together: a group, or 64 bytes of weights; with multiples all."""
+        """The inputs that are rounded together: a group, or 64 bytes of weights; with multiples four groups, or 2048."""
         if self.multiples:
-            return self.inputs
+            return min(4 * self.group, 2048) if 0 < self.group < self.inputs else 2048
         return min(self.group or self.inputs, 64 * 8 // self.bits)
 
 
@@ -79,7 +79,7 @@ FORMATS = (
     Format(40, 528, 2, 16, "each"),
     Format(35, 1288, 2, 256, "each"),
     Format(66, 1000, 2, 0, "one"),
-    # groups of one, two and four lanes of 16 bytes, of two chunks and of all; rows of one and several spans
+    # groups of one, two and four lanes of 16 bytes, of two chunks and of all; rows of one and several units, and of spans
     Format(70, 256, 4, 128, "one", multiples=True),
     Format(33, 328, 4, 32, "one", multiples=True),
     Format(31, 104, 4, 64, "one", multiples=True),
@@ -90,6 +90,7 @@ FORMATS = (
     Format(39, 776, 2, 64, "one", multiples=True),
     Format(40, 2568, 2, 128, "one", multiples=True),
     Format(35, 1288, 2, 256, "one", multiples=True),
+    Format(34, 4360, 4, 1024, "one", multiples=True),
 )
 
 
