@@ -58,7 +58,7 @@ def search_recipe(
     limit = Limit(max_memory)
     with limit.stage("search"):
         source = Source(opened(checkpoint, adapter), PRESETS["f32"], max_memory)
-        mixed = Recipe(path.stem, (("llm.*", "w4-g32"), ("*", "w8")), dict(ACTIVATIONS))
+        mixed = Recipe(path.stem, (("llm.*", "w4-g32-s4"), ("*", "w8")), dict(ACTIVATIONS))
         check_supported(source.specs, source.required_schemes(mixed), targets)
         is_demo = source.checkpoint.folder.resolve() == demo.CHECKPOINT.resolve()
         data = calibration_set(source.spec, source.tokenizer, pictures, is_demo=is_demo)

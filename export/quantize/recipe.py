@@ -14,7 +14,7 @@
 
     [weights]                           # pattern of names = format; the first that fits decides, f32 leaves it alone
     "llm.lm_head.weight" = "w8-g128"
-    "llm.model.layers.*" = "w4-g128"
+    "llm.model.layers.*" = "w4-g128-s4"
 
 Patterns are those of `fnmatch`, over the names of linears' weights (`lensc.export.quantize.linears`) and
 `llm.model.embed_tokens.weight`, whose format is `f32` (as stored), `w8` or like `w4-g64`, and which is always rounded to
@@ -244,17 +244,17 @@ PRESETS: dict[str, Recipe] = {
     for recipe in (
         Recipe("f32"),
         _whole("int8", "w8-g128", "w8-g128"),
-        _whole("int4", "w4-g128", "w4-g128"),
-        _whole("int4-g32", "w4-g32", "w4-g32"),
+        _whole("int4", "w4-g128-s4", "w4-g128-s4"),
+        _whole("int4-g32", "w4-g32-s4", "w4-g32-s4"),
         _whole("int4-asym", "w4-g128-asym", "w4-g128-asym"),
-        _whole("int4-gptq", "w4-g128", "w4-g128", "gptq"),
-        _whole("int4-g32-gptq", "w4-g32", "w4-g32", "gptq"),
-        _whole("int4-small", "w4-g128", "w4-g128", "gptq", table="w4-g64"),
-        _whole("int4-kv8", "w4-g128", "w4-g128", kv_bits=8),
-        _whole("int2-mlp-gptq", "w4-g128", "w4-g128", "gptq", gate_and_up="w2-g64"),
+        _whole("int4-gptq", "w4-g128-s4", "w4-g128-s4", "gptq"),
+        _whole("int4-g32-gptq", "w4-g32-s4", "w4-g32-s4", "gptq"),
+        _whole("int4-small", "w4-g128-s4", "w4-g128-s4", "gptq", table="w4-g64"),
+        _whole("int4-kv8", "w4-g128-s4", "w4-g128-s4", kv_bits=8),
+        _whole("int2-mlp-gptq", "w4-g128-s4", "w4-g128-s4", "gptq", gate_and_up="w2-g64-s4"),
         # three bits lie in four, in files and in both engines: as large as int4-g32 until an engine takes them packed
-        _whole("int3-gptq", "w3-g32", "w4-g128", "gptq"),
-        Recipe("int4-decoder", ((LAYERS, "w4-g128"), (HEAD, "w4-g128"), (EMBEDDING, "w8")), {"decoder": 8}),
+        _whole("int3-gptq", "w3-g32-s4", "w4-g128-s4", "gptq"),
+        Recipe("int4-decoder", ((LAYERS, "w4-g128-s4"), (HEAD, "w4-g128-s4"), (EMBEDDING, "w8")), {"decoder": 8}),
         Recipe("w8a8-vision", tuple((p, "w8") for p in VISION), {"vision": 8}),
     )
 }

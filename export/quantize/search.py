@@ -43,8 +43,8 @@ from .sensitivity import Cost, Group, find_groups, measure, rounded_input, traje
 from .weights import WeightFormat, dequantize
 
 CANDIDATES = {
-    "vision": ("w8", "w4-g32"),
-    "decoder": ("w8-g128", "w4-g32", "w4-g128", "w2-g64"),
+    "vision": ("w8", "w4-g32-s4"),
+    "decoder": ("w8-g128", "w4-g32-s4", "w4-g128-s4", "w2-g64-s4"),
     "table": ("w8", "w4-g64"),
 }
 """Formats that are tried, by falling size, as far as the targets take them. Three bits are none of them: they lie in four,

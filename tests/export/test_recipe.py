@@ -51,9 +51,20 @@ def test_the_scheme_says_that_scales_are_multiples() -> None:
     assert recipe.schemes("decoder", names) == {"w4a8-g128-s4": names[:2], "w4a8-g128": names[2:]}
 
 
+def test_symmetric_presets_below_eight_bits_have_scales_that_are_multiples() -> None:
+    formats = [
+        WeightFormat.parse(text)
+        for recipe in PRESETS.values()
+        for pattern, text in recipe.weights
+        if pattern != EMBEDDING and text != "f32"
+    ]
+    assert all((f.scale_bits == 4) == (f.bits < 8 and f.symmetric) for f in formats)
+    assert {f.bits for f in formats if f.scale_bits} == {2, 3, 4}
+
+
 def test_int4_is_int4_with_int8_vision() -> None:
     recipe = PRESETS["int4"]
-    assert recipe.format_of(DOWN) == recipe.format_of(HEAD) == WeightFormat(4, 128)
+    assert recipe.format_of(DOWN) == recipe.format_of(HEAD) == WeightFormat(4, 128, scale_bits=4)
     assert recipe.format_of("vpm.encoder.layers.0.mlp.fc1.weight") == WeightFormat(8)
     assert recipe.format_of("resampler.proj") == recipe.format_of(EMBEDDING) == WeightFormat(8)
     assert recipe.activations == {"vision": 8, "decoder": 8}
@@ -62,7 +73,7 @@ def test_int4_is_int4_with_int8_vision() -> None:
 
 def test_the_scheme_of_the_decoder_names_the_bits_of_its_cache() -> None:
     recipe = PRESETS["int4-kv8"]
-    assert str(recipe.scheme("decoder", [DOWN])) == "w4a8-g128-kv8"
+    assert str(recipe.scheme("decoder", [DOWN])) == "w4a8-g128-s4-kv8"
     assert str(recipe.scheme("vision", ["vpm.encoder.layers.0.mlp.fc1.weight"])) == "w8a8"
     alone = Recipe("r", kv_bits=8)
     assert alone.is_float and str(alone.scheme("decoder", [DOWN])) == "f32-kv8"

@@ -267,10 +267,12 @@ def test_a_search_keeps_its_promise_and_spares_what_is_sensitive(small: Path, tm
     assert dict(found.recipe.weights).items() <= dict(recipe.weights).items()
     assert f"# Checkpoint sha256 {Checkpoint(small).sha256}" in text and "# Searched by lensc" in text
     costs = {(cost.pattern, str(cost.format)): cost.kl for cost in found.costs}
-    assert costs[DOWN, "w2-g64"] > costs[DOWN, "w4-g128"] and (EMBEDDING, "w4-g64") in costs
-    assert f"w4-g128 {1000 * costs[DOWN, 'w4-g128']:.3g}" in next(line for line in text.splitlines() if DOWN in line)
-    others = [kl for (pattern, format), kl in costs.items() if "down_proj" in pattern and format == "w4-g128"]
-    assert costs[DOWN, "w4-g128"] == max(others)
+    assert costs[DOWN, "w2-g64-s4"] > costs[DOWN, "w4-g128-s4"] and (EMBEDDING, "w4-g64") in costs
+    assert f"w4-g128-s4 {1000 * costs[DOWN, 'w4-g128-s4']:.3g}" in next(
+        line for line in text.splitlines() if DOWN in line
+    )
+    others = [kl for (pattern, format), kl in costs.items() if "down_proj" in pattern and format == "w4-g128-s4"]
+    assert costs[DOWN, "w4-g128-s4"] == max(others)
     assert [step for _, step, _ in told] == sorted(step for _, step, _ in told) and told[-1][1] <= told[-1][2]
 
 
@@ -294,7 +296,7 @@ def test_a_streamed_model_is_searched_by_the_proxy(
     assert not found.exact and found.best.kept and found.best.loss.changed_percent <= 10
     assert "in proportion to one trajectory of its block" in out.read_text() and resolve(str(out)).method == "gptq"
     costs = {(cost.pattern, str(cost.format)): cost.kl for cost in found.costs}
-    assert costs[DOWN, "w4-g128"] > 3 * costs[DOWN.replace("0", "1"), "w4-g128"]
+    assert costs[DOWN, "w4-g128-s4"] > 3 * costs[DOWN.replace("0", "1"), "w4-g128-s4"]
 
 
 @pytest.mark.usefixtures("few")
