@@ -94,7 +94,7 @@ def test_the_model_itself_passes(
     assert evidence.vision.max_abs == 0.0, "slices are encoded one by one on both sides"
     assert set(evidence.decoder.outputs) == {"logits", *(f"{kind}.{i}" for kind in ("key", "value") for i in range(4))}
     rows = sum(len(answer.token_ids) for answer in exact_answers.answers)
-    assert evidence.decoder.rows == rows + 4, "two rows of the probe, in a batch of two"
+    assert evidence.decoder.rows == rows + 16, "eight rows of the probe, in a batch of two"
     vision, decoder = judge(evidence, target="reference:cpu")
     assert (vision.graph, decoder.graph) == ("vision", "decoder") and vision.passed and decoder.passed
     assert vision.sqnr_db == float("inf") and decoder.sqnr_db > 110 and decoder.max_abs < 1e-4

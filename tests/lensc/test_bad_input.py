@@ -108,7 +108,7 @@ def test_place_that_cannot_be_written(made: Any, cli: Cli) -> None:
         ("cpu", 2, "expected backend:processor or backend:processor:arch, e.g. onnxruntime:cpu"),
         ("", 2, "expected backend:processor"),
         ("onnxruntime:tpu", 2, "processor 'tpu' is not one of cpu, gpu, npu"),
-        ("warp:cpu", 2, "backend 'warp' is not known; expected one of native, onnxruntime"),
+        ("warp:cpu", 2, "backend 'warp' is not known; expected one of cuda, native, onnxruntime"),
         ("onnxruntime:gpu", 1, "vision for onnxruntime:gpu: "),
     ],
 )
