@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import logging
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,8 @@ from lensc.export.graph import Graph, GraphSpec
 from lensc.export.quantize.scheme import Scheme
 
 from ._program import CausalAttention, Linear, Program
-from ._program_file import FORMAT, check_spec, interface, read, write
+from ._program_artifact import opened, save
+from ._program_file import FORMAT
 from ._program_lower import lower
 from ._program_weights import model_of
 from .base import (
@@ -27,12 +27,8 @@ from .base import (
     Probe,
     Session,
     Target,
-    check_compatibility,
-    check_interface,
-    file_record,
-    share_weights,
 )
-from .errors import ExecutionError, GraphError, StorageError, UnavailableError, UnsupportedError
+from .errors import UnavailableError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
@@ -89,21 +85,7 @@ class Cuda:
         if reason:
             raise UnsupportedError(reason)
         scheme = Scheme.parse(graph.scheme)
-        name, own = f"{target.slug}.json", f"{target.slug}.data"
-        partial = out / f"{target.slug}.partial"
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            program = lower(model_of(graph.path), graph.spec, partial / own)
-            write(program, partial / name)
-            data = [share_weights(graph.path.parent / file, out) for file in program.files if file != own]
-            data += [(partial / file).replace(out / file) for file in program.files if file == own]
-            (partial / name).replace(out / name)
-            files = tuple(file_record(path, out.parent) for path in (out / name, *data))
-        except OSError as error:
-            raise StorageError(f"{out}: cannot be written: {error.strerror or error}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        program, files = save(graph, target, out, lambda own: lower(model_of(graph.path), graph.spec, own))
         return Artifact(
             graph=graph.spec.name,
             target=target,
@@ -119,14 +101,7 @@ class Cuda:
         """Put a program's weights on the first GPU. `threads` does not matter. Raises UnavailableError, also where they do
         not fit, with what is needed.
         """
-        check_compatibility(artifact, PROGRAM)
-        path = bundle / artifact.files[0].path
-        try:
-            program = read(path)
-        except GraphError as error:
-            raise ExecutionError(str(error)) from error
-        check_interface(spec, *interface(program, spec))
-        check_spec(program, spec)
+        program, path = opened(artifact, spec, bundle, PROGRAM)
         device = _device()
         scheme, target = Scheme.parse(artifact.scheme), artifact.target
         from ._cuda_session import CudaDecoderSession, CudaSession

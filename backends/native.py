@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from lensc.profiles import probe
 
 from ._native_session import NativeDecoderSession, NativeSession
 from ._program import BITS, CHUNK_BYTES, Attention, CausalAttention, Linear, Program
-from ._program_file import FORMAT, check_spec, interface, read, write
+from ._program_artifact import opened, save
+from ._program_file import FORMAT
 from ._program_lower import lower
 from ._program_reference import NumpySession
 from ._program_weights import model_of
@@ -30,13 +30,9 @@ from .base import (
     Probe,
     Session,
     Target,
-    check_compatibility,
-    check_interface,
-    file_record,
     only_on_cpu,
-    share_weights,
 )
-from .errors import ExecutionError, GraphError, StorageError, UnavailableError, UnsupportedError
+from .errors import ExecutionError, UnavailableError, UnsupportedError
 
 _log = logging.getLogger("lensc")
 
@@ -84,22 +80,13 @@ class Native:
         if reason:
             raise UnsupportedError(reason)
         scheme = Scheme.parse(graph.scheme)
-        name, own = f"{target.slug}.json", f"{target.slug}.data"
-        partial = out / f"{target.slug}.partial"
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            program = lower(model_of(graph.path), graph.spec, partial / own, scheme.activation_bits)
+
+        def made(own: Path) -> Program:
+            program = lower(model_of(graph.path), graph.spec, own, scheme.activation_bits)
             _check_groups(program)
-            write(program, partial / name)
-            data = [share_weights(graph.path.parent / file, out) for file in program.files if file != own]
-            data += [(partial / file).replace(out / file) for file in program.files if file == own]
-            (partial / name).replace(out / name)
-            files = tuple(file_record(path, out.parent) for path in (out / name, *data))
-        except OSError as error:
-            raise StorageError(f"{out}: cannot be written: {error.strerror or error}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            return program
+
+        program, files = save(graph, target, out, made)
         return Artifact(
             graph=graph.spec.name,
             target=target,
@@ -113,14 +100,7 @@ class Native:
 
     def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, threads: int | None = None) -> Session:
         """Map a program's files and plan it for this CPU."""
-        check_compatibility(artifact, PROGRAM)
-        path = bundle / artifact.files[0].path
-        try:
-            program = read(path)
-        except GraphError as error:
-            raise ExecutionError(str(error)) from error
-        check_interface(spec, *interface(program, spec))
-        check_spec(program, spec)
+        program, path = opened(artifact, spec, bundle, PROGRAM)
         scheme = Scheme.parse(artifact.scheme)
         kernels = _kernels()
         if isinstance(kernels, str):

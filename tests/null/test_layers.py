@@ -104,7 +104,7 @@ LAYERS = {
         (
             *("backends.base", "backends.errors", "export.graph", "export.quantize.scheme", "kernels"),
             *(f"backends._cuda_{part}" for part in ("plan", "session", "weights")),
-            *(f"backends._program{part}" for part in ("", "_file", "_lower", "_weights")),
+            *(f"backends._program{part}" for part in ("", "_artifact", "_file", "_lower", "_weights")),
         ),
         in_functions=frozenset({"torch"}),
         siblings=False,
