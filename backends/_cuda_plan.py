@@ -48,7 +48,7 @@ from ._program import (
     split,
 )
 
-FEW_ROWS = 8
+FEW_ROWS = linear_.MOST_ROWS
 """Rows that go through few_rows, in one pass over the weight."""
 FEW_PACKED_ROWS = 32
 """Of packed weights: four passes take as long as making floats of them once."""

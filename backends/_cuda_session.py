@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from lensc.export.graph import GraphSpec
+from lensc.kernels.rope.reference import quantize_rows
 
 from ._cuda_plan import FEW_ROWS, LayerCache, Plan, Run, plan
 from ._cuda_weights import Source
@@ -141,21 +142,11 @@ def _fetch(tensor: torch.Tensor, to: Array) -> None:
 
 @dataclass
 class _Graph:
-    """A run as a CUDA graph: what it reads and what it writes."""
+    """A run as a CUDA graph, what it reads and what it writes: it holds addresses, no tensors."""
 
     graph: Any
     feeds: dict[str, torch.Tensor]
     outputs: dict[str, torch.Tensor]
-
-
-@dataclass
-class _Captured:
-    """A step of few tokens as a CUDA graph, what it reads and its output: a graph holds addresses, no tensors."""
-
-    graph: Any
-    embeds: torch.Tensor
-    positions: torch.Tensor
-    logits: torch.Tensor
 
 
 @dataclass
@@ -164,7 +155,7 @@ class _Room:
 
     layers: list[LayerCache]
     past: torch.Tensor
-    captured: dict[tuple[int, tuple[int, ...]], _Captured] = field(default_factory=dict)
+    captured: dict[tuple[int, tuple[int, ...]], _Graph] = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
@@ -309,9 +300,9 @@ class CudaDecoderSession(CudaSession):
                 captured = cache.room.captured.get((tokens, positions))
                 if captured is None:
                     captured = self._capture(embeds, cache, positions)
-                captured.embeds.copy_(embeds)
+                captured.feeds["inputs_embeds"].copy_(embeds)
                 captured.graph.replay()
-                logits = captured.logits
+                logits = captured.outputs["logits"]
             else:
                 logits = self._advance(embeds, cache.room, torch.tensor(positions, device=self.device))
         cache.length += tokens
@@ -328,7 +319,7 @@ class CudaDecoderSession(CudaSession):
         cache = self.new_cache(max(1, past + tokens), sizes["batch"])
         states = [(pair, side) for pair, side in zip(self.spec.states, itertools.cycle(("key", "value")), strict=False)]
         for i, (pair, side) in enumerate(states):
-            _fill(cache.room.layers[i // 2], side, self._on_device(feeds[pair.input]).permute(1, 2, 0, 3))
+            _fill(cache.room.layers[i // 2], side, feeds[pair.input].transpose(1, 2, 0, 3))
         cache._set_length(past)
         stateless = {t.name: feeds[t.name] for t in self._step_spec.inputs}
         self.step(stateless, cache, {t.name: outputs[t.name] for t in self._step_spec.outputs})
@@ -351,7 +342,7 @@ class CudaDecoderSession(CudaSession):
         room.past.add_(tokens)
         return made["logits"]
 
-    def _capture(self, embeds: torch.Tensor, cache: CudaCache, positions: tuple[int, ...]) -> _Captured:
+    def _capture(self, embeds: torch.Tensor, cache: CudaCache, positions: tuple[int, ...]) -> _Graph:
         """Run the step once, so that every kernel is compiled, and record it the second time."""
         room = cache.room
         held = embeds.clone()
@@ -365,7 +356,8 @@ class CudaDecoderSession(CudaSession):
         if self._pool is None:
             self._pool = graph.pool()
         room.past.fill_(cache.length)
-        captured = room.captured[(embeds.shape[1], positions)] = _Captured(graph, held, picked, logits)
+        feeds = {"inputs_embeds": held, "logit_positions": picked}
+        captured = room.captured[(embeds.shape[1], positions)] = _Graph(graph, feeds, {"logits": logits})
         return captured
 
     def _fetch_logits(self, logits: torch.Tensor, to: Array) -> None:
@@ -411,16 +403,14 @@ class CudaDecoderSession(CudaSession):
             self._free.append(room)
 
 
-def _fill(layer: LayerCache, side: str, rows: torch.Tensor) -> None:
+def _fill(layer: LayerCache, side: str, rows: Array) -> None:
     """Hold float32[batch, kv_heads, tokens, head_dim] as the first tokens."""
     array, scales = getattr(layer, side), getattr(layer, f"{side}_scale")
     length = rows.shape[2]
     if scales is not None:
-        largest = rows.abs().amax(-1) / 127
-        largest = torch.where(largest < torch.finfo(torch.float32).tiny, 0, largest)
-        scales[:, :, :length] = largest
-        rows = torch.round(rows / torch.where(largest == 0, 1, largest)[..., None])
-    array[:, :, :length] = rows.to(array.dtype)
+        rows, of_rows = quantize_rows(rows)
+        scales[:, :, :length] = torch.from_numpy(of_rows)
+    array[:, :, :length] = torch.from_numpy(rows.copy()).to(array.device, array.dtype)
 
 
 def _rows(layer: LayerCache, side: str, start: int, end: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from lensc.kernels.linear.gpu import FloatWeight, GroupedWeight, Weight, can_pack, pack
+from lensc.kernels.linear.gpu import FloatWeight, Weight, can_pack, pack
 
 from ._program import BITS, Constant, Place, WeightRecord
 from .base import give_back, map_file
@@ -139,15 +139,3 @@ def _floats(source: Source, weight: WeightRecord) -> torch.Tensor:
         zero = torch.full_like(scale, 0 if weight.kind == "int8" else 2 ** (bits - 1))
     by, less = (part.float().repeat_interleave(group, dim=1)[:, : weight.inputs] for part in (scale, zero))
     return (values.float() - less) * by
-
-
-__all__ = [
-    "FileSource",
-    "FloatWeight",
-    "GroupedWeight",
-    "Source",
-    "Weight",
-    "device_bytes",
-    "format_of",
-    "weight_on_device",
-]
