@@ -20,6 +20,7 @@ from ._program import Program
 from .base import (
     Array,
     Cache,
+    check_capacity,
     check_continues,
     check_feeds,
     check_fork,
@@ -262,11 +263,7 @@ class CudaDecoderSession(CudaSession):
 
     def new_cache(self, capacity: int, batch: int = 1) -> CudaCache:
         """See `CachedSession.new_cache`. Raises UsageError."""
-        limit = self.spec.dims["past"].max
-        if not 1 <= capacity <= limit:
-            raise UsageError(f"KV cache: capacity {capacity}, expected 1 to {limit}")
-        if not 1 <= batch <= self.spec.dims["batch"].max:
-            raise UsageError(f"KV cache: batch {batch}, expected 1 to {self.spec.dims['batch'].max}")
+        check_capacity(self.spec, capacity, batch)
         self._open()
         return CudaCache(self, capacity, batch)
 

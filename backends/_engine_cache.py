@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from lensc.export.graph import GraphSpec
 
-from .base import Array, check_fork, check_reorder, check_trim
-from .errors import PromptError, UsageError
+from .base import Array, check_capacity, check_fork, check_reorder, check_trim
+from .errors import PromptError
 
 MAPPED_BYTES = 1 << 20
 """Arrays from this size on have pages of their own: those of tokens to come take no memory, and all go back to the system
@@ -28,17 +28,13 @@ class EngineCache:
 
     def __init__(self, spec: GraphSpec, capacity: int, batch: int, dtype: npt.DTypeLike, scaled: bool = False) -> None:
         """Raises UsageError for a capacity or a batch that the graph does not take."""
-        limit = spec.dims["past"].max
-        if not 1 <= capacity <= limit:
-            raise UsageError(f"KV cache: capacity {capacity}, expected 1 to {limit}")
-        if not 1 <= batch <= spec.dims["batch"].max:
-            raise UsageError(f"KV cache: batch {batch}, expected 1 to {spec.dims['batch'].max}")
+        check_capacity(spec, capacity, batch)
         self.spec = spec
         self.batch = batch
         self.length = 0
         self.growths = 0
         """How often the arrays were made anew: what is bound to them holds as long as this stays the same."""
-        self.limit = limit
+        self.limit = spec.dims["past"].max
         self.names = tuple(pair.input for pair in spec.states)
         self.dtype = np.dtype(dtype)
         self.scaled = scaled

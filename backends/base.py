@@ -357,6 +357,15 @@ def check_continues(spec: GraphSpec, positions: Array, batch: int, cache: Cache)
         )
 
 
+def check_capacity(spec: GraphSpec, capacity: int, batch: int) -> None:
+    """Check the size of a new cache against what the graph takes. Raises UsageError."""
+    limit = spec.dims["past"].max
+    if not 1 <= capacity <= limit:
+        raise UsageError(f"KV cache: capacity {capacity}, expected 1 to {limit}")
+    if not 1 <= batch <= spec.dims["batch"].max:
+        raise UsageError(f"KV cache: batch {batch}, expected 1 to {spec.dims['batch'].max}")
+
+
 def check_trim(cache: Cache, length: int) -> None:
     """Check the argument of `Cache.trim`. Raises UsageError."""
     if not 0 <= length <= cache.length:
