@@ -31,15 +31,10 @@ def device() -> Any:
     torch = pytest.importorskip("torch", reason="pip install 'lensc[cuda]'")
     if torch.cuda.is_available():
         return torch.device("cuda")
-    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="pip install 'lensc[cuda]'")
-    patch_tensor = interpreter._patch_lang_tensor
+    pytest.importorskip("triton", reason="pip install 'lensc[cuda]'")
+    from lensc.bench.gpu_sections import interpret
 
-    def patch(tensor: Any, scope: Any) -> None:
-        """Let numbers be bounds of loops: triton 3.6 makes them by int(array of one), which numpy 2.4 refuses."""
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch
+    interpret()
     return torch.device("cpu")
 
 
