@@ -108,6 +108,7 @@ class Conversation:
             self.add_picture(rest)
         elif command == "/clear":
             self.messages, self.pictures = [], []
+            self.vlm.forget()
             print("(forgotten)", file=sys.stderr)
         elif command == "/metrics":
             print(metrics_text(self.last.metrics) if self.last else "no answer yet", file=sys.stderr)
@@ -169,11 +170,12 @@ def metrics_text(metrics: Metrics) -> str:
     speed = metrics.decode_tokens_per_s
     encoded = [ms for ms in metrics.image_ms if ms > 0]
     each = f", {sum(encoded) / len(encoded):.0f} ms a slice" if encoded else ""
+    reused = f", {metrics.reused_tokens} more were in the KV cache" if metrics.reused_tokens else ""
     rows = [
         ("first token", f"{metrics.ttft_ms:.0f} ms"),
         ("prepare", f"{metrics.prepare_ms:.0f} ms"),
         ("pictures", f"{len(metrics.image_ms)} slices, {metrics.slices_from_cache} from the cache{each}"),
-        ("prefill", f"{metrics.prefill_ms:.0f} ms for {metrics.prompt_tokens} tokens"),
+        ("prefill", f"{metrics.prefill_ms:.0f} ms for {metrics.prompt_tokens - metrics.reused_tokens} tokens{reused}"),
         ("decode", f"{metrics.new_tokens} tokens" + (f", {speed:.1f} tokens/s" if speed else "")),
         ("KV cache", console.size(metrics.kv_cache_bytes)),
     ]

@@ -34,7 +34,8 @@ class Decoder:
         self._session: CachedSession = (
             session if isinstance(session, CachedSession) else HostCachedSession(session, spec)
         )
-        self.cache: Cache = self._session.new_cache(capacity)
+        self._cache: Cache | None = None
+        self._capacity = capacity
         self.prompt_length = 0
         self._table = table
         self._vocab_size = spec.vocab_size
@@ -44,8 +45,31 @@ class Decoder:
         chunk = self._session.prefill_chunk
         self._chunk = chunk if tokens is None else min(chunk, tokens.max)
 
+    @property
+    def cache(self) -> Cache:
+        """What was fed; made when it is first asked for."""
+        if self._cache is None:
+            self._cache = self._session.new_cache(self._capacity)
+        return self._cache
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the keys and values of what was fed."""
+        return 0 if self._cache is None else self._cache.used_bytes
+
+    def resume(self, cache: Cache) -> None:
+        """Go on after the tokens of `cache`, of this session."""
+        self._cache = cache
+
+    def release(self) -> Cache | None:
+        """Give up what was fed, if anything was: it is the caller's from now on."""
+        cache, self._cache = self._cache, None
+        return cache
+
     def prefill(self, embeds: F32, should_stop: Callable[[], bool] | None = None) -> F32:
-        """Feed the prompt `embeds: float32[tokens, D]`; return float32[vocab], the logits of its last position."""
+        """Feed the prompt, or what is left of it, `embeds: float32[tokens, D]`; return float32[vocab], the logits of its
+        last position.
+        """
         logits = np.empty(0, np.float32)
         for start in range(0, len(embeds), self._chunk):
             if should_stop is not None and should_stop():
@@ -77,7 +101,7 @@ class Decoder:
 
     def fork(self, beams: int) -> None:
         """Continue as `beams` equal sequences."""
-        self.cache = self.cache.fork(beams)
+        self._cache = self.cache.fork(beams)
 
     def reorder(self, parents: I64) -> None:
         """Let sequence i continue sequence `parents[i]`."""
@@ -127,11 +151,15 @@ class HostCachedSession:
 
 
 def scatter(embeds: F32, image_bounds: I64, image_embeds: F32) -> None:
-    """Write `image_embeds: float32[slices, Q, D]` over the rows of `embeds` in `image_bounds: int64[slices, 2]`."""
+    """Write `image_embeds: float32[slices, Q, D]` over the rows of `embeds` in `image_bounds: int64[slices, 2]`.
+
+    A slice that begins before the first row, with a negative bound, is cut.
+    """
     if len(image_bounds) != len(image_embeds):
         raise PromptError(f"prompt has {len(image_bounds)} slices, the pictures have {len(image_embeds)}")
     for (start, end), rows in zip(image_bounds.tolist(), image_embeds, strict=True):
-        embeds[start:end] = rows
+        first = max(start, 0)
+        embeds[first:end] = rows[first - start :]
 
 
 def check_graph(graph: GraphSpec, decoder: DecoderSpec) -> None:

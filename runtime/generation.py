@@ -1,6 +1,7 @@
 """One answer being made: pictures are encoded, the prompt is fed, tokens are chosen until something ends it.
 
-encode pictures → embed the prompt, put image embeddings over the placeholders → prefill → decode one by one
+look for an earlier answer's KV cache that holds the beginning → encode pictures → embed the rest of the prompt, put image
+embeddings over the placeholders → prefill → decode one by one → leave the KV cache to the next
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from lensc.backends.base import Cache
 from lensc.backends.bundle import ModelSpec
 
 from .beam import BeamSearch, Hypothesis
 from .decoder import Cancelled, Decoder, scatter
 from .embedding import EmbeddingTable
 from .options import GenerationOptions
+from .prefix_cache import PrefixCache, Rows, rows_of, token_rows
 from .prompt import Prompt
 from .result import FinishReason, Metrics, Result, peak_memory_bytes
 from .sampling import F32, greedy, penalize, sample
@@ -46,6 +49,7 @@ class Generation:
         vision: VisionEncoder,
         decoder: Decoder,
         table: EmbeddingTable,
+        prefixes: PrefixCache,
         should_stop: Callable[[], bool] | None = None,
     ) -> None:
         self.token_ids: list[int] = []
@@ -58,11 +62,16 @@ class Generation:
         self._eos = spec.generation.eos_token_ids
         self._vision = vision
         self._table = table
+        self._prefixes = prefixes
         self._should_stop = should_stop
         self._cancelled = False
         self._notes = list(request.notes)
         self._image_ms: tuple[float, ...] = ()
         self._slices_from_cache = 0
+        self._rows: Rows = token_rows([])
+        self._prompt_cache: Cache | None = None
+        self._reused_tokens = 0
+        self._kv_cache_bytes = 0
         self._prefill_ms = 0.0
         self._steps = 0
         self._busy = 0.0
@@ -76,24 +85,54 @@ class Generation:
     def tokens(self) -> Iterator[int]:
         """Make the answer, one id at a time (all at once at the end of a beam search)."""
         self._resumed = time.perf_counter()
+        intact = False
         try:
             logits = self.prefill()
             yield from self._beams(logits) if self._options.num_beams > 1 else self._one_by_one(logits)
+            intact = True
         except Cancelled:
             self.finish_reason = "cancelled"
+            intact = True
+        except GeneratorExit:  # a stream that is not read to its end
+            intact = True
+            raise
+        finally:
+            self._kv_cache_bytes = self.decoder.used_bytes
+            if intact:
+                self._leave_cache()
 
     def prefill(self) -> F32:
-        """Encode the pictures and feed the prompt; return float32[vocab], the logits of its last position."""
-        encoded = self._vision.encode(self._request.slices, self._stop)
+        """Encode the pictures and feed the prompt; return float32[vocab], the logits of its last position.
+
+        What an earlier answer's cache holds of it is neither encoded nor fed.
+        """
+        prompt, slices = self._request.prompt, self._request.slices
+        keys = self._vision.keys(slices)
+        self._rows = rows_of(prompt, keys)
+        cache = self._prefixes.take(self._rows)
+        if cache is not None:
+            self.decoder.resume(cache)
+            self._reused_tokens = cache.length
+        reused = self._reused_tokens
+        known = int((prompt.image_bounds[:, 1] <= reused).sum())
+        encoded = self._vision.encode(slices, self._stop, keys, known)
         self._image_ms = encoded.ms
         self._slices_from_cache = sum(encoded.from_cache)
         self._note_cached(encoded.from_cache)
         started = time.perf_counter()
-        embeds = self._table.gather(self._request.prompt.ids)
-        scatter(embeds, self._request.prompt.image_bounds, encoded.embeds)
+        embeds = self._table.gather(prompt.ids[reused:])
+        scatter(embeds, prompt.image_bounds[known:] - reused, encoded.embeds[known:])
         logits = self.decoder.prefill(embeds, self._stop)
         self._prefill_ms = (time.perf_counter() - started) * 1e3
         return logits
+
+    def _leave_cache(self) -> None:
+        """To the next prompt that begins like this one. A beam search leaves what its beams have in common."""
+        cache = self.decoder.release()
+        if self._prompt_cache is not None:
+            cache, self._prompt_cache = self._prompt_cache, None
+        if cache is not None:
+            self._prefixes.give(np.concatenate([self._rows, token_rows(self.token_ids)]), cache)
 
     def result(self, text: str) -> Result:
         """The answer with its metrics, once `tokens()` has ended."""
@@ -108,8 +147,9 @@ class Generation:
             ttft_ms=self._request.prepare_ms + first * 1e3,
             decode_tokens_per_s=(self._steps - 1) / decode_s if self._steps > 1 and decode_s > 0 else None,
             prompt_tokens=len(self._request.prompt.ids),
+            reused_tokens=self._reused_tokens,
             new_tokens=len(self.token_ids),
-            kv_cache_bytes=self.decoder.cache.used_bytes,
+            kv_cache_bytes=self._kv_cache_bytes,
             peak_memory_bytes=peak_memory_bytes(),
             notes=tuple(self._notes),
         )
@@ -164,6 +204,7 @@ class Generation:
                 break
             if search.length == 1:
                 # All beams come from the prompt, so there is nothing to reorder, and no copies if it ends here.
+                self._prompt_cache = self.decoder.cache
                 self.decoder.fork(options.num_beams)
             else:
                 self.decoder.reorder(parents)

@@ -24,6 +24,7 @@ from .generation import Generation, Request
 from .options import GenerationOptions, resolve
 from .picture import PictureSource, slice_picture
 from .plan import Plan
+from .prefix_cache import PREFIX_BYTES, PrefixCache
 from .prompt import Message, Tokenizer, build_prompt, parse_messages, pictures_of, user_messages
 from .result import Metrics, Result
 from .stream import Stream
@@ -37,7 +38,8 @@ CLOSED = "the model is closed; load it again"
 class VLM:
     """A loaded model. Close it, or use it as a context manager, to free what its engines hold.
 
-    `embed_table: float16 or float32[vocab, D]`, or an `EmbeddingTable`, may be memory-mapped. `plan` says where the graphs run, if known.
+    `embed_table: float16 or float32[vocab, D]`, or an `EmbeddingTable`, may be memory-mapped. `plan` says where the graphs
+    run, if known. `prefix_cache_bytes` of KV caches are kept for prompts that begin like an earlier one; 0 keeps none.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class VLM:
         sessions: Mapping[str, Session],
         embed_table: Array | EmbeddingTable,
         plan: Plan | None = None,
+        prefix_cache_bytes: int = PREFIX_BYTES,
     ) -> None:
         self.spec = spec
         self.tokenizer = tokenizer
@@ -62,6 +65,7 @@ class VLM:
         decoder.check_graph(sessions["decoder"].spec, spec.decoder)
         self._table.check(spec.decoder)
         self._vision = VisionEncoder(self._sessions["vision"], spec.picture, width)
+        self._prefixes = PrefixCache(prefix_cache_bytes)
 
     @overload
     def generate(
@@ -207,7 +211,7 @@ class VLM:
         """Answer a conversation: a list of `{"role", "content"}`, see `parse_messages`; the rest as for `generate`.
 
         `images` are the pictures of those `{"type": "image"}` parts that name none. Pictures seen in an earlier call
-        are not encoded again.
+        are not encoded again, and what the conversation has in common with an earlier call is not fed again.
         """
         options = resolve(
             self.spec.generation,
@@ -260,11 +264,16 @@ class VLM:
         # The last token is never fed, so it needs no row.
         capacity = prompt_tokens + options.max_new_tokens - 1
         state = Decoder(session, self.spec.decoder, self._table, capacity)
-        return Generation(request, options, self.spec, self._vision, state, self._table, should_stop)
+        return Generation(request, options, self.spec, self._vision, state, self._table, self._prefixes, should_stop)
+
+    def forget(self) -> None:
+        """Let go of the KV caches that earlier answers left."""
+        self._prefixes.clear()
 
     def close(self) -> None:
         """Free what the engines hold. Generating afterwards is an error; closing again is not."""
         self._closed = True
+        self._prefixes.clear(for_good=True)
         for session in self._sessions.values():
             session.close()
 

@@ -25,6 +25,8 @@ class Metrics:
     decode_tokens_per_s: float | None
     """Tokens after the first, per beam; None if there are none."""
     prompt_tokens: int
+    reused_tokens: int
+    """Of the prompt: those that the KV cache of an earlier answer held, pictures included; the others were fed."""
     new_tokens: int
     kv_cache_bytes: int
     """Bytes of the keys and values of all tokens that were fed."""

@@ -50,14 +50,31 @@ class VisionEncoder:
         self._lock = threading.Lock()
         self._cache: OrderedDict[bytes, F32] = OrderedDict()
 
-    def encode(self, slices: Sequence[U8], should_stop: Callable[[], bool] | None = None) -> Encoded:
-        """Encode `slices`, each uint8[H, W, 3] of whole patches, as one call of the model would see them together."""
+    def keys(self, slices: Sequence[U8]) -> list[bytes]:
+        """A SHA-256 for each of the slices of a call: of all that its features depend on."""
+        longest = self._longest(slices)
+        return [self._key(pixels, longest) for pixels in slices]
+
+    def encode(
+        self,
+        slices: Sequence[U8],
+        should_stop: Callable[[], bool] | None = None,
+        keys: Sequence[bytes] | None = None,
+        known: int = 0,
+    ) -> Encoded:
+        """Encode `slices`, each uint8[H, W, 3] of whole patches, as one call of the model would see them together.
+
+        `keys` are those of the slices, if they were made before. The first `known` slices are not needed: their embeds
+        are left undefined, and they count as being from the cache.
+        """
         embeds = np.empty((len(slices), self._spec.query_num, self._hidden_size), np.float32)
         ms = [0.0] * len(slices)
         from_cache = [True] * len(slices)
-        longest = max(slices, key=self._patches, default=np.empty((0, 0, 3), np.uint8))
-        for i, pixels in enumerate(slices):
-            key = self._key(pixels, longest)
+        longest = self._longest(slices)
+        keys = self.keys(slices) if keys is None else keys
+        for i, (pixels, key) in enumerate(zip(slices, keys, strict=True)):
+            if i < known:
+                continue
             features = self._recall(key)
             if features is None:
                 if should_stop is not None and should_stop():
@@ -69,6 +86,9 @@ class VisionEncoder:
                 from_cache[i] = False
             embeds[i] = features
         return Encoded(embeds, tuple(ms), tuple(from_cache))
+
+    def _longest(self, slices: Sequence[U8]) -> U8:
+        return max(slices, key=self._patches, default=np.empty((0, 0, 3), np.uint8))
 
     def _patches(self, pixels: U8) -> int:
         return int(pixels.shape[0] * pixels.shape[1]) // self._spec.patch_size**2
