@@ -17,7 +17,9 @@ A profile is a TOML file of this folder; adding a device is adding a file.
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Literal
 
@@ -41,8 +43,14 @@ class Processor:
     """One processor of a device. What is not known is absent, never guessed.
 
     `arch` is what a compiler is told (`x86_64`, `hexagon-v75`), `features` its instruction sets as the operating
-    system spells them. `memory_bytes` is what it can address, `peak_tops` maps a dtype to 10^12 operations per
-    second, a multiply-add counting two.
+    system spells them. `memory_bytes` is what it can address, the most that the maker supports: a device may be sold
+    with less. `peak_tops` maps a dtype to 10^12 operations per second, a multiply-add counting two.
+
+    `achieved_tops` is what somebody's transformer reached, by the dtype of its weights, and `achieved_gb_s` what its
+    decoder read: where a maker states no peak these are all there is, and where he does they say how far away it is.
+
+    `soc_model` and `htp_arch` are the two numbers by which Qualcomm's compiler knows a chip and the generation of its
+    NPU; they go together, and `htp_arch` is the number in `arch`. `vtcm_mb` is that NPU's memory on the chip.
     """
 
     kind: Literal["cpu", "gpu", "npu"]
@@ -53,15 +61,30 @@ class Processor:
     memory_bytes: Figure | None = None
     bandwidth_gb_s: Figure | None = None
     peak_tops: dict[str, Figure] = field(default_factory=dict)
+    achieved_tops: dict[str, Figure] = field(default_factory=dict)
+    achieved_gb_s: Figure | None = None
+    soc_model: int | None = None
+    htp_arch: int | None = None
+    vtcm_mb: Figure | None = None
 
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """A device: the processors a model can be placed on. `title` is the name people know it by."""
+    """A device: the processors a model can be placed on. `title` is the name people know it by, `form` what it is built
+    into, and `quirks` what else a reader should know before placing a model on it.
+    """
 
     name: str
     title: str
     processors: tuple[Processor, ...]
+    form: Literal["phone", "laptop", "desktop", "server", "board", "car"] | None = None
+    quirks: tuple[str, ...] = ()
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The most memory that any of its processors can address; None where nobody says."""
+        sizes = [int(p.memory_bytes.value) for p in self.processors if p.memory_bytes]
+        return max(sizes, default=None)
 
 
 def names() -> tuple[str, ...]:
@@ -70,10 +93,16 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str) -> DeviceProfile:
-    """The profile called `name`. Raises UsageError that lists the known ones."""
+    """The profile called `name`. Raises UsageError that lists the known ones, nearest first."""
     if name not in names():
-        raise UsageError(f"device profile {name!r} is not known; expected one of {', '.join(names())}")
+        raise UsageError(f"device profile {name!r} is not known; expected one of {', '.join(nearest(name, names()))}")
     return load_profile(Path(__file__).parent / f"{name}.toml")
+
+
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """`known` with what is spelled most like `name` first."""
+    alike = {other: SequenceMatcher(a=other, b=name.lower()).ratio() for other in known}
+    return sorted(alike, key=lambda other: (-alike[other], other))
 
 
 def load_profile(path: Path) -> DeviceProfile:
@@ -107,16 +136,37 @@ def _problems(path: Path, profile: DeviceProfile) -> list[str]:
     if not profile.processors:
         problems.append("processors: empty, expected at least one")
     for i, processor in enumerate(profile.processors):
-        numbers = {name: value for name, value in vars(processor).items() if isinstance(value, Figure)}
-        numbers |= {f"peak_tops.{dtype}": figure for dtype, figure in processor.peak_tops.items()}
-        for name, figure in numbers.items():
-            if not 0 < figure.value < float("inf"):
-                problems.append(f"processors[{i}].{name}: {figure.value}, expected a positive number")
-            if not figure.reference.strip():
-                problems.append(f"processors[{i}].{name}: the reference is empty")
-        problems += [
-            f"processors[{i}].peak_tops.{dtype}: not one of its dtypes"
-            for dtype in processor.peak_tops
-            if dtype not in processor.dtypes
-        ]
+        problems += [f"processors[{i}].{problem}" for problem in _processor_problems(processor)]
+    return problems
+
+
+def _processor_problems(processor: Processor) -> list[str]:
+    problems = []
+    numbers = {name: value for name, value in vars(processor).items() if isinstance(value, Figure)}
+    for kind in ("peak_tops", "achieved_tops"):
+        figures: dict[str, Figure] = getattr(processor, kind)
+        numbers |= {f"{kind}.{dtype}": figure for dtype, figure in figures.items()}
+        problems += [f"{kind}.{dtype}: not one of its dtypes" for dtype in figures if dtype not in processor.dtypes]
+    for name, figure in numbers.items():
+        if not 0 < figure.value < float("inf"):
+            problems.append(f"{name}: {figure.value}, expected a positive number")
+        if not figure.reference.strip():
+            problems.append(f"{name}: the reference is empty")
+    pairs = [(processor.achieved_gb_s, processor.bandwidth_gb_s, "achieved_gb_s", "bandwidth_gb_s")]
+    pairs += [
+        (figure, processor.peak_tops.get(dtype), f"achieved_tops.{dtype}", "peak")
+        for dtype, figure in processor.achieved_tops.items()
+    ]
+    problems += [
+        f"{name}: {reached.value}, more than its {limit} of {most.value}"
+        for reached, most, name, limit in pairs
+        if reached and most and reached.value > most.value
+    ]
+    if (processor.soc_model is None) != (processor.htp_arch is None):
+        given, missing = ("soc_model", "htp_arch") if processor.htp_arch is None else ("htp_arch", "soc_model")
+        problems.append(f"{given}: given without {missing}")
+    if processor.soc_model is not None and processor.soc_model < 1:
+        problems.append(f"soc_model: {processor.soc_model}, expected at least 1")
+    if processor.htp_arch is not None and processor.arch != f"hexagon-v{processor.htp_arch}":
+        problems.append(f"htp_arch: {processor.htp_arch}, which is not what arch {processor.arch!r} says")
     return problems

@@ -50,8 +50,35 @@ def test_shipped_profile_is_valid(name: str) -> None:
 
 
 def test_unknown_profile_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"device profile '\.\./x' is not known; expected one of zen5-2core"):
+    with pytest.raises(UsageError, match=r"device profile '\.\./x' is not known; expected one of .*zen5-2core"):
         profile.get("../x")
+    with pytest.raises(UsageError, match="'SM8651' is not known; expected one of sm8650, "):
+        profile.get("SM8651")
+
+
+@pytest.mark.parametrize(
+    ("name", "soc_model", "htp_arch"),
+    [
+        *(("sm8650", 57, 75), ("sm8750", 69, 79), ("sm8850", 87, 81), ("sm8550", 43, 73)),
+        *(("sc8380xp", 60, 73), ("qcs6490", 35, 68), ("sa8295", 39, 68)),
+    ],
+)
+def test_hexagon_has_the_numbers_its_compiler_is_told(name: str, soc_model: int, htp_arch: int) -> None:
+    (npu,) = (processor for processor in profile.get(name).processors if processor.kind == "npu")
+    assert (npu.soc_model, npu.htp_arch, npu.arch) == (soc_model, htp_arch, f"hexagon-v{htp_arch}")
+    assert npu.vtcm_mb is not None
+
+
+def test_chips_are_told_apart() -> None:
+    models = [p.soc_model for name in profile.names() for p in profile.get(name).processors if p.soc_model]
+    assert len(models) == len(set(models)) >= 7
+
+
+def test_phones_say_how_much_memory_they_may_have() -> None:
+    phones = [profile.get(name) for name in profile.names() if profile.get(name).form == "phone"]
+    assert {phone.name for phone in phones} == {"sm8550", "sm8650", "sm8750", "sm8850"}
+    assert all((phone.memory_bytes or 0) >= 16 << 30 for phone in phones)
+    assert profile.get("qcs6490").memory_bytes is None
 
 
 @pytest.mark.parametrize(
@@ -66,6 +93,27 @@ def test_unknown_profile_is_refused() -> None:
         ("value = 46", "value = inf", "processors[0].bandwidth_gb_s.value: the number does not fit"),
         ("value = 46", "value = 2026-01-01", 'bandwidth_gb_s.value: expected a number, got "2026-01-01"'),
         ("peak_tops.int8", "peak_tops.int4", "processors[0].peak_tops.int4: not one of its dtypes"),
+        ("peak_tops.int8", "achieved_tops.int4", "processors[0].achieved_tops.int4: not one of its dtypes"),
+        (
+            '"int8"]',
+            '"int8"]\nachieved_tops.int8 = { value = 3, source = "measured", reference = "x" }',
+            "more than its peak",
+        ),
+        (
+            '"int8"]',
+            '"int8"]\nachieved_gb_s = { value = 47, source = "measured", reference = "x" }',
+            "47.0, more than its",
+        ),
+        (
+            '"toy-v1"',
+            '"hexagon-v75"\nhtp_arch = 73\nsoc_model = 57',
+            "htp_arch: 73, which is not what arch 'hexagon-v75'",
+        ),
+        ('"toy-v1"', '"hexagon-v75"\nhtp_arch = 75', "processors[0].htp_arch: given without soc_model"),
+        ('"toy-v1"', '"hexagon-v75"\nsoc_model = 57', "processors[0].soc_model: given without htp_arch"),
+        ('"toy-v1"', '"hexagon-v75"\nhtp_arch = 75\nsoc_model = 0', "soc_model: 0, expected at least 1"),
+        ('"toy-v1"', '"hexagon-v75"\nhtp_arch = 75.0\nsoc_model = 57', "htp_arch: expected an integer"),
+        ('title = "Toy"', 'title = "Toy"\nform = "boat"', 'form: "boat" is not one of phone, laptop'),
         ('title = "Toy"', 'colour = "red"', "colour: unknown key; title: missing"),
         ('name = "toy"', 'name = "other"', "name: 'other' differs from the file's"),
         ("[[processors]]", "[[processors", "not TOML: "),
