@@ -69,6 +69,25 @@ def test_hexagon_has_the_numbers_its_compiler_is_told(name: str, soc_model: int,
     assert npu.vtcm_mb is not None
 
 
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("npu", ("core-ultra-1", "core-ultra-2", "core-ultra-3")),
+        ("gpu", ("jetson-orin", "jetson-thor", "h100", "h200", "rtx4090", "rtx5090")),
+        ("cpu", ("x86-avx2", "x86-avx512", "arm-neon", "apple-m1", "apple-m2", "apple-m3", "apple-m4")),
+    ],
+)
+def test_device_families_are_there(kind: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        assert kind in {processor.kind for processor in profile.get(name).processors}
+
+
+@pytest.mark.parametrize("name", ["x86-avx2", "x86-avx512", "arm-neon"])
+def test_a_kind_of_processor_claims_no_number(name: str) -> None:
+    (cpu,) = profile.get(name).processors
+    assert (cpu.memory_bytes, cpu.bandwidth_gb_s, cpu.peak_tops) == (None, None, {})
+
+
 def test_chips_are_told_apart() -> None:
     models = [p.soc_model for name in profile.names() for p in profile.get(name).processors if p.soc_model]
     assert len(models) == len(set(models)) >= 7
