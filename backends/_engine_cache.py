@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import sys
+from collections.abc import Mapping
 from typing import Self
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from lensc.export.graph import GraphSpec
 
-from .base import Array, check_capacity, check_fork, check_reorder, check_trim
+from .base import Array, check_capacity, check_fork, check_reorder, check_restored, check_trim
 from .errors import PromptError
 
 MAPPED_BYTES = 1 << 20
@@ -82,6 +83,23 @@ class EngineCache:
             return
         for array in self.arrays:
             array[moved, :, start : self.length] = array[beams[moved], :, start : self.length]
+
+    def save(self) -> dict[str, Array]:
+        """See `Cache.save`."""
+        return self._filled()
+
+    def _filled(self) -> dict[str, Array]:
+        labels = [*self.names, *(f"{name}.scale" for name in self.names if self.scaled)]
+        return {label: array[:, :, : self.length] for label, array in zip(labels, self.arrays, strict=True)}
+
+    def restore(self, arrays: Mapping[str, Array]) -> None:
+        """See `Cache.restore`."""
+        self.length = 0
+        length = check_restored(self._filled(), arrays, 2, self.limit)
+        self.reserve(length)
+        self.length = length
+        for name, array in self._filled().items():
+            array[:] = arrays[name]
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more. Raises PromptError if the model's context is full."""

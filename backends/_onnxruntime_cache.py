@@ -44,6 +44,22 @@ class OrtCache(EngineCache):
             copy.scales[:] = self.scales
         return copy
 
+    def save(self) -> dict[str, Array]:
+        """See `Cache.save`."""
+        saved = super().save()
+        return saved if self.scales is None else saved | {SCALES: self.scales}
+
+    def restore(self, arrays: Mapping[str, Array]) -> None:
+        """See `Cache.restore`."""
+        if self.scales is None:
+            super().restore(arrays)
+            return
+        scales = arrays.get(SCALES)
+        if scales is None or scales.dtype != np.float32 or scales.shape != self.scales.shape:
+            raise UsageError(f"KV cache: no scales of float32{list(self.scales.shape)}, which an int8 cache has")
+        super().restore({name: array for name, array in arrays.items() if name != SCALES})
+        self.scales[:] = scales
+
     def _like(self, batch: int) -> Self:
         return type(self)(self.spec, self.capacity, batch, self.scales is not None)
 

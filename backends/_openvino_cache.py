@@ -25,6 +25,7 @@ from .base import (
     check_fork,
     check_out,
     check_reorder,
+    check_restored,
     check_trim,
     writeable,
 )
@@ -94,6 +95,27 @@ class OpenVINOCache:
         check_reorder(self, beams)
         if self.length:
             self.beams = self.beams[beams]
+
+    def save(self) -> dict[str, Array]:
+        """See `Cache.save`: float32[batch, kv_heads, tokens, head_dim] by name, from which the engine rounds as before."""
+        saved = self.take() if self.length else self._nothing()
+        if not np.array_equal(self.beams, np.arange(self.batch)):
+            saved = {name: array[self.beams] for name, array in saved.items()}
+        return saved
+
+    def restore(self, arrays: Mapping[str, Array]) -> None:
+        """See `Cache.restore`."""
+        length = check_restored(self._nothing(), arrays, 2, self._spec.dims["past"].max)
+        self.put(arrays)
+        self.beams, self.whole = np.arange(self.batch, dtype=np.int32), True
+        self.length = 0
+        self.reserve(length)
+        self.length = length
+
+    def _nothing(self) -> dict[str, Array]:
+        kv_heads, head_dim = (int(d) for d in self._spec.input(self._spec.states[0].input).shape[2:])
+        empty = np.empty((self.batch, kv_heads, 0, head_dim), np.float32)
+        return {pair.input: empty for pair in self._spec.states}
 
     def reserve(self, tokens: int) -> None:
         """Count room for `tokens` more. Raises PromptError if the model's context is full."""

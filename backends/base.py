@@ -159,6 +159,14 @@ class Cache(Protocol):
         """Let sequence i continue sequence `beams[i]`: tokens before `start` are the same in all and stay as they are."""
         ...
 
+    def save(self) -> dict[str, Array]:
+        """The tokens as the engine holds them: arrays by name, which may be views of the cache's own."""
+        ...
+
+    def restore(self, arrays: Mapping[str, Array]) -> None:
+        """Hold what `save` of a cache of this kind gave, and nothing else. UsageError if `arrays` are not such."""
+        ...
+
 
 @runtime_checkable
 class CachedSession(Session, Protocol):
@@ -384,6 +392,26 @@ def check_reorder(cache: Cache, beams: npt.NDArray[np.int64]) -> None:
         raise UsageError(
             f"KV cache: cannot reorder by {beams.tolist()}, expected {cache.batch} indices below {cache.batch}"
         )
+
+
+def check_restored(expected: Mapping[str, Array], arrays: Mapping[str, Array], axis: int, limit: int) -> int:
+    """Check the argument of `Cache.restore` against what the empty cache would save; return how many tokens there are.
+
+    `axis` counts tokens. Raises UsageError.
+    """
+    lengths = {array.shape[axis] if array.ndim > axis else -1 for array in arrays.values()}
+    problems = [f"no {name}" for name in expected if name not in arrays]
+    problems += [f"unexpected {name}" for name in arrays if name not in expected]
+    for name, empty in expected.items():
+        found = arrays.get(name, empty)
+        shape = (*empty.shape[:axis], *found.shape[axis : axis + 1], *empty.shape[axis + 1 :])
+        if found.dtype != empty.dtype or found.shape != shape:
+            problems.append(f"{name} is {found.dtype}{list(found.shape)}, expected {empty.dtype}{list(shape)}")
+    if not problems and (len(lengths) != 1 or not 1 <= max(lengths) <= limit):
+        problems.append(f"{sorted(lengths)} tokens, expected 1 to {limit}, the same in all")
+    if problems:
+        raise UsageError("KV cache: these are not its tokens: " + "; ".join(problems[:5]))
+    return max(lengths)
 
 
 def only_on_cpu(target: Target, backend: str) -> str | None:

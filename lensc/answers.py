@@ -24,6 +24,7 @@ MAX_THREADS = 1024
 
 HELP = """\
 /image PATH   show a picture with the next message; repeat for several
+/save FILE    write the conversation to a file; /load FILE goes on with one
 /clear        forget the conversation
 /metrics      times and sizes of the last answer
 /help         this list
@@ -106,6 +107,20 @@ class Conversation:
             return False
         if command == "/image":
             self.add_picture(rest)
+        elif command == "/save":
+            if not rest or not self.messages:
+                raise UsageError("/save: " + ("nothing was said yet" if rest else "expected the file to write"))
+            tokens = self.vlm.save(os.path.expanduser(rest), self.messages)
+            print(f"({rest}: {len(self.messages)} messages, {tokens} tokens of KV cache)", file=sys.stderr)
+        elif command == "/load":
+            if not rest:
+                raise UsageError("/load: expected the file that /save wrote")
+            restored = self.vlm.restore(os.path.expanduser(rest))
+            self.messages, self.pictures = restored.messages, []
+            _print_notes(restored.notes)
+            print(
+                f"({rest}: {len(self.messages)} messages, {restored.cached_tokens} tokens of KV cache)", file=sys.stderr
+            )
         elif command == "/clear":
             self.messages, self.pictures = [], []
             self.vlm.forget()

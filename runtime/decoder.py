@@ -31,9 +31,7 @@ class Decoder:
     """State of one generation. `prompt_length` is where generated tokens begin, which is where beams differ."""
 
     def __init__(self, session: Session, spec: DecoderSpec, table: EmbeddingTable, capacity: int) -> None:
-        self._session: CachedSession = (
-            session if isinstance(session, CachedSession) else HostCachedSession(session, spec)
-        )
+        self._session = with_cache(session, spec)
         self._cache: Cache | None = None
         self._capacity = capacity
         self.prompt_length = 0
@@ -148,6 +146,11 @@ class HostCachedSession:
     def close(self) -> None:
         """See `Session.close`."""
         self._session.close()
+
+
+def with_cache(session: Session, decoder: DecoderSpec) -> CachedSession:
+    """`session`, or one that keeps its cache on the host if the engine keeps none."""
+    return session if isinstance(session, CachedSession) else HostCachedSession(session, decoder)
 
 
 def scatter(embeds: F32, image_bounds: I64, image_embeds: F32) -> None:

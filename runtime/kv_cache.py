@@ -8,10 +8,12 @@ capacity costs address space, not memory.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 
-from lensc.backends.base import check_fork, check_reorder, check_trim
+from lensc.backends.base import Array, check_fork, check_reorder, check_restored, check_trim
 from lensc.backends.bundle import DecoderSpec
 from lensc.backends.errors import PromptError, UsageError
 
@@ -108,6 +110,19 @@ class KVCache:
         sources = beams[moved]
         for array in self._arrays:
             array[start : self.length, moved] = array[start : self.length, sources]
+
+    def save(self) -> dict[str, Array]:
+        """See `Cache.save`."""
+        return dict(self.past())
+
+    def restore(self, arrays: Mapping[str, Array]) -> None:
+        """See `Cache.restore`."""
+        self.length = 0
+        length = check_restored(self.past(), arrays, 0, self.limit)
+        self.slots(length)
+        self.length = length
+        for name, rows in self.past().items():
+            rows[:] = arrays[name]
 
     def _empty(self, capacity: int) -> F32:
         d = self._decoder

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 from typing import cast, get_args
 
@@ -12,6 +14,7 @@ from lensc.backends.bundle import Manifest, VisionPadding, load_manifest
 from lensc.backends.errors import CompatibilityError, UnavailableError, UsageError
 
 from . import selftest as golden
+from .conversation import Identity
 from .embedding import open_table
 from .pipeline import VLM
 from .plan import Plan, plan
@@ -47,7 +50,7 @@ def load(
         if selftest:
             results = golden.run_selftest(manifest.probes, sessions, folder)
             golden.check(results, {p.graph: str(p.effective) for p in chosen.placements})
-        return VLM(spec, tokenizer, sessions, table, chosen)
+        return VLM(spec, tokenizer, sessions, table, chosen, identity=_identity(manifest, chosen))
     except BaseException:
         _close(sessions)
         raise
@@ -76,6 +79,15 @@ def _open_sessions(
         except BaseException:
             _close(sessions)
             raise
+
+
+def _identity(manifest: Manifest, chosen: Plan) -> Identity:
+    """Whose conversations can be gone on with: the checkpoint's; whose KV caches: those of the same graphs and decoder."""
+    decoder = chosen["decoder"]
+    options = hashlib.sha256(json.dumps(decoder.artifact.options, sort_keys=True).encode()).hexdigest()
+    graphs = {name: record.sha256[:12] for name, record in manifest.graphs.items()}
+    made_by = f"decoder {graphs['decoder']} on {decoder.effective} ({options[:8]}) with vision {graphs['vision']}"
+    return Identity(manifest.provenance.checkpoint_sha256, made_by)
 
 
 def _probes(manifest: Manifest) -> list[Probe]:

@@ -10,21 +10,23 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, cast, overload
 
 from lensc.backends.base import Array, Cache, CachedSession, Session
 from lensc.backends.bundle import ModelSpec
-from lensc.backends.errors import GraphError, PromptError, UsageError
+from lensc.backends.errors import GraphError, InputError, PromptError, UsageError
 
-from . import decoder, vision
+from . import conversation, decoder, vision
+from .conversation import NOBODY, Identity, Restored
 from .decoder import Decoder
 from .embedding import EmbeddingTable
 from .generation import Generation, Request
 from .options import GenerationOptions, resolve
 from .picture import PictureSource, slice_picture
 from .plan import Plan
-from .prefix_cache import PREFIX_BYTES, PrefixCache
+from .prefix_cache import PREFIX_BYTES, Held, PrefixCache, rows_of
 from .prompt import Message, Tokenizer, build_prompt, parse_messages, pictures_of, user_messages
 from .result import Metrics, Result
 from .stream import Stream
@@ -39,7 +41,7 @@ class VLM:
     """A loaded model. Close it, or use it as a context manager, to free what its engines hold.
 
     `embed_table: float16 or float32[vocab, D]`, or an `EmbeddingTable`, may be memory-mapped. `plan` says where the graphs
-    run, if known. `prefix_cache_bytes` of KV caches are kept for prompts that begin like an earlier one; 0 keeps none.
+    run, if known, `identity` whose saved conversations can be gone on with. `prefix_cache_bytes` of KV caches are kept for prompts that begin like an earlier one; 0 keeps none.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class VLM:
         embed_table: Array | EmbeddingTable,
         plan: Plan | None = None,
         prefix_cache_bytes: int = PREFIX_BYTES,
+        identity: Identity = NOBODY,
     ) -> None:
         self.spec = spec
         self.tokenizer = tokenizer
@@ -66,6 +69,7 @@ class VLM:
         self._table.check(spec.decoder)
         self._vision = VisionEncoder(self._sessions["vision"], spec.picture, width)
         self._prefixes = PrefixCache(prefix_cache_bytes)
+        self._identity = identity
 
     @overload
     def generate(
@@ -265,6 +269,45 @@ class VLM:
         capacity = prompt_tokens + options.max_new_tokens - 1
         state = Decoder(session, self.spec.decoder, self._table, capacity)
         return Generation(request, options, self.spec, self._vision, state, self._table, self._prefixes, should_stop)
+
+    def save(self, path: str | Path, messages: Sequence[Mapping[str, Any]]) -> int:
+        """Write a conversation to a file, with its pictures and what the KV cache holds of it; return how many tokens that
+        are. A file that was there is replaced, if it is a conversation.
+
+        Raises StorageError if it cannot be written, UsageError for messages that `chat` would not take.
+        """
+        parsed = parse_messages(messages)
+        sliced = [slice_picture(part.source, self.spec.picture) for part in pictures_of(parsed)]
+        prompt = build_prompt(parsed, [s.plan for s in sliced], self.tokenizer, self.spec.picture.query_num)
+        rows = rows_of(prompt, self._vision.keys([pixels for s in sliced for pixels in s.pixels]))
+        cache = self._prefixes.take(rows)
+        held = None if cache is None else Held(rows[: cache.length], cache)
+        try:
+            conversation.write(Path(path), parsed, self.spec.name, self._identity, held)
+        finally:
+            if held is not None:
+                self._prefixes.give(held.rows, held.cache)
+        return 0 if held is None else len(held.rows)
+
+    def restore(self, path: str | Path) -> Restored:
+        """Read what `save` wrote: messages to go on with. Where the same graphs run on the same target, what the KV cache
+        held is not fed again.
+
+        Raises InputError for a file that is no conversation, is damaged, or belongs to another model.
+        """
+        found = conversation.read(Path(path), self.spec.name, self._identity)
+        if found.rows is None:
+            return Restored(found.messages, 0, found.notes)
+        session = decoder.with_cache(self._sessions["decoder"], self.spec.decoder)
+        try:
+            cache = session.new_cache(max(1, len(found.rows)))
+            cache.restore(found.arrays)
+        except UsageError as error:
+            raise InputError(f"{path}: {error}") from error
+        if cache.length != len(found.rows):
+            raise InputError(f"{path}: {len(found.rows)} rows of a prompt and {cache.length} tokens in its KV cache")
+        self._prefixes.give(found.rows, cache)
+        return Restored(found.messages, cache.length, found.notes)
 
     def forget(self) -> None:
         """Let go of the KV caches that earlier answers left."""

@@ -15,11 +15,13 @@ import torch
 from lensc.backends import registry
 from lensc.backends.base import Array, Session, Target
 from lensc.backends.bundle import DecoderSpec, GenerationSpec, ModelSpec, PictureSpec
+from lensc.backends.errors import UsageError
 from lensc.export.graph import Graph
 from lensc.export.models.config import ModelConfig
 from lensc.export.models.minicpmv import MiniCPMV
 from lensc.export.models.session import graph_modules
 from lensc.export.onnx import example_inputs, export_graph
+from lensc.runtime.decoder import with_cache
 from lensc.runtime.generation import Generation, Request
 from lensc.runtime.options import resolve
 from lensc.runtime.pipeline import VLM
@@ -131,6 +133,33 @@ def answer(vlm: VLM, *parts: Any, **options: Any) -> Generation:
     generation = vlm.begin(request_of(*parts), resolve(SPEC.generation, **options))
     list(generation.tokens())
     return generation
+
+
+def test_a_saved_cache_is_gone_on_with(sessions: dict[str, Session]) -> None:
+    """As if it had never left the engine; what is no cache of this kind is refused."""
+    first, more = [TEXT[:30], picture(1), TEXT[30:40]], TEXT[45:]
+    one = make(sessions)
+    said = answer(one, *first).token_ids
+    expected = answer(one, *first, said, more)
+    (held,) = one._prefixes._held
+    arrays = {name: array.copy() for name, array in held.cache.save().items()}
+    two = make(sessions)
+    restored = with_cache(two._sessions["decoder"], SPEC.decoder).new_cache(1)
+    for broken in (
+        {},
+        {name: array[..., :-1] for name, array in arrays.items()},
+        {name: array.astype(np.float64) for name, array in arrays.items()},
+        arrays | {"more": next(iter(arrays.values()))},
+    ):
+        with pytest.raises(UsageError, match=r"KV cache: these are not its tokens|no scales"):
+            restored.restore(broken)
+    restored.restore(arrays)
+    assert restored.length == len(held.rows)
+    restored.trim(held.cache.length - len(more) - 3)
+    two._prefixes.give(held.rows, restored)
+    again = answer(two, *first, said, more)
+    assert again.result("").metrics.reused_tokens > 40
+    assert again.token_ids == expected.token_ids
 
 
 TEXT = [int(i) for i in np.random.default_rng(7).integers(5, VOCAB - 1, 60)]

@@ -166,6 +166,18 @@ def test_int8_keys_and_values_answer_alike(int8_session: OrtDecoderSession, smal
     assert cache.growths == 1 and {array.dtype for array in cache.arrays} == {np.dtype(np.int8)}
 
 
+def test_an_int8_cache_is_saved_with_its_scales(int8_session: OrtDecoderSession, small: Any) -> None:
+    embeds = small.embeddings(1, 20)
+    cache, again = int8_session.new_cache(20), int8_session.new_cache(20)
+    step(int8_session, cache, embeds[:, :16].copy())
+    saved = {name: array.copy() for name, array in cache.save().items()}
+    again.restore(saved)
+    new = embeds[:, 16:].copy()
+    np.testing.assert_array_equal(step(int8_session, again, new), step(int8_session, cache, new))
+    with pytest.raises(UsageError, match="no scales of float32"):
+        again.restore({name: array for name, array in saved.items() if name != "kv_scales"})
+
+
 def test_scales_are_those_of_the_first_tokens(
     session: OrtDecoderSession, int8_session: OrtDecoderSession, small: Any
 ) -> None:

@@ -251,6 +251,22 @@ def test_chat_with_first_picture_and_system_prompt_as_json(
     assert documents[1]["metrics"]["prompt_tokens"] > documents[0]["metrics"]["prompt_tokens"]
 
 
+def test_chat_goes_on_with_what_was_saved(
+    bundle: Path, picture: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    say(monkeypatch, f"/image {picture}", "What is it?", f"/save {tmp_path / 'talk'}", "And now?")
+    held = cli("chat", bundle, *SHORT)
+    say(monkeypatch, f"/load {tmp_path / 'talk'}", "And now?", "/metrics", f"/load {bundle / 'manifest.json'}", "/save")
+    shown = cli("chat", bundle, *SHORT)
+    assert shown.out.splitlines() == held.out.splitlines()[1:]
+    assert "talk: 2 messages, " in shown.err and "more were in the KV cache" in shown.err
+    errors = [line for line in shown.err.splitlines() if "error" in line]
+    assert (
+        "manifest.json: no conversation of lensc, or damaged" in errors[0] and "expected the file to write" in errors[1]
+    )
+    assert shown.code == 1
+
+
 def test_chat_commands(bundle: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     say(monkeypatch, "/metrics", "/help", "Hello!", "/metrics")
     shown = cli("chat", bundle, *SHORT)
