@@ -1,8 +1,8 @@
 """A decoder layer and a vision layer of the model's true sizes: every engine and every named scheme against torch.
 
 Small models cannot show what depends on a width: tiles and their remainders, sums of 14,336 products, groups of 128 in
-rows of 1,152 and 4,304, kernels that are chosen by size. Weights are random and rounded to nearest without a search for
-the best scales, which takes most of the time and changes no operator; schemes that differ in nothing else share a graph.
+rows of 1,152 and 4,304, kernels that are chosen by size. What is quantized is drawn, values and scales, not rounded from
+floats, which takes most of the time and changes no operator; schemes that differ in nothing else share a graph.
 
 Where products are of 8-bit inputs the reference is computed twice, the second time with the inputs of every linear
 rounded to 8 bits as the engines do it. What that costs is what the engine may cost, too, and twice its power (3 dB): an
@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,12 @@ from lensc.export.models.linears import linear_rows
 from lensc.export.models.minicpmv import MiniCPMV, Resampler, ResamplerAttention, VisionEmbeddings
 from lensc.export.models.session import TorchSession, graph_modules
 from lensc.export.onnx import example_inputs, trace_graph
-from lensc.export.quantize import weights
-from lensc.export.quantize.grid import SHRINK
+from lensc.export.quantize import grid, weights
+from lensc.export.quantize.grid import LARGEST_MULTIPLE, SHRINK, STEPS
 from lensc.export.quantize.linears import find_linears
 from lensc.export.quantize.recipe import PRESETS, Recipe
 from lensc.export.quantize.scheme import Scheme
-from lensc.export.quantize.weights import QuantizedWeight, WeightFormat, dequantize, quantize_rtn
+from lensc.export.quantize.weights import QuantizedWeight, WeightFormat, dequantize
 from lensc.export.questions import questions_for
 from lensc.export.verify import Metrics
 from lensc.export.writer import write_graph
@@ -140,11 +141,40 @@ class Maker:
         return Layer(Graph(self.spec, path, str(scheme), sha256), calls, rounded, few)
 
     def quantize(self, name: str, rows: Tensor, format: WeightFormat, start: int) -> QuantizedWeight:
-        made = quantize_rtn(rows, format, search=False)
-        if format.symmetric and not format.is_signed:
-            made.scales[:, ::2] *= -1  # as the search does where the largest weight is on the other side
+        made = drawn(rows, format, [zlib.crc32(name.encode()), start])
         self.rows[name][start : start + len(rows)] = dequantize(made)
         return made
+
+
+def drawn(rows: Tensor, format: WeightFormat, seed: list[int]) -> QuantizedWeight:
+    """Every value of the format equally often, every group with another scale, all together as large as `rows`.
+
+    A symmetric scale is negative in every second group, as where the largest weight is on the other side.
+    """
+    generator = np.random.Generator(np.random.SFC64(seed))
+    (outputs, inputs), levels = rows.shape, 1 + format.highest - format.lowest
+    groups = format.groups(inputs)
+    values = np.frombuffer(generator.bytes(rows.numel()), np.uint8).reshape(outputs, inputs) & (2**format.bits - 1)
+    if format.is_signed:
+        values = np.maximum(values.view(np.int8), format.lowest)
+    size = (
+        float(rows[:8].float().std()) * (12 / (levels**2 - 1)) ** 0.5
+    )  # beside the deviation of equally likely levels
+    if format.scale_bits is None:
+        scales = size * generator.uniform(0.5, 1.5, (outputs, groups))
+    else:
+        steps = (size / 8 * generator.uniform(0.5, 1.5, (outputs, 1))).astype(np.float32)
+        scales = steps.astype(np.float64) * generator.integers(1, LARGEST_MULTIPLE + 1, (outputs, groups))
+    if format.symmetric and not format.is_signed:
+        scales[:, ::2] *= -1
+    middle = levels // 2
+    zeros = None if format.symmetric else generator.integers(middle - 1, middle + 2, (outputs, groups), np.uint8)
+    return QuantizedWeight(
+        torch.from_numpy(values),
+        torch.from_numpy(scales.astype(np.float32)),
+        None if zeros is None else torch.from_numpy(zeros),
+        format,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +306,7 @@ def test_a_model_of_true_width_from_checkpoint_to_answer(
     and on one engine: this takes half a minute.
     """
     monkeypatch.setattr(weights, "SHRINK", {bits: shares[:1] for bits, shares in SHRINK.items()})
+    monkeypatch.setattr(grid, "STEPS", STEPS[:1])
     monkeypatch.setattr(compile_stages, "questions_for", lambda spec: questions_for(spec)[:1])
     out = tmp_path / "bundle"
     manifest = build(checkpoint.folder, [Target("onnxruntime", "cpu")], out, scheme="int4", max_memory=MAX_MEMORY)
