@@ -32,8 +32,9 @@ export PYTHONSAFEPATH := 1
 demo: $(BUNDLE)/manifest.json
 	@$(BIN)/python -m lensc.bench.demo $(BUNDLE)
 
+# Two processes, each with whole files, whose fixtures it makes once; in the order of the folders, the long ones first.
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	@failed=0; \

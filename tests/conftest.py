@@ -16,6 +16,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # torch's and numpy's: a core for each process, before they are imported
+
 # `python -m pytest` without -P puts the working folder here, and with it the bare names (`kernels`, `export`, ...).
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 

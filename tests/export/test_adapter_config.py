@@ -75,7 +75,7 @@ def test_as_the_official_fine_tuning_writes_it() -> None:
         ({"target_modules": [Q, "k_proj"], "layers_to_transform": [7]}, {Q}),
         ({"target_modules": ["lm_head", "k_proj"], "layers_to_transform": [1]}, {K}),
     ],
-    ids=str,
+    ids=lambda given: str(sorted(given) if isinstance(given, set) else given),  # the same in every process
 )
 def test_targets(fields: dict[str, Any], expected: set[str]) -> None:
     assert targets(**fields) == expected
