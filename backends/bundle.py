@@ -11,7 +11,7 @@ A folder of portable graphs, as `lensc export` writes it, is a bundle without ar
 6. Every path mentioned elsewhere in the manifest is one of `files`, every graph mentioned is one of `graphs`. Several
    artifacts may name one file: targets that take the same bytes share one copy of the weights.
 7. Free text lives only in `metadata`, string to string.
-8. Counts are at least 1, token ids lie in the vocabulary, penalties and temperature are positive, dates are ISO 8601.
+8. Counts are at least 1, token ids in the vocabulary, penalties, temperature and times positive, dates ISO 8601.
 
 All problems are reported at once. The manifest is written last, under a temporary name, then renamed.
 """
@@ -129,7 +129,8 @@ class Provenance:
 class ParityRecord:
     """How close `graph` on `target` comes to `against`, over `pictures` pictures.
 
-    `target` is a `Target` spelling, or `onnx` for the portable graph. `sqnr_db` is infinite for equal outputs.
+    `target` is a `Target` spelling, or `onnx` for the portable graph. `sqnr_db` is infinite for equal outputs. `where`:
+    `measured on DEVICE`, or `emulated`; empty where the target's own processor computed on the machine that built.
     """
 
     graph: str
@@ -143,6 +144,7 @@ class ParityRecord:
     pictures: int
     passed: bool
     tolerance: str
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,23 @@ class ProbeRecord:
     graph: str
     file: str
     tolerance: float
+
+
+@dataclass(frozen=True)
+class MeasuredRecord:
+    """A run of `graph`'s artifact for `target` on `device`: median, fastest and slowest of `runs` runs, largest memory
+    (0 if not told), and how many layers ran on which processor. `source`: who measured, and the job's name there.
+    """
+
+    graph: str
+    target: str
+    device: str
+    latency_ms: float
+    spread_ms: tuple[float, float]
+    runs: int
+    peak_bytes: int
+    placement: dict[str, int]
+    source: str
 
 
 @dataclass(frozen=True)
@@ -181,6 +200,7 @@ class Manifest:
     parity: tuple[ParityRecord, ...] = ()
     probes: tuple[ProbeRecord, ...] = ()
     stages: tuple[StageRecord, ...] = ()
+    measured: tuple[MeasuredRecord, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
 
     def file(self, path: str) -> FileRecord:
@@ -354,7 +374,7 @@ def _mentions(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def _graph_names(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    for kind in ("artifacts", "parity", "probes"):
+    for kind in ("artifacts", "parity", "probes", "measured"):
         for i, record in enumerate(getattr(manifest, kind)):
             if record.graph not in manifest.graphs:
                 yield f"{kind}[{i}].graph", record.graph
@@ -409,6 +429,10 @@ def _range_problems(manifest: Manifest) -> list[str]:
     for name in ("temperature", "repetition_penalty", "beam_repetition_penalty"):
         if not 0 < getattr(generation, name) < float("inf"):
             problems.append(f"model.generation.{name}: {getattr(generation, name)}, expected a positive number")
+    for i, record in enumerate(manifest.measured):
+        (low, high), median, runs = record.spread_ms, record.latency_ms, record.runs
+        if runs < 1 or record.peak_bytes < 0 or not 0 < low <= median <= high < float("inf"):
+            problems.append(f"measured[{i}]: median {median} ms of {runs} runs from {low} to {high} is no measurement")
     try:
         datetime.datetime.fromisoformat(manifest.provenance.created)
     except ValueError:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lensc.backends.base import Artifact, Probe
-from lensc.backends.bundle import Manifest, ParityRecord
+from lensc.backends.bundle import Manifest, MeasuredRecord, ParityRecord
 from lensc.backends.codec import encode
 from lensc.export.graph import GraphSpec
 from lensc.export.quantize.scheme import MARKS
@@ -65,6 +65,8 @@ def details(manifest: Manifest, folder: Path, verified: bool) -> str:
     parts.append("graphs\n" + _graphs(manifest))
     parts.append("artifacts\n" + (_artifacts(manifest) or "  none; make a bundle with lensc compile"))
     parts.append("parity\n" + (_parity(manifest.parity) or "  not measured"))
+    if manifest.measured:
+        parts.append("measured elsewhere\n" + measured(manifest.measured))
     probes = [(p.graph, p.file, f"tolerance {p.tolerance:.3g}") for p in manifest.probes]
     parts.append("golden probes\n" + (table(probes, "  ") if probes else "  none"))
     stages = [(r.name, f"{r.seconds:.1f} s", f"peak memory {size(r.peak_bytes)}") for r in manifest.stages]
@@ -117,6 +119,17 @@ def _checked(artifact: Artifact) -> str:
     return f"not run when it was made: {reason}" if reason is not None else "not checked"
 
 
+def measured(records: Iterable[MeasuredRecord]) -> str:
+    """A line for each device that an artifact was timed on."""
+    rows = [("graph", "for", "measured on", "median", "fastest", "slowest", "runs", "memory", "layers on", "by")]
+    for r in records:
+        times = (f"{ms:.3g} ms" for ms in (r.latency_ms, *r.spread_ms))
+        layers = ", ".join(f"{where} {count}" for where, count in r.placement.items()) or "not told"
+        memory = size(r.peak_bytes) if r.peak_bytes else "not told"
+        rows.append((r.graph, r.target, r.device, *times, str(r.runs), memory, layers, r.source))
+    return table([[printable(cell) for cell in row] for row in rows], "  ")
+
+
 def _parity(records: Iterable[ParityRecord]) -> str:
     rows = [("graph", "on", "against", "max abs", "SQNR dB", "cosine", "top-1", "diverges", "pictures", "")]
     for r in records:
@@ -128,5 +141,6 @@ def _parity(records: Iterable[ParityRecord]) -> str:
         values = (f"{r.max_abs:.2e}", sqnr, f"{r.cosine:.6f}", top1, diverges, str(r.pictures))
         # what a recipe costs is measured, not judged
         verdict = "cost of the recipe" if r.tolerance.startswith("none") else "passed" if r.passed else "FAILED"
-        rows.append((r.graph, r.target, r.against, *values, verdict))
+        on = f"{r.target}, {r.where}" if r.where else r.target
+        rows.append((r.graph, on, r.against, *values, verdict))
     return table([[printable(cell) for cell in row] for row in rows], "  ") if len(rows) > 1 else ""

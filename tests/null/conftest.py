@@ -14,6 +14,7 @@ from lensc.backends.bundle import (
     GenerationSpec,
     GraphRecord,
     Manifest,
+    MeasuredRecord,
     ModelSpec,
     ParityRecord,
     PictureSpec,
@@ -86,6 +87,19 @@ def _manifest(folder: Path) -> Manifest:
         provenance=Provenance("0.1.0", "lensc build demo", "0" * 64, {"torch": "2.13.0"}, "f32", "2026-11-23T10:00:00"),
         parity=(
             ParityRecord("decoder", "onnx", "reference", 0.0, math.inf, 1.0, 1.0, None, 3, True, "max_abs <= 1e-4"),
+        ),
+        measured=(
+            MeasuredRecord(
+                "decoder",
+                "onnxruntime:cpu",
+                "Phone 1 (Android 14)",
+                2.5,
+                (2.0, 3.0),
+                100,
+                1 << 20,
+                {"npu": 3},
+                "job j1",
+            ),
         ),
         probes=(ProbeRecord("decoder", "probes/decoder.npz", 1e-3),),
         metadata={"note": "any text: µ"},
