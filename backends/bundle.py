@@ -429,9 +429,9 @@ def _range_problems(manifest: Manifest) -> list[str]:
     for name in ("temperature", "repetition_penalty", "beam_repetition_penalty"):
         if not 0 < getattr(generation, name) < float("inf"):
             problems.append(f"model.generation.{name}: {getattr(generation, name)}, expected a positive number")
-    for i, record in enumerate(manifest.measured):
-        (low, high), median, runs = record.spread_ms, record.latency_ms, record.runs
-        if runs < 1 or record.peak_bytes < 0 or not 0 < low <= median <= high < float("inf"):
+    for i, timed in enumerate(manifest.measured):
+        (low, high), median, runs = timed.spread_ms, timed.latency_ms, timed.runs
+        if runs < 1 or timed.peak_bytes < 0 or not 0 < low <= median <= high < float("inf"):
             problems.append(f"measured[{i}]: median {median} ms of {runs} runs from {low} to {high} is no measurement")
     try:
         datetime.datetime.fromisoformat(manifest.provenance.created)

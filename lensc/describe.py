@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,9 @@ def _checked(artifact: Artifact) -> str:
 
 def measured(records: Iterable[MeasuredRecord]) -> str:
     """A line for each device that an artifact was timed on."""
-    rows = [("graph", "for", "measured on", "median", "fastest", "slowest", "runs", "memory", "layers on", "by")]
+    rows: list[Sequence[str]] = [
+        ("graph", "for", "measured on", "median", "fastest", "slowest", "runs", "memory", "layers on", "by")
+    ]
     for r in records:
         times = (f"{ms:.3g} ms" for ms in (r.latency_ms, *r.spread_ms))
         layers = ", ".join(f"{where} {count}" for where, count in r.placement.items()) or "not told"
