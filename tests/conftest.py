@@ -16,10 +16,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "1"
-    )  # torch's and numpy's: a core for each process, before they are imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # each process has one core: read by torch and numpy as they are imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # `python -m pytest` without -P puts the working folder here, and with it the bare names (`kernels`, `export`, ...).
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
@@ -61,3 +59,31 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _traced_once() -> Iterator[None]:
+    """Builds of models alike share a traced graph, which takes torch seconds; export/test_onnx.py traces each time."""
+    stages: Any = sys.modules.get("lensc.export.export_stages")
+    if stages is None:  # no file that was collected builds anything
+        yield
+        return
+    trace, kept = stages.trace_graph, {}
+
+    def trace_graph(module: Any, example: Any, spec: Any) -> Any:
+        """By all that a trace depends on: it sees no weights."""
+        parts = [(name, type(part), type(part).forward, _settings(part)) for name, part in module.named_modules()]
+        key = repr((spec, parts, [(name, p.shape, p.dtype) for name, p in module.state_dict().items()]))
+        if key not in kept:
+            kept[key] = trace(module, example, spec)
+        model, parameters = kept[key]
+        return model.clone(), dict(parameters)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "trace_graph", trace_graph)
+        yield
+
+
+def _settings(part: Any) -> dict[str, Any]:
+    """The attributes of a torch module that are its own: heads, epsilon, ..."""
+    return {name: value for name, value in vars(part).items() if not name.startswith("_")}

@@ -21,12 +21,14 @@ import json, sys
 from lensc.backends.base import Target
 from lensc.export import build, compile_stages
 from lensc.export.memory import resident_bytes
-from lensc.export.quantize import weights
+from lensc.export.quantize import grid, weights
 from lensc.export.questions import questions_for
 from lensc.export.source import Source
 
 small, large, out = sys.argv[1:]
-weights.SHRINK = {bits: shares[:1] for bits, shares in weights.SHRINK.items()}  # the search takes time, not memory
+# the searches take time, not memory
+weights.SHRINK = {bits: shares[:1] for bits, shares in weights.SHRINK.items()}
+grid.STEPS = grid.STEPS[:1]
 compile_stages.questions_for = lambda spec: questions_for(spec)[:1]
 Source.is_streamed = True
 target = Target("onnxruntime", "cpu")
