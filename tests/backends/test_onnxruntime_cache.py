@@ -19,7 +19,7 @@ from lensc.backends import _engine_cache as module
 from lensc.backends._onnxruntime_cache import OrtCache, OrtDecoderSession
 from lensc.backends._onnxruntime_kv import scales_of
 from lensc.backends.base import Array, Artifact, Target
-from lensc.backends.errors import ExecutionError
+from lensc.backends.errors import ExecutionError, UsageError
 from lensc.backends.onnxruntime import backend
 from lensc.export.graph import DimRange
 
