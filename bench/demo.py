@@ -23,9 +23,10 @@ from PIL import Image
 import lensc
 from lensc.backends.bundle import load_manifest
 from lensc.backends.errors import InputError, LensError
+from lensc.profiles.measure import bandwidth_gb_s
 from lensc.runtime.pipeline import VLM, Result
 
-from . import limits, record
+from . import record
 from .reference import reference_vlm
 
 QUESTIONS = {
@@ -127,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--runs {options.runs}: expected at least 1")
     try:
         cases = measure(options.bundle, options.checkpoint, options.pictures, options.runs)
-        gb_s = limits.bandwidth_gb_s(1, READ_BYTES)
+        gb_s = bandwidth_gb_s(1, READ_BYTES)
         rows = rows_of(cases, gb_s * 1e9 / decoder_bytes(options.bundle))
         if options.results:
             command = f"python -m lensc.bench.demo {options.bundle}"

@@ -23,6 +23,7 @@ import numpy as np
 
 from lensc.backends.errors import LensError, UnavailableError, UsageError
 from lensc.profiles import probe
+from lensc.profiles.measure import STREAMS, product_gop_s, read_gb_s
 
 from . import limits, record
 from .kernel_cases import ALLOWED, Case, Limit, Machine, Pool, Ready, cases
@@ -51,10 +52,10 @@ def reach(machine: Machine) -> dict[Limit, float]:
     """
     data = machine.pool.values.view(np.int64)
     int8, bfloat16, float32 = (
-        limits.product_gop_s(name, machine.threads, machine.isa) for name in ("int8", "bfloat16", "float32")
+        product_gop_s(name, machine.threads, machine.isa) for name in ("int8", "bfloat16", "float32")
     )
     found: dict[Limit, float | None] = {
-        "bandwidth": max(limits.read_gb_s(data, machine.threads, streams) for streams in limits.STREAMS),
+        "bandwidth": max(read_gb_s(data, machine.threads, streams) for streams in STREAMS),
         "int8": int8,
         "bfloat16": bfloat16 or float32,
     }

@@ -16,15 +16,18 @@ A profile is a TOML file of this folder; adding a device is adding a file.
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from lensc.backends.codec import decode
+from lensc.backends.codec import decode, encode
 from lensc.backends.errors import InputError, UsageError
+
+from .folders import profile_folder
 
 Source = Literal["datasheet", "measured", "estimated"]
 
@@ -36,6 +39,16 @@ class Figure:
     value: float
     source: Source
     reference: str
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What so many threads of a CPU reach; the fields are those of `Processor`."""
+
+    threads: int
+    bandwidth_gb_s: Figure | None = None
+    achieved_tops: dict[str, Figure] = field(default_factory=dict)
+    achieved_gb_s: Figure | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,8 @@ class Processor:
 
     `soc_model` and `htp_arch` are the two numbers by which Qualcomm's compiler knows a chip and the generation of its
     NPU; they go together, and `htp_arch` is the number in `arch`. `vtcm_mb` is that NPU's memory on the chip.
+
+    `overheads_us` is what an engine costs beside its work, by name; `by_threads` what fewer threads reach.
     """
 
     kind: Literal["cpu", "gpu", "npu"]
@@ -66,6 +81,8 @@ class Processor:
     soc_model: int | None = None
     htp_arch: int | None = None
     vtcm_mb: Figure | None = None
+    overheads_us: dict[str, Figure] = field(default_factory=dict)
+    by_threads: tuple[Rates, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,10 +110,16 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str) -> DeviceProfile:
-    """The profile called `name`. Raises UsageError that lists the known ones, nearest first."""
-    if name not in names():
-        raise UsageError(f"device profile {name!r} is not known; expected one of {', '.join(nearest(name, names()))}")
-    return load_profile(Path(__file__).parent / f"{name}.toml")
+    """The profile called `name`: the user's own, which `lensc profile` writes, before those that come with lensc.
+
+    Raises UsageError that lists the known ones, nearest first.
+    """
+    own = profile_folder()
+    mine = {path.stem: path for path in sorted(own.glob("*.toml"))} if own else {}
+    known = {shipped: Path(__file__).parent / f"{shipped}.toml" for shipped in names()} | mine
+    if name not in known:
+        raise UsageError(f"device profile {name!r} is not known; expected one of {', '.join(nearest(name, known))}")
+    return load_profile(known[name])
 
 
 def nearest(name: str, known: Iterable[str]) -> list[str]:
@@ -122,6 +145,39 @@ def load_profile(path: Path) -> DeviceProfile:
     return profile
 
 
+def to_toml(profile: DeviceProfile) -> str:
+    """`profile` as `load_profile` reads it."""
+    document = encode(profile)
+    processors = document.pop("processors")
+    lines = _lines(document)
+    for processor in processors:
+        rates = processor.pop("by_threads")
+        lines += ["", "[[processors]]", *_lines(processor)]
+        for of_threads in rates:
+            lines += ["", "[[processors.by_threads]]", *_lines(of_threads)]
+    return "\n".join(lines) + "\n"
+
+
+def _lines(document: dict[str, Any]) -> list[str]:
+    """`key = value` for what is there; figures of several dtypes each in a line of their own."""
+    lines = []
+    for key, value in document.items():
+        if isinstance(value, dict) and "source" not in value:
+            lines += [f"{key}.{name} = {_value(item)}" for name, item in value.items()]
+        elif value not in (None, []):
+            lines.append(f"{key} = {_value(value)}")
+    return lines
+
+
+def _value(value: object) -> str:
+    """TOML for a JSON value. JSON's strings are TOML's, but for a delete character."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_value(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(_value(item) for item in value) + "]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def _lists(value: object) -> object:
     """TOML's dates as text, so that they are refused as a wrong type and not by accident."""
     if isinstance(value, dict):
@@ -143,6 +199,13 @@ def _problems(path: Path, profile: DeviceProfile) -> list[str]:
 def _processor_problems(processor: Processor) -> list[str]:
     problems = []
     numbers = {name: value for name, value in vars(processor).items() if isinstance(value, Figure)}
+    numbers |= {f"overheads_us.{name}": figure for name, figure in processor.overheads_us.items()}
+    for i, rates in enumerate(processor.by_threads):
+        if rates.threads < 1:
+            problems.append(f"by_threads[{i}].threads: {rates.threads}, expected at least 1")
+        few = [("bandwidth_gb_s", rates.bandwidth_gb_s), ("achieved_gb_s", rates.achieved_gb_s)]
+        few += [(f"achieved_tops.{dtype}", figure) for dtype, figure in rates.achieved_tops.items()]
+        numbers |= {f"by_threads[{i}].{name}": figure for name, figure in few if figure}
     for kind in ("peak_tops", "achieved_tops"):
         figures: dict[str, Figure] = getattr(processor, kind)
         numbers |= {f"{kind}.{dtype}": figure for dtype, figure in figures.items()}

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from lensc.backends.errors import UsageError
-from lensc.bench import kernel_cases, kernels, limits
+from lensc.bench import kernel_cases, kernels
 from lensc.bench.kernel_cases import ALLOWED, Case, Machine, Pool, Ready
+from lensc.profiles.measure import product_gop_s
 
 pytest.importorskip("lensc.kernels._cpu", reason="the compiled kernels are missing")
 
@@ -82,8 +83,8 @@ def test_a_speed_is_a_median(machine: Machine) -> None:
 
 
 def test_limits_of_an_instruction_set(machine: Machine) -> None:
-    assert limits.product_gop_s("int8", 1, "generic") is None
-    best = limits.product_gop_s("int8", 1)
+    assert product_gop_s("int8", 1, "generic") is None
+    best = product_gop_s("int8", 1)
     assert best is None or best > 1
     assert machine.kernels.multiply("float32", 10, "generic") == 0
     with pytest.raises(ValueError, match="product int4 is not one of"):

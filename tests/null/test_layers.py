@@ -86,6 +86,7 @@ LAYERS = {
         for operator in ("activation", "attention", "linear", "norm", "rope")
     },
     "profiles": Layer(("backends.errors", "backends.codec")),
+    "profiles.measure": Layer(("backends.errors", "kernels"), anywhere=frozenset({"numpy"})),
     "bench": Layer(EVERYTHING, anywhere=frozenset({"numpy", "PIL"}), in_functions=EVERYTHING),
     "kernels.nvrtc": Layer(("backends.errors",), in_functions=frozenset({"cuda"})),
     # the parts of backends.cuda, which imports them to load an artifact
@@ -227,6 +228,7 @@ def test_imports_are_allowed(name: str) -> None:
         ("lensc.export.onnx", "from lensc.bench import record", "which its layer may not"),
         ("lensc.export.onnx", "def f():\n    import transformers", "transformers, which its layer may not"),
         ("lensc.profiles.probe", "import numpy", "numpy, which its layer may not"),
+        ("lensc.profiles.measure", "from lensc.backends import native", "native, which its layer may not"),
         ("lensc.kernels.rope.reference", "import torch", "only inside functions"),
         ("lensc.kernels.rope.gpu", "import onnxruntime", "onnxruntime, which its layer may not"),
         ("lensc.kernels", "from lensc.export import graph", "which its layer may not"),
