@@ -13,7 +13,7 @@ import mmap
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -28,6 +28,9 @@ from .errors import CompatibilityError, ExecutionError, GraphError, UsageError
 Array = npt.NDArray[Any]
 
 PROCESSORS = ("cpu", "gpu", "npu")
+
+PROBE_TOLERANCE = "probe_tolerance"
+"""Key in `Artifact.parity` of how far off a golden probe may be, where the artifact computes less exactly than its graph."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +227,25 @@ class Backend(Protocol):
         """Open an artifact of `bundle` on this machine. `threads=None`: as many as there are physical cores allowed.
 
         Raises UnavailableError, CompatibilityError, ExecutionError, or GraphError if the file holds another graph.
+        """
+        ...
+
+
+@runtime_checkable
+class StaticBackend(Backend, Protocol):
+    """An engine whose graphs have fixed shapes, and activations fixed ranges, which are measured before compiling."""
+
+    graphs: tuple[str, ...]
+    """The graphs it compiles; others are left to other targets."""
+
+    def needs_ranges(self, scheme: str) -> bool:
+        """Whether a graph of `scheme` is compiled with ranges of its activations (`Graph.ranges`)."""
+        ...
+
+    def measure_ranges(self, graph: Graph, samples: Sequence[Mapping[str, Array]], path: Path) -> None:
+        """Measure the ranges of all activations of `graph` over `samples`, feeds of one slice each, and write them to `path`.
+
+        They serve every target of the backend. Raises ExecutionError, GraphError.
         """
         ...
 

@@ -11,21 +11,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 
-from lensc.backends.base import Artifact, Target
+from lensc.backends import registry
+from lensc.backends.base import Artifact, StaticBackend, Target
 from lensc.backends.bundle import FORMAT, Manifest, ParityRecord, load_manifest, write_manifest
 from lensc.backends.errors import CheckpointError, UsageError
+from lensc.runtime.prompt import Tokenizer
 
 from . import compile_stages, demo, export_stages
 from .adapter import Adapter, MergedCheckpoint
+from .calibration import CalibrationSet, calibration_set
 from .checkpoint import TOKENIZER, Checkpoint
 from .compile_stages import check_supported, compile_target, portable_graphs, verify_target
 from .export_stages import TOKENIZER_CONFIG, Exported, copy_files, export_graphs
 from .graph import Graph
 from .memory import Limit
 from .provenance import provenance, timestamp, versions
-from .quantize.recipe import resolve
+from .quantize.recipe import Recipe, resolve
+from .ranges import Work, backends_with_ranges, with_ranges, works
 from .source import Source
 from .stages import Report, Staging
 
@@ -62,21 +67,24 @@ def export_checkpoint(
         staging.require(source.graph_bytes + source.calibrated_bytes + source.table_bytes + MARGIN_BYTES)
         exported = export_graphs(staging, source, staging.tree)
         manifest = _manifest(source, exported, (), staging, command)
-        return staging.publish(lambda folder: write_manifest(folder, manifest))
+        return staging.publish(lambda bundle: write_manifest(bundle, manifest))
 
 
 def compile_graphs(
     graphs: str | Path,
-    targets: Sequence[Target],
+    targets: Sequence[Target | tuple[str, Target]],
     out: str | Path,
     *,
+    calibration: str | Path | None = None,
+    cpu_nodes: Sequence[str] = (),
     max_memory: int | None = None,
     report: Report | None = None,
     command: str = "",
 ) -> Manifest:
     """Compile the folder `graphs` for every target into the bundle `out`.
 
-    What can run here is checked with the golden probes. Raises ManifestError if `graphs` is damaged, UnsupportedError
+    `calibration` is a folder of pictures for targets that fix the ranges of activations; nodes named in `cpu_nodes` may run
+    on the CPU where all others must be on an NPU. What can run here is checked with the golden probes. Raises ManifestError if `graphs` is damaged, UnsupportedError
     listing every graph that a target cannot take, and what engines raise. `out` is complete or untouched.
     """
     folder = Path(graphs)
@@ -85,18 +93,30 @@ def compile_graphs(
     made = load_manifest(folder, verify=True)
     portable = portable_graphs(folder, made)
     specs = {name: graph.spec for name, graph in portable.items()}
-    check_supported(specs, {name: {graph.scheme: ()} for name, graph in portable.items()}, targets)
+    work = works(targets)
+    check_supported(specs, {name: {graph.scheme: ()} for name, graph in portable.items()}, work)
+    ranged = backends_with_ranges({name: graph.scheme for name, graph in portable.items()}, work)
+    if calibration is not None and not ranged:
+        raise UsageError(f"--calibration {calibration}: no target of this command looks at pictures; leave it out")
+    tokenizer = Tokenizer.from_file(folder / made.tokenizer)
+    data = cache(partial(_pictures, made, tokenizer, None if calibration is None else Path(calibration)))
+    if ranged:
+        data()  # pictures that cannot be read are known before any work
+    portable = {name: dataclasses.replace(graph, cpu_nodes=tuple(cpu_nodes)) for name, graph in portable.items()}
     files = {f.path: f for f in made.files}
     copied = [made.tokenizer, *made.tables.values(), *(probe.file for probe in made.probes)]
     copied = list(dict.fromkeys([*copied, *(name for name in (TOKENIZER_CONFIG,) if name in files)]))
     with Staging(
-        Path(out), total=compile_stages.STAGES * len(targets) + 2, report=report, limit=Limit(max_memory)
+        Path(out), total=_compile_stages(work) + len(ranged) + 2, report=report, limit=Limit(max_memory)
     ) as staging:
         weights = sum(f.bytes for f in made.files if f.path not in copied)
-        staging.require(weights * len(targets) + sum(files[name].bytes for name in copied) + MARGIN_BYTES)
+        staging.require(weights * len(work) + sum(files[name].bytes for name in copied) + MARGIN_BYTES)
         hashes = {name: files[name].sha256 for name in copied}
         staging.stage("copy tables", hashes, tuple[str, ...], lambda: copy_files(folder, staging.tree, copied))
-        artifacts = tuple(a for target in targets for a in compile_target(staging, portable, target, made.probes))
+        by_backend = with_ranges(staging, portable, work, made.model, data)
+        artifacts = tuple(
+            a for job in work for a in compile_target(staging, by_backend[job.target.backend], job, made.probes)
+        )
         manifest = dataclasses.replace(
             made,
             graphs={name: dataclasses.replace(record, file=None) for name, record in made.graphs.items()},
@@ -110,12 +130,13 @@ def compile_graphs(
 
 def build(
     checkpoint: str | Path,
-    targets: Sequence[Target],
+    targets: Sequence[Target | tuple[str, Target]],
     out: str | Path,
     *,
     scheme: str = "f32",
     adapter: str | Path | None = None,
     calibration: str | Path | None = None,
+    cpu_nodes: Sequence[str] = (),
     max_memory: int | None = None,
     report: Report | None = None,
     command: str = "",
@@ -126,35 +147,56 @@ def build(
     `compile_graphs` do. `out` is complete or untouched.
     """
     pictures = None if calibration is None else Path(calibration)
-    source = Source(opened(checkpoint, adapter), resolve(scheme), max_memory, pictures)
-    check_supported(source.specs, source.required_schemes(source.recipe), targets)
+    recipe = resolve(scheme)
+    work = works(targets)
+    source = Source(opened(checkpoint, adapter), recipe, max_memory, pictures, _measures(recipe, work))
+    check_supported(source.specs, source.required_schemes(source.recipe), work)
     total = (
         export_stages.STAGES
         + source.recipe.smooth
         + source.recipe.is_calibrated
-        + (compile_stages.STAGES + 1) * len(targets)
+        + _compile_stages(work)
+        + len(work)
+        + len({job.target.backend for job in work if _measures(recipe, [job])})
         + 1
     )
     with Staging(Path(out), total=total, report=report, limit=Limit(max_memory)) as staging:
         staging.limit.require(source.memory_bytes, "the build")
-        graphs = source.graph_bytes * (1 + len(targets)) + source.calibrated_bytes
+        graphs = source.graph_bytes * (1 + len(work)) + source.calibrated_bytes
         staging.require(graphs + source.table_bytes + MARGIN_BYTES)
-        work = staging.folder / WORK
-        exported = export_graphs(staging, source, work)
+        folder = staging.folder / WORK
+        exported = export_graphs(staging, source, folder)
         portable = {
-            name: Graph(record.spec, work / str(record.file), record.scheme, record.sha256)
+            name: Graph(
+                record.spec, folder / str(record.file), record.scheme, record.sha256, cpu_nodes=tuple(cpu_nodes)
+            )
             for name, record in exported.graphs.items()
         }
+        by_backend = with_ranges(staging, portable, work, source.spec, lambda: source.calibration_data)
         artifacts: list[Artifact] = []
         parity: list[ParityRecord] = [*exported.parity]
-        for target in targets:
-            compiled = compile_target(staging, portable, target, exported.probes)
-            parity += verify_target(staging, source, target, compiled, exported.tables, portable)
+        for job in work:
+            compiled = compile_target(staging, by_backend[job.target.backend], job, exported.probes)
+            parity += verify_target(staging, source, job.target, compiled, exported.tables, portable)
             artifacts += compiled
         compiled_only = {name: dataclasses.replace(record, file=None) for name, record in exported.graphs.items()}
         exported = Exported(compiled_only, exported.tables, exported.probes, tuple(parity))
         manifest = _manifest(source, exported, tuple(artifacts), staging, command)
-        return staging.publish(lambda folder: write_manifest(folder, manifest))
+        return staging.publish(lambda bundle: write_manifest(bundle, manifest))
+
+
+def _compile_stages(work: Sequence[Work]) -> int:
+    """How many stages `compile_target` has for all of `work`."""
+    return sum(compile_stages.STAGES * len(job.graphs) for job in work)
+
+
+def _measures(recipe: Recipe, work: Sequence[Work]) -> bool:
+    """Whether a target of `work` will be shown pictures."""
+    return not recipe.is_float and any(isinstance(registry.get(job.target.backend), StaticBackend) for job in work)
+
+
+def _pictures(made: Manifest, tokenizer: Tokenizer, folder: Path | None) -> CalibrationSet:
+    return calibration_set(made.model, tokenizer, folder, is_demo=made.model.name == "demo")
 
 
 def opened(checkpoint: str | Path, adapter: str | Path | None) -> Checkpoint | MergedCheckpoint:

@@ -11,25 +11,26 @@ from pathlib import Path
 import numpy as np
 
 from lensc.backends import registry
-from lensc.backends.base import Array, Artifact, Session, Target
+from lensc.backends.base import PROBE_TOLERANCE, Array, Artifact, Session, Target
 from lensc.backends.bundle import Manifest, ParityRecord, ProbeRecord, sha256_file
 from lensc.backends.errors import ManifestError, ParityError, UnsupportedError, UsageError
 from lensc.runtime.embedding import open_table
 
 from .checkpoint import WeightSource
-from .engines import close, engine_key, load_if_usable
+from .engines import close, engine_key, load_if_usable, place_of
 from .export_stages import ANSWER_TOKENS, GRAPHS, QUANTIZED, Paths
 from .graph import Graph, GraphSpec
 from .portable import PortableWeights
 from .provenance import code_key
 from .questions import questions_for
+from .ranges import Work
 from .source import Source
 from .stages import Staging
-from .verify import NOT_JUDGED, min_sqnr_db, verify_graph, verify_model
+from .verify import NOT_JUDGED, allowed_of_noise, min_sqnr_db, verify_graph, verify_model
 from .verify_streamed import ask, compare, encode, judge
 
-STAGES = 2 * len(GRAPHS)
-"""How many stages `compile_target` has."""
+STAGES = 2
+"""How many stages `compile_target` has for a graph."""
 
 NOT_RUN = "not_run"
 """Key in `Artifact.parity` of the reason why an artifact was not checked here."""
@@ -50,39 +51,44 @@ def portable_graphs(folder: Path, manifest: Manifest) -> dict[str, Graph]:
 
 
 def check_supported(
-    specs: Mapping[str, GraphSpec], schemes: Mapping[str, Mapping[str, Collection[int]]], targets: Sequence[Target]
+    specs: Mapping[str, GraphSpec], schemes: Mapping[str, Mapping[str, Collection[int]]], work: Sequence[Work]
 ) -> None:
     """Raise before any work if a target is unknown or cannot take a graph in one of its schemes, listing all reasons.
 
     `schemes`: by graph and scheme the inputs of its linears, as far as they are known.
     """
-    if not targets:
+    if not work:
         raise UsageError("no target; give at least one, e.g. onnxruntime:cpu")
     reasons = [
-        f"{name} for {target}: {reason}"
-        for target in targets
-        for name, spec in specs.items()
+        f"{name} for {job.target}: {reason}"
+        for job in work
+        for name in job.graphs
         for scheme, inputs in schemes[name].items()
-        if (reason := registry.get(target.backend).supports(spec, scheme, target, inputs)) is not None
+        if (reason := registry.get(job.target.backend).supports(specs[name], scheme, job.target, inputs)) is not None
     ]
     if reasons:
         raise UnsupportedError("; ".join(dict.fromkeys(reasons)))
 
 
 def compile_target(
-    staging: Staging, graphs: Mapping[str, Graph], target: Target, probes: Sequence[ProbeRecord]
+    staging: Staging, graphs: Mapping[str, Graph], work: Work, probes: Sequence[ProbeRecord]
 ) -> tuple[Artifact, ...]:
-    """Compile each graph into its folder of the tree, which all targets share, and check it with its golden probes."""
-    artifacts = []
-    for name, graph in graphs.items():
+    """Compile each graph of `work` into its folder of the tree, which all targets share, and check it with its golden probes."""
+    artifacts, target = [], work.target
+    for name in work.graphs:
+        graph = graphs[name]
         key = {"graph": graph.sha256, "target": str(target), **code_key(), **engine_key(target)}
+        if graph.ranges is not None:
+            key["ranges"] = sha256_file(graph.ranges)
+        if graph.cpu_nodes:
+            key["cpu_nodes"] = " ".join(graph.cpu_nodes)
         artifact = staging.stage(
             f"compile {name} for {target}", key, Artifact, partial(_compile, graph, target, staging.tree)
         )
         mine = [probe for probe in probes if probe.graph == name]
         key |= {record.path: record.sha256 for record in artifact.files}
         key |= {probe.file: sha256_file(staging.tree / probe.file) for probe in mine}
-        check = partial(_check, artifact, graph.spec, staging.tree, mine, staging.limit.room)
+        check = partial(_check, artifact, graph, staging.tree, mine, staging.limit.room)
         artifacts.append(staging.stage(f"check {name} on {target}", key, Artifact, check))
     return tuple(artifacts)
 
@@ -114,10 +120,10 @@ def _compile(graph: Graph, target: Target, tree: Path) -> tuple[Artifact, Paths]
 
 
 def _check(
-    artifact: Artifact, spec: GraphSpec, tree: Path, probes: Sequence[ProbeRecord], room: int | None
+    artifact: Artifact, graph: Graph, tree: Path, probes: Sequence[ProbeRecord], room: int | None
 ) -> tuple[Artifact, Paths]:
     """`artifact` with what the golden probes say of it, or why it cannot run here. Raises ParityError."""
-    session = load_if_usable(artifact, spec, tree, room)
+    session = load_if_usable(artifact, graph.spec, tree, room)
     if isinstance(session, str):
         return dataclasses.replace(artifact, parity={NOT_RUN: session}), []
     parity: dict[str, float | int | str] = {}
@@ -126,10 +132,12 @@ def _check(
             with np.load(tree / probe.file, allow_pickle=False) as arrays:
                 feeds = {name[3:]: arrays[name] for name in arrays.files if name.startswith("in.")}
                 outputs = {name[4:]: arrays[name] for name in arrays.files if name.startswith("out.")}
-            metrics = verify_graph(_Recorded(spec, outputs), session, [feeds], min_sqnr_db(artifact.scheme))
+            metrics = verify_graph(_Recorded(graph.spec, outputs), session, [feeds], min_sqnr_db(artifact.scheme))
             if not metrics.passed:
                 raise ParityError(f"{artifact.target} does not compute the golden probe {probe.file}: {metrics}")
             parity = {"probe_max_abs": metrics.max_abs, "probe_sqnr_db": metrics.sqnr_db}
+            if artifact.scheme != graph.scheme and min_sqnr_db(graph.scheme) is None:
+                parity[PROBE_TOLERANCE] = max(allowed_of_noise(array) for array in outputs.values())
     finally:
         session.close()
     return dataclasses.replace(artifact, parity=parity), []
@@ -159,10 +167,12 @@ def _verify(
             if isinstance(session, str):
                 return (), []
             sessions[artifact.graph] = session
+        # where a target has no decoder, the reference's answers about the pictures that it encoded
+        candidate = {**source.quantized_reference, **sessions}
         least = {a.graph: least for a in artifacts if (least := min_sqnr_db(a.scheme)) is not None}
         records = verify_model(
             source.quantized_reference,
-            sessions,
+            candidate,
             source.spec,
             source.tokenizer,
             open_table(tree, tables),
@@ -174,7 +184,8 @@ def _verify(
         )
     finally:
         close(sessions)
-    return records, []
+    where = place_of(target)
+    return tuple(dataclasses.replace(r, where=where) for r in records if r.graph in sessions), []
 
 
 def _verify_streamed(
@@ -211,8 +222,11 @@ def _verify_streamed(
         target=str(target),
         least_sqnr_db=least if source.recipe.is_float else -math.inf,
     )
+    where = place_of(target)
+    float_records = tuple(dataclasses.replace(record, where=where) for record in float_records)
     if source.recipe.is_float:
         return float_records, []
     evidence = compare(source.streamed(weights), answers, source.spec, table)
     records = judge(evidence, target=str(target), against=QUANTIZED, least_sqnr_db=least)
+    records = tuple(dataclasses.replace(record, where=where) for record in records)
     return (*records, *(dataclasses.replace(record, tolerance=NOT_JUDGED) for record in float_records)), []

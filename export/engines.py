@@ -21,6 +21,12 @@ def usable(target: Target) -> tuple[bool, str]:
     return False, f"backend {target.backend} knows no {target.processor}"
 
 
+def place_of(target: Target) -> str:
+    """`emulated` if the target's processor is emulated here, else empty: see `ParityRecord.where`."""
+    states = {p.processor: p.state for p in registry.get(target.backend).probe()}
+    return "emulated" if states.get(target.processor) == "emulated" else ""
+
+
 LOADED = 1.2
 """Times the bytes of an artifact's files: what a session takes, weights packed for the CPU and buffers included."""
 

@@ -71,10 +71,13 @@ class Graph:
     """A portable graph on disk: ONNX with external data beside it.
 
     `scheme` is the spelling of the quantization scheme (`str(Scheme)`), `sha256` that of the ONNX file
-    followed by its external data.
+    followed by its external data. `ranges` is the file in which a `StaticBackend` has written the ranges of activations;
+    `cpu_nodes` are the nodes that may run on the CPU where all others must not.
     """
 
     spec: GraphSpec
     path: Path
     scheme: str
     sha256: str
+    ranges: Path | None = None
+    cpu_nodes: tuple[str, ...] = ()

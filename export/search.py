@@ -26,6 +26,7 @@ from .quantize.recipe import METHODS, PRESETS, Recipe
 from .quantize.scheme import Scheme
 from .quantize.search import ACTIVATIONS, Found, Report, points, search
 from .quantize.weights import WeightFormat
+from .ranges import Work, works
 from .source import Source
 
 MOST_LOSS = 50.0
@@ -37,7 +38,7 @@ def search_recipe(
     out: str | Path,
     *,
     max_loss: float,
-    targets: Sequence[Target],
+    targets: Sequence[Target | tuple[str, Target]],
     method: str = "gptq",
     adapter: str | Path | None = None,
     calibration: str | Path | None = None,
@@ -52,18 +53,18 @@ def search_recipe(
     keeps; UnsupportedError if a target cannot run what a search makes; what `Source` raises of checkpoint and pictures;
     MemoryLimitError or StorageError if memory or disk do not suffice. `out` is complete or not there.
     """
-    path = Path(out)
+    path, work = Path(out), works(targets)
     check(path, max_loss, method)
     pictures = None if calibration is None else Path(calibration)
     limit = Limit(max_memory)
     with limit.stage("search"):
         source = Source(opened(checkpoint, adapter), PRESETS["f32"], max_memory)
         mixed = Recipe(path.stem, (("llm.*", "w4-g32-s4"), ("*", "w8")), dict(ACTIVATIONS))
-        check_supported(source.specs, source.required_schemes(mixed), targets)
+        check_supported(source.specs, source.required_schemes(mixed), work)
         is_demo = source.checkpoint.folder.resolve() == demo.CHECKPOINT.resolve()
         data = calibration_set(source.spec, source.tokenizer, pictures, is_demo=is_demo)
         held_out = held_out_set(source.spec, source.tokenizer) if is_demo and pictures is None else None
-        usable = partial(_usable, source, targets)
+        usable = partial(_usable, source, work)
         found = search(source, limit, data, held_out, max_loss, method, path.stem, usable, report)
     try:
         write_text(path, text(found, max_loss, source.checkpoint.sha256, command, limit.peak))
@@ -72,12 +73,13 @@ def search_recipe(
     return found
 
 
-def _usable(source: Source, targets: Sequence[Target], name: str, format: WeightFormat) -> bool:
+def _usable(source: Source, work: Sequence[Work], name: str, format: WeightFormat) -> bool:
     """Whether all targets take the linear `name` in `format`."""
     graph = "decoder" if name.startswith("llm.") else "vision"
     bits, size, scale_bits = format.bits, format.group_size, format.scale_bits
     scheme = str(Scheme(bits, size, format.symmetric, ACTIVATIONS[graph], scale_bits=scale_bits))
     spec, inputs = source.specs[graph], source.linears[name][1]
+    targets = [job.target for job in work if graph in job.graphs]
     return all(registry.get(t.backend).supports(spec, scheme, t, (inputs,)) is None for t in targets)
 
 

@@ -52,6 +52,7 @@ class Source:
         recipe: Recipe,
         max_memory: int | None = None,
         calibration: Path | None = None,
+        measures_ranges: bool = False,
     ) -> None:
         """Check what can be checked without reading weights. Raises CheckpointError, TokenizerError, UsageError, and
         InputError or PictureError for calibration pictures that do not do.
@@ -70,7 +71,7 @@ class Source:
         self.smoothing: SmoothingRecord | None = None
         """What smoothing was expected to gain, once `checkpoint` is smoothed."""
         self._calibration_folder = calibration
-        if calibration is not None and not recipe.needs_data:
+        if calibration is not None and not (recipe.needs_data or measures_ranges):
             raise UsageError(
                 f"--calibration {calibration}: the recipe {recipe.name} rounds to the nearest and looks at no pictures; "
                 "leave it out, or choose a recipe with method gptq, e.g. int4-gptq, or with smooth = true"
@@ -87,7 +88,7 @@ class Source:
         table, width = recipe.format_of(EMBEDDING), self.spec.decoder.hidden_size
         if table is not None and table.bits < 8 and (width % 2 or width % table.group_of(width)):
             raise UsageError(f"recipe {recipe.name}: {EMBEDDING} is {table}: its groups do not divide a row of {width}")
-        if recipe.needs_data:
+        if recipe.needs_data or measures_ranges:
             _ = self.calibration_data  # pictures that cannot be read are known before any work
 
     @property

@@ -43,8 +43,8 @@ def load(
 ) -> VLM:
     """Open the bundle in folder `path`.
 
-    `target` (`backend:processor[:arch]`, e.g. `onnxruntime:cpu`) must be one that the bundle was built for; without it
-    the best usable one is taken for each graph, and `vlm.plan` says which and why. `threads` defaults to the physical
+    `target` (`backend:processor[:arch]`, e.g. `onnxruntime:cpu`) must be one that the bundle was built for;
+    `vision=qnn:npu:sm8650,decoder=native:cpu` names one for each graph, or for some; without it the best usable one is taken for each graph, and `vlm.plan` says which and why. `threads` defaults to the physical
     cores allowed. `selftest` runs the bundle's golden probes and refuses an engine that computes something else.
     `vision_padding` (official, masked or per_slice) overrides the bundle's: how slices of different sizes share a call.
 

@@ -112,6 +112,9 @@ def parser() -> argparse.ArgumentParser:
     compile_ = verb("compile", _compile, "compile a folder of graphs for one or more targets", resumes)
     compile_.add_argument("graphs", metavar="GRAPHS", help="folder made by lensc export")
     _targets(compile_)
+    text = "pictures for a target that fixes the ranges of activations (qnn); default: built-in ones"
+    compile_.add_argument("--calibration", metavar="FOLDER", help=text)
+    _cpu_nodes(compile_)
     _memory(compile_)
     _output(compile_, "bundle/")
 
@@ -121,6 +124,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _scheme(build)
     _targets(build)
+    _cpu_nodes(build)
     _memory(build)
     _output(build, "bundle/")
 
@@ -202,13 +206,22 @@ def _scheme(verb: Parser) -> None:
 
 
 def _targets(verb: Parser) -> None:
-    text = "backend:processor[:arch], e.g. onnxruntime:cpu (the default); repeat for several; see lensc devices"
+    text = (
+        "backend:processor[:arch], e.g. onnxruntime:cpu (the default), or for one graph, e.g. vision=qnn:npu:sm8650; "
+    )
+    text += "repeat for several; see lensc devices"
     verb.add_argument("--target", metavar="TARGET", action="append", default=[], help=text)
+
+
+def _cpu_nodes(verb: Parser) -> None:
+    text = "a node that may run on the CPU where all others must be on the NPU (qnn); repeat for several"
+    verb.add_argument("--allow-cpu", metavar="NODE", action="append", default=[], help=text)
 
 
 def _generation(verb: Parser) -> None:
     where = verb.add_argument_group("where it runs")
-    where.add_argument("--target", metavar="TARGET", help="backend:processor[:arch]; default: the best usable one")
+    text = "backend:processor[:arch] for all, or vision=TARGET,decoder=TARGET; default: the best usable one"
+    where.add_argument("--device", "--target", metavar="DEVICE", dest="target", help=text)
     where.add_argument("--threads", metavar="N", type=int, help="default: one per physical core")
     where.add_argument("--vision-padding", metavar="MODE", help="official, masked or per_slice; default: the bundle's")
     where.add_argument("--no-selftest", action="store_true", help="skip the golden probes when loading")
@@ -252,6 +265,8 @@ def _compile(options: argparse.Namespace) -> int:
             options.graphs,
             _parsed(options.target),
             options.output,
+            calibration=options.calibration,
+            cpu_nodes=options.allow_cpu,
             max_memory=_bytes(options.max_memory),
             report=_reporter(progress),
             command=options.command,
@@ -271,6 +286,7 @@ def _build(options: argparse.Namespace) -> int:
             scheme=options.scheme,
             adapter=options.adapter,
             calibration=options.calibration,
+            cpu_nodes=options.allow_cpu,
             max_memory=_bytes(options.max_memory),
             report=_reporter(progress),
             command=options.command,
@@ -376,11 +392,13 @@ def _bytes(text: str | None) -> int | None:
     return None if text is None else parse_bytes(text)
 
 
-def _parsed(targets: list[str]) -> list[Target]:
-    """The targets without repetition, onnxruntime:cpu if there are none."""
+def _parsed(targets: list[str]) -> list[Target | tuple[str, Target]]:
+    """The targets without repetition, each for all graphs or with the graph before it; onnxruntime:cpu if there are none."""
     from lensc.backends.base import Target
 
-    return list(dict.fromkeys(Target.parse(text) for text in targets or ["onnxruntime:cpu"]))
+    parts = [text.rpartition("=") for text in targets or ["onnxruntime:cpu"]]
+    parsed = ((graph, Target.parse(text)) if equals else Target.parse(text) for graph, equals, text in parts)
+    return list(dict.fromkeys(parsed))
 
 
 def _reporter(progress: console.Progress) -> Callable[[StageEvent], None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast, get_args
 
 from lensc.backends import registry
-from lensc.backends.base import Probe, Session, Target
+from lensc.backends.base import PROBE_TOLERANCE, Probe, Session, Target
 from lensc.backends.bundle import Manifest, VisionPadding, load_manifest
 from lensc.backends.errors import CompatibilityError, UnavailableError, UsageError
 
@@ -17,7 +17,7 @@ from . import selftest as golden
 from .conversation import Identity
 from .embedding import open_table
 from .pipeline import VLM
-from .plan import Plan, plan
+from .plan import Plan, parse_devices, plan
 from .prompt import Tokenizer
 
 
@@ -29,15 +29,16 @@ def load(
     vision_padding: str | None = None,
 ) -> VLM:
     """Open a bundle; see `lensc.load`."""
-    requested = None if target is None else Target.parse(target)
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise UsageError(f"threads={threads!r}: expected at least 1, or None for every physical core")
     if vision_padding is not None and vision_padding not in get_args(VisionPadding):
         raise UsageError(f"vision_padding={vision_padding!r}: expected one of {', '.join(get_args(VisionPadding))}")
-    if requested is not None and requested.backend not in registry.names():
-        raise UsageError(f"target {target}: backend {requested.backend!r} is not one of {', '.join(registry.names())}")
     folder = Path(path)
     manifest = load_manifest(folder)
+    requested = None if target is None else parse_devices(target, manifest.graphs)
+    for asked in (requested or {}).values():
+        if asked.backend not in registry.names():
+            raise UsageError(f"target {asked}: backend {asked.backend!r} is not one of {', '.join(registry.names())}")
     spec = manifest.model
     if vision_padding is not None:
         picture = dataclasses.replace(spec.picture, vision_padding=cast(VisionPadding, vision_padding))
@@ -48,7 +49,9 @@ def load(
     chosen, sessions = _open_sessions(folder, manifest, requested, threads)
     try:
         if selftest:
-            results = golden.run_selftest(manifest.probes, sessions, folder)
+            noisy = {p.graph: p.artifact.parity for p in chosen.placements}
+            tolerances = {g: float(parity[PROBE_TOLERANCE]) for g, parity in noisy.items() if PROBE_TOLERANCE in parity}
+            results = golden.run_selftest(manifest.probes, sessions, folder, tolerances)
             golden.check(results, {p.graph: str(p.effective) for p in chosen.placements})
         return VLM(spec, tokenizer, sessions, table, chosen, identity=_identity(manifest, chosen))
     except BaseException:
@@ -57,7 +60,7 @@ def load(
 
 
 def _open_sessions(
-    folder: Path, manifest: Manifest, requested: Target | None, threads: int | None
+    folder: Path, manifest: Manifest, requested: dict[str, Target] | None, threads: int | None
 ) -> tuple[Plan, dict[str, Session]]:
     """Load the planned artifacts. One that its engine refuses is planned around, unless it was requested."""
     probes = _probes(manifest)
@@ -73,7 +76,7 @@ def _open_sessions(
             return chosen, sessions
         except (CompatibilityError, UnavailableError) as error:
             _close(sessions)
-            if requested is not None:
+            if placement.requested is not None:
                 raise
             refused[placement.graph, placement.effective] = str(error)
         except BaseException:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from lensc.backends.base import PROCESSORS, Artifact, Probe, Target
 from lensc.backends.bundle import Manifest
-from lensc.backends.errors import UnavailableError
+from lensc.backends.errors import UnavailableError, UsageError
 
 STATES = ("runs here", "emulated", "untested")
 """Best first: what was run on this machine's own silicon goes before an emulation."""
@@ -42,24 +42,48 @@ class Plan:
         return {p.graph: p for p in self.placements}[graph]
 
 
+def parse_devices(text: str, graphs: Collection[str]) -> dict[str, Target]:
+    """What was asked for each graph: `onnxruntime:cpu` for all of `graphs`, or `vision=qnn:npu:sm8650,decoder=native:cpu`.
+
+    Raises UsageError that names what is wrong.
+    """
+    if "=" not in text:
+        return dict.fromkeys(graphs, Target.parse(text))
+    requested: dict[str, Target] = {}
+    for part in text.split(","):
+        graph, equals, target = part.strip().partition("=")
+        if not equals or graph not in graphs:
+            raise UsageError(
+                f"device {text!r}: {part.strip()!r}: expected GRAPH=TARGET, a graph being one of {', '.join(graphs)}"
+            )
+        if graph in requested:
+            raise UsageError(f"device {text!r}: {graph} is named twice")
+        requested[graph] = Target.parse(target)
+    return requested
+
+
 def plan(
-    manifest: Manifest, probes: Sequence[Probe], requested: Target | None = None, refused: Refusals | None = None
+    manifest: Manifest,
+    probes: Sequence[Probe],
+    requested: Mapping[str, Target] | None = None,
+    refused: Refusals | None = None,
 ) -> Plan:
     """Choose an artifact for every graph.
 
     Usable ones come in this order: runs here before emulated before untested; npu before gpu before cpu, because nobody
-    compiles for the special processor to leave it idle; then the manifest's order. `requested` keeps only artifacts of
-    that target (without `arch`: of any architecture). Raises UnavailableError if a graph has none, saying why each of
+    compiles for the special processor to leave it idle; then the manifest's order. `requested` keeps for a graph only
+    artifacts of its target (without `arch`: of any architecture). Raises UnavailableError if a graph has none, saying why each of
     its artifacts was refused.
     """
     placements: list[Placement] = []
     problems: list[str] = []
     for graph in manifest.graphs:
+        wanted = (requested or {}).get(graph)
         usable: list[tuple[Artifact, Probe]] = []
         reasons: list[str] = []
         for artifact in (a for a in manifest.artifacts if a.graph == graph):
             probe = _probe_of(artifact.target, probes)
-            reason = _refusal(artifact, probe, requested, refused or {})
+            reason = _refusal(artifact, probe, wanted, refused or {})
             if reason is None and probe is not None:
                 usable.append((artifact, probe))
             else:
@@ -69,10 +93,10 @@ def plan(
             continue
         usable.sort(key=lambda u: _rank(*u))
         artifact, probe = usable[0]
-        why = "requested" if requested is not None else "best usable"
+        why = "requested" if wanted is not None else "best usable"
         rest = [f"{a.target}: usable, ranked lower" for a, _ in usable[1:]] + reasons
         reason = "; ".join([f"{why}: {probe.state}, {probe.reason}", *rest])
-        placements.append(Placement(graph, artifact, requested, reason))
+        placements.append(Placement(graph, artifact, wanted, reason))
     if problems:
         raise UnavailableError(_message(manifest, problems, requested))
     return Plan(tuple(placements))
@@ -108,9 +132,10 @@ def _probe_of(target: Target, probes: Sequence[Probe]) -> Probe | None:
     return None
 
 
-def _message(manifest: Manifest, problems: list[str], requested: Target | None) -> str:
+def _message(manifest: Manifest, problems: list[str], requested: Mapping[str, Target] | None) -> str:
     if not manifest.artifacts:
         return "no compiled artifacts, only portable graphs: lensc compile GRAPHS --target TARGET -o BUNDLE makes them"
     built = ", ".join(sorted({str(a.target) for a in manifest.artifacts}))
-    wanted = f"for {requested}" if requested else "on this machine"
+    asked = " and ".join(sorted({str(target) for target in (requested or {}).values()}))
+    wanted = f"for {asked}" if asked else "on this machine"
     return f"nothing runs {wanted}: " + " | ".join(problems) + f"; the bundle was built for {built}"

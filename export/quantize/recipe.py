@@ -39,7 +39,7 @@ from .weights import WeightFormat
 FORMAT = 1
 FLOAT = "f32"
 METHODS = ("rtn", "gptq")
-ACTIVATION_BITS = (8, 32)
+ACTIVATION_BITS = (8, 16, 32)
 GRAPHS = ("vision", "decoder")
 EMBEDDING = "llm.model.embed_tokens.weight"
 KV_BITS = (8,)
@@ -66,7 +66,7 @@ class Recipe:
             if graph not in GRAPHS:
                 problems.append(f"activations: {graph!r} is not one of {', '.join(GRAPHS)}")
             elif bits not in ACTIVATION_BITS:
-                problems.append(f"activations: {graph} = {bits}, expected {' or '.join(map(str, ACTIVATION_BITS))}")
+                problems.append(f"activations: {graph} = {bits}, expected {', '.join(map(str, ACTIVATION_BITS))}")
         for pattern, text in self.weights:
             try:
                 WeightFormat.parse(text) if text != FLOAT else None
@@ -229,14 +229,15 @@ def _whole(
     table: str = "w8",
     kv_bits: int | None = None,
     gate_and_up: str | None = None,
+    vision_activations: int = 8,
 ) -> Recipe:
     """Vision in eight bits, the decoder's layers, its head and the table as named, and two projections of the MLPs, if they
-    are; products of 8-bit activations.
+    are; products of 8-bit activations, those of vision of as many bits as are named.
     """
     vision = ((pattern, "w8") for pattern in VISION)
     inner = ((f"{LAYERS}.{part}_proj.weight", gate_and_up) for part in ("gate", "up") if gate_and_up is not None)
     weights = (*vision, *inner, (LAYERS, layers), (HEAD, head), (EMBEDDING, table))
-    return Recipe(name, weights, {"vision": 8, "decoder": 8}, method, kv_bits)
+    return Recipe(name, weights, {"vision": vision_activations, "decoder": 8}, method, kv_bits)
 
 
 PRESETS: dict[str, Recipe] = {
@@ -256,6 +257,9 @@ PRESETS: dict[str, Recipe] = {
         _whole("int3-gptq", "w3-g32-s4", "w4-g128-s4", "gptq"),
         Recipe("int4-decoder", ((LAYERS, "w4-g128-s4"), (HEAD, "w4-g128-s4"), (EMBEDDING, "w8")), {"decoder": 8}),
         Recipe("w8a8-vision", tuple((p, "w8") for p in VISION), {"vision": 8}),
+        Recipe("w8a16-vision", tuple((p, "w8") for p in VISION), {"vision": 16}),
+        Recipe("w4a16-vision", tuple((p, "w4-g32") for p in VISION), {"vision": 16}),
+        _whole("int4-npu", "w4-g128-s4", "w4-g128-s4", vision_activations=16),
     )
 }
 """The recipes with a name."""

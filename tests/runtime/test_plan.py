@@ -14,11 +14,18 @@ from lensc.backends.bundle import (
     PictureSpec,
     Provenance,
 )
-from lensc.backends.errors import UnavailableError
+from lensc.backends.errors import UnavailableError, UsageError
 from lensc.export.graph import GraphSpec
-from lensc.runtime.plan import plan
+from lensc.runtime.plan import parse_devices, plan
 
 CPU, GPU, NPU = (Target.parse(t) for t in ("alpha:cpu", "beta:gpu", "gamma:npu:v75"))
+GRAPHS = ("vision", "decoder")
+
+
+def everywhere(target: Target) -> dict[str, Target]:
+    return dict.fromkeys(GRAPHS, target)
+
+
 USABLE = (
     Probe("alpha", "cpu", True, "alpha 1.2"),
     Probe("beta", "gpu", True, "beta 3.4"),
@@ -81,19 +88,19 @@ def test_an_unusable_one_is_passed_over_and_the_reason_kept() -> None:
 
 def test_a_request_is_kept_or_refused_never_replaced() -> None:
     bundle = manifest(vision=[NPU, CPU], decoder=[CPU, GPU])
-    chosen = plan(bundle, USABLE, CPU)
+    chosen = plan(bundle, USABLE, everywhere(CPU))
     assert [(p.requested, p.effective) for p in chosen.placements] == [(CPU, CPU)] * 2
     with pytest.raises(
         UnavailableError, match=r"nothing runs for beta:gpu: graph vision: .*not the requested beta:gpu"
     ):
-        plan(bundle, USABLE, GPU)
+        plan(bundle, USABLE, everywhere(GPU))
 
 
 def test_a_request_without_arch_takes_any_one_with_arch_only_its_own() -> None:
     bundle = manifest(vision=[NPU], decoder=[NPU])
-    assert plan(bundle, USABLE, Target.parse("gamma:npu"))["vision"].effective == NPU
+    assert plan(bundle, USABLE, everywhere(Target.parse("gamma:npu")))["vision"].effective == NPU
     with pytest.raises(UnavailableError, match="not the requested gamma:npu:v73"):
-        plan(bundle, USABLE, Target.parse("gamma:npu:v73"))
+        plan(bundle, USABLE, everywhere(Target.parse("gamma:npu:v73")))
 
 
 def test_what_an_engine_refused_is_not_chosen_again() -> None:
@@ -117,3 +124,27 @@ def test_when_nothing_fits_every_graph_and_every_reason_is_named() -> None:
 def test_a_folder_of_portable_graphs_says_how_to_compile() -> None:
     with pytest.raises(UnavailableError, match="lensc compile"):
         plan(manifest(), USABLE)
+
+
+def test_each_graph_can_be_asked_for_by_name() -> None:
+    bundle = manifest(vision=[NPU, CPU], decoder=[CPU, GPU])
+    asked = parse_devices("vision=gamma:npu:v75,decoder=alpha:cpu", GRAPHS)
+    chosen = plan(bundle, USABLE, asked)
+    assert [(p.requested, p.effective) for p in chosen.placements] == [(NPU, NPU), (CPU, CPU)]
+    chosen = plan(bundle, USABLE, parse_devices("vision=alpha:cpu", GRAPHS))
+    assert [(p.requested, p.effective) for p in chosen.placements] == [(CPU, CPU), (None, GPU)]
+    assert parse_devices("alpha:cpu", GRAPHS) == everywhere(CPU)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("visoin=alpha:cpu", "'visoin=alpha:cpu': expected GRAPH=TARGET, a graph being one of vision, decoder"),
+        ("vision=alpha:cpu,beta:gpu", "'beta:gpu': expected GRAPH=TARGET"),
+        ("vision=alpha:cpu,vision=beta:gpu", "vision is named twice"),
+        ("vision=alpha", "expected backend:processor"),
+    ],
+)
+def test_devices_that_cannot_be_meant_are_refused(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_devices(text, GRAPHS)

@@ -1,0 +1,185 @@
+"""The float graph of an NPU with the ranges of its activations -> the same graph in integers, as QuantizeLinear and
+DequantizeLinear pairs around every operator.
+
+Weights keep the integers the portable graph has. Activations take the whole range they were seen in: unsigned, 16 or 8
+bits, one scale a tensor. An operator that only moves values hands on its input's scale, as the HTP demands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ._qnn_lower import BIASES, HIDDEN
+from .base import Array
+from .errors import GraphError
+
+Range = tuple[float, float]
+
+MOVES = {"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Gather", "Slice"}
+"""Operators whose output holds values of their first input."""
+
+LEVELS = {8: 255, 16: 65535}
+SIGNED_LEVELS = 32767
+WIDE_ARCH = 73
+"""From this generation on, the HTP multiplies activations of 16 bits by others of 16 bits, if those are symmetric. Unsigned
+ones it rounds to 8, without a word: 39 dB are left of a product, by emulation, where symmetric ones leave 70."""
+
+MARGIN = {8: 1.0, 16: 1.25}
+"""How much wider than seen: what is clipped costs more than a third of a bit of 16 does, of 8 it does not."""
+
+SMALLEST = 1e-6
+"""Width of a range that is a point."""
+
+
+def quantize(model: Any, ranges: Mapping[str, Range], bits: int, htp_arch: int) -> None:
+    """Quantize an `onnx_ir.Model` made by `_qnn_lower.lower` in place, activations to 8 or 16 `bits`.
+
+    From `htp_arch` 73 on, the second operand of a product of two activations is signed and symmetric, and norms' weights
+    have 16 bits; before, the HTP takes neither.
+
+    Raises GraphError for a value without a range.
+    """
+    _Quantizer(model.graph, ranges, bits, htp_arch >= WIDE_ARCH).run()
+
+
+def grid(low: float, high: float, bits: int) -> tuple[float, int]:
+    """(scale, zero point) of `bits` unsigned over a range, which is widened to hold 0."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = max(high - low, SMALLEST) / LEVELS[bits]
+    return float(np.float32(scale)), round(-low / scale)
+
+
+class _Quantizer:
+    def __init__(self, graph: Any, ranges: Mapping[str, Range], bits: int, wide: bool) -> None:
+        import onnx_ir as ir
+
+        self._ir, self._graph, self._bits, self._wide = ir, graph, bits, wide
+        self._ranges = dict(ranges) | {name: (HIDDEN, 0.0) for name in BIASES}
+        self._grids: dict[str, tuple[float, int]] = {}
+
+    def run(self) -> None:
+        ir, nodes = self._ir, list(self._graph)
+        for value in list(self._graph.inputs):
+            if value.dtype == ir.DataType.FLOAT:
+                self._grids[value.name] = self._grid_of(value)
+                self._wrap(value, nodes[0])
+        for node in nodes:
+            if node.op_type == "DequantizeLinear":
+                continue
+            for i, value in enumerate(node.inputs):
+                if value is not None and value.is_initializer() and value.dtype == ir.DataType.FLOAT:
+                    node.replace_input_with(i, self._quantized_constant(node, i, value))
+            if node.op_type == "MatMul" and self._bits == 16 and self._wide:
+                self._make_symmetric(node)
+            output = node.outputs[0]
+            source = self._source(node.inputs[0])
+            moved = node.op_type in MOVES and source in self._grids
+            self._grids[output.name] = self._grids[source] if moved else self._grid_of(output)
+            self._wrap(output, None)
+
+    def _source(self, value: Any) -> str:
+        """The name of the value that a Q, DQ pair in front of `value` was made for."""
+        producer = value.producer()
+        if producer is not None and producer.op_type == "DequantizeLinear":
+            quantize = producer.inputs[0].producer()
+            return str(quantize.inputs[0].name if quantize is not None else producer.inputs[0].name)
+        return str(value.name)
+
+    def _grid_of(self, value: Any) -> tuple[float, int]:
+        if value.name not in self._ranges:
+            raise GraphError(f"no range was measured for {value.name}; calibrate the graph again")
+        low, high = self._ranges[value.name]
+        margin = 1.0 if value.name in BIASES else MARGIN[self._bits]
+        return grid(low * margin, high * margin, self._bits)
+
+    def _wrap(self, value: Any, before: Any | None) -> None:
+        """Put Q and DQ behind `value`; its readers, and the graph's output, get what comes out."""
+        ir = self._ir
+        params = self._parameters(value.name, self._grids[value.name], self._bits)
+        readers = list(value.uses())
+        q = ir.Node("", "QuantizeLinear", [value, *params], num_outputs=1)
+        q.outputs[0].name = f"{value.name}.q"
+        q.outputs[0].type, q.outputs[0].shape = ir.TensorType(ir.DataType[f"UINT{self._bits}"]), value.shape
+        dq = ir.Node("", "DequantizeLinear", [q.outputs[0], *params], num_outputs=1)
+        dq.outputs[0].type, dq.outputs[0].shape = value.type, value.shape
+        if before is not None:
+            self._graph.insert_before(before, [q, dq])
+        else:
+            self._graph.insert_after(value.producer(), [q, dq])
+        dq.outputs[0].name = f"{value.name}.dq"
+        for use in readers:
+            use.node.replace_input_with(use.idx, dq.outputs[0])
+        if value.is_graph_output():
+            index = next(i for i, output in enumerate(self._graph.outputs) if output is value)
+            name, value.name = value.name, f"{value.name}.float"
+            dq.outputs[0].name = name
+            self._graph.outputs[index] = dq.outputs[0]
+
+    def _make_symmetric(self, product: Any) -> None:
+        """Let the second operand, if it is an activation, go through int16 without a zero point."""
+        ir, value = self._ir, product.inputs[1]
+        source = self._source(value)
+        if value.producer().inputs[0].is_initializer():
+            return  # a weight
+        scale, zero = self._grids[source]
+        largest = scale * max(zero, LEVELS[16] - zero)
+        name = f"{source}.signed"
+        params = [
+            self._register(np.array(largest / SIGNED_LEVELS, np.float32), f"{name}.scale"),
+            self._register(np.array(0, np.int16), f"{name}.zero"),
+        ]
+        q = ir.Node("", "QuantizeLinear", [value, *params], num_outputs=1)
+        q.outputs[0].name, q.outputs[0].type = f"{name}.q", ir.TensorType(ir.DataType.INT16)
+        dq = ir.Node("", "DequantizeLinear", [q.outputs[0], *params], num_outputs=1)
+        dq.outputs[0].name, dq.outputs[0].type = f"{name}.dq", value.type
+        q.outputs[0].shape = dq.outputs[0].shape = value.shape
+        self._graph.insert_before(product, [q, dq])
+        product.replace_input_with(1, dq.outputs[0])
+
+    def _norm_bias(self, node: Any, array: Array, name: str) -> Any:
+        """int32, on the grid of input times weight."""
+        ir, weight, x = self._ir, self._source(node.inputs[1]), self._source(node.inputs[0])
+        scale = np.float32(self._grids[weight][0] * self._grids[x][0])
+        stored = self._register(np.rint(array / scale).astype(np.int32), name)
+        dq = ir.Node("", "DequantizeLinear", [stored, self._register(np.array(scale), f"{name}.scale")], num_outputs=1)
+        self._graph.insert_before(node, dq)
+        return dq.outputs[0]
+
+    def _quantized_constant(self, node: Any, index: int, value: Any) -> Any:
+        ir, array = self._ir, np.asarray(value.const_value.numpy())
+        name = f"{value.name}.fixed"
+        if node.op_type == "LayerNormalization" and index == 2 and not self._wide:
+            return self._norm_bias(node, array, name)
+        if name not in self._graph.initializers:
+            bits = self._bits
+            if node.op_type == "LayerNormalization":
+                bits = 16 if self._wide else 8
+            found = grid(float(array.min()), float(array.max()), bits)
+            stored = np.clip(np.rint(array / found[0]) + found[1], 0, LEVELS[bits]).astype(f"uint{bits}")
+            params = self._parameters(name, found, bits)
+            self._grids[name] = found
+            self._register(stored, name)
+            dq = ir.Node("", "DequantizeLinear", [self._graph.initializers[name], *params], num_outputs=1)
+            dq.outputs[0].name = f"{name}.dq"
+            dq.outputs[0].type, dq.outputs[0].shape = value.type, value.shape
+            self._graph.insert_before(node, dq)
+            return dq.outputs[0]
+        return next(use.node.outputs[0] for use in self._graph.initializers[name].uses())
+
+    def _parameters(self, name: str, found: tuple[float, int], bits: int) -> list[Any]:
+        return [
+            self._register(np.array(found[0], np.float32), f"{name}.scale"),
+            self._register(np.array(found[1], f"uint{bits}"), f"{name}.zero"),
+        ]
+
+    def _register(self, array: Array, name: str) -> Any:
+        ir = self._ir
+        if name not in self._graph.initializers:
+            tensor = ir.Tensor(array, name=name)
+            self._graph.register_initializer(
+                ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+            )
+        return self._graph.initializers[name]
