@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 from lensc.backends.errors import LensError, UnavailableError, UsageError
 from lensc.export.quantize.scheme import MARKS, NAMED
 
-from . import console
+from . import console, planning
 
 if TYPE_CHECKING:
     from lensc.backends.base import Target
@@ -171,6 +171,11 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--image", metavar="PICTURE", action="append", default=[], help="picture of the first message")
     chat.add_argument("--system", metavar="TEXT", default="", help="system prompt")
     _generation(chat)
+
+    more = "Bandwidth, products by dtype and threads, a layer of each half of the model, what the engine costs: half a minute."
+    planning.add_profile(verb("profile", planning.profile, "measure this machine and keep its profile", more))
+    more = "From sizes and the device's profile, before anything is downloaded or compiled; each figure says what it rests on."
+    planning.add_plan(verb("plan", planning.plan, "predict memory and times of a model on a device", more))
 
     verb("devices", _devices, "list each engine and processor as usable or not, and why")
     return top

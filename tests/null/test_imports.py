@@ -25,7 +25,7 @@ with contextlib.redirect_stdout(io.StringIO()) as text:
 assert not code, code
 assert "usage" in text.getvalue().lower(), text.getvalue()
 """
-VERBS = ("export", "compile", "build", "run", "chat", "inspect", "devices")
+VERBS = ("export", "compile", "build", "run", "chat", "inspect", "profile", "plan", "devices")
 
 
 def loaded(script: str, folder: Path) -> set[str]:
