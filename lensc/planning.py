@@ -338,11 +338,19 @@ def named_schemes() -> dict[str, Stored]:
         "int4-decoder": ("f32", four),
         "w8a8-vision": (eight, "f32"),
         "w8a16-vision": ("w8a16", "f32"),
+        "w4a16-vision": ("w4a16-g32", "f32"),
+        "int4-npu": ("w8a16", four),
     }
     found = {}
     for name in NAMED:
         vision, decoder = (Scheme.parse(text) for text in vision_and_decoder.get(name, (eight, four)))
-        table = {"int4-small": 4 + 32 / 64, "f32": 32.0, "w8a8-vision": 32.0, "w8a16-vision": 32.0}.get(name, 8.0)
+        table = {
+            "int4-small": 4 + 32 / 64,
+            "f32": 32.0,
+            "w8a8-vision": 32.0,
+            "w8a16-vision": 32.0,
+            "w4a16-vision": 32.0,
+        }.get(name, 8.0)
         head = bits_of(Scheme.parse(four)) if name == "int3-gptq" else None
         inner = 2 + 8 / 64 if name == "int2-mlp-gptq" else None
         found[name] = _of_schemes(name, vision, decoder, table, head, inner)
