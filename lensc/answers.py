@@ -192,6 +192,7 @@ def metrics_text(metrics: Metrics) -> str:
         ("pictures", f"{len(metrics.image_ms)} slices, {metrics.slices_from_cache} from the cache{each}"),
         ("prefill", f"{metrics.prefill_ms:.0f} ms for {metrics.prompt_tokens - metrics.reused_tokens} tokens{reused}"),
         ("decode", f"{metrics.new_tokens} tokens" + (f", {speed:.1f} tokens/s" if speed else "")),
+        ("guessed", f"{metrics.drafted_tokens} tokens, {metrics.accepted_tokens} of them right"),
         ("KV cache", console.size(metrics.kv_cache_bytes)),
     ]
     if metrics.peak_memory_bytes is not None:
@@ -201,7 +202,17 @@ def metrics_text(metrics: Metrics) -> str:
 
 def _arguments(options: argparse.Namespace) -> dict[str, Any]:
     """The generation parameters that were given."""
-    names = ("do_sample", "num_beams", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "seed")
+    names = (
+        "do_sample",
+        "num_beams",
+        "temperature",
+        "top_k",
+        "top_p",
+        "repetition_penalty",
+        "max_new_tokens",
+        "seed",
+        "prompt_lookup_num_tokens",
+    )
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
 

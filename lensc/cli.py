@@ -238,6 +238,8 @@ def _generation(verb: Parser) -> None:
     how.add_argument("--top-p", metavar="P", type=float)
     how.add_argument("--repetition-penalty", metavar="R", type=float)
     how.add_argument("--num-beams", metavar="N", type=int)
+    text = "most tokens guessed ahead where that pays, 0 to 7 (the default); changes the speed only"
+    how.add_argument("--prompt-lookup-num-tokens", metavar="N", type=int, help=text)
     how.add_argument("--seed", metavar="N", type=int, help="makes draws repeatable")
     verb.add_argument("-q", "--quiet", action="store_true", help="no notes on stderr")
 

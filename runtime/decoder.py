@@ -39,9 +39,13 @@ class Decoder:
         self._vocab_size = spec.vocab_size
         self._last = np.zeros(1, np.int64)
         self._logits: F32 | None = None
+        self._rows: dict[int, F32] = {}
         tokens = session.spec.dims.get("tokens")
         chunk = self._session.prefill_chunk
         self._chunk = chunk if tokens is None else min(chunk, tokens.max)
+        rows = session.spec.dims.get("rows")
+        self.most_rows = min(self._chunk, self._chunk if rows is None else rows.max)
+        """How many tokens can be fed at once with the logits of each."""
 
     @property
     def cache(self) -> Cache:
@@ -49,6 +53,11 @@ class Decoder:
         if self._cache is None:
             self._cache = self._session.new_cache(self._capacity)
         return self._cache
+
+    @property
+    def length(self) -> int:
+        """How many tokens were fed."""
+        return 0 if self._cache is None else self._cache.length
 
     @property
     def used_bytes(self) -> int:
@@ -88,6 +97,17 @@ class Decoder:
             # One buffer for all steps: at 128,256 ids a fresh one costs a page fault per 4 KiB, 125 in every step.
             self._logits = np.empty(shape, np.float32)
         return self._run(embeds, self._last, self._logits)[:, 0]
+
+    def decode_tokens(self, tokens: I64) -> F32:
+        """Feed several tokens of one sequence, `tokens: int64[n]`; return float32[n, vocab], the logits after each.
+
+        The result is overwritten by the next call with as many.
+        """
+        count = len(tokens)
+        if count not in self._rows:
+            self._rows[count] = np.empty((1, count, self._vocab_size), np.float32)
+        logits: F32 = self._run(self._table.gather(tokens)[None], np.arange(count), self._rows[count])[0]
+        return logits
 
     def run(self, embeds: F32, logit_positions: I64) -> F32:
         """Feed `embeds: float32[batch, tokens, D]`; return float32[batch, rows, vocab].

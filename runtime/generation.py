@@ -24,6 +24,7 @@ from .prefix_cache import PrefixCache, Rows, rows_of, token_rows
 from .prompt import Prompt
 from .result import FinishReason, Metrics, Result, peak_memory_bytes
 from .sampling import F32, greedy, penalize, sample
+from .speculation import PLACEHOLDER, Pace, Speculation
 from .vision import VisionEncoder
 
 
@@ -50,6 +51,7 @@ class Generation:
         decoder: Decoder,
         table: EmbeddingTable,
         prefixes: PrefixCache,
+        pace: Pace,
         should_stop: Callable[[], bool] | None = None,
     ) -> None:
         self.token_ids: list[int] = []
@@ -63,6 +65,7 @@ class Generation:
         self._vision = vision
         self._table = table
         self._prefixes = prefixes
+        self._pace = pace
         self._should_stop = should_stop
         self._cancelled = False
         self._notes = list(request.notes)
@@ -71,7 +74,11 @@ class Generation:
         self._rows: Rows = token_rows([])
         self._prompt_cache: Cache | None = None
         self._reused_tokens = 0
+        self._fed = 0
+        """How many of the rows in the cache are the prompt's, or tokens that were chosen."""
         self._kv_cache_bytes = 0
+        self._drafted = 0
+        self._accepted = 0
         self._prefill_ms = 0.0
         self._steps = 0
         self._busy = 0.0
@@ -97,7 +104,6 @@ class Generation:
             intact = True
             raise
         finally:
-            self._kv_cache_bytes = self.decoder.used_bytes
             if intact:
                 self._leave_cache()
 
@@ -112,7 +118,7 @@ class Generation:
         cache = self._prefixes.take(self._rows)
         if cache is not None:
             self.decoder.resume(cache)
-            self._reused_tokens = cache.length
+            self._reused_tokens = self._fed = cache.length
         reused = self._reused_tokens
         known = int((prompt.image_bounds[:, 1] <= reused).sum())
         encoded = self._vision.encode(slices, self._stop, keys, known)
@@ -122,13 +128,20 @@ class Generation:
         started = time.perf_counter()
         embeds = self._table.gather(prompt.ids[reused:])
         scatter(embeds, prompt.image_bounds[known:] - reused, encoded.embeds[known:])
-        logits = self.decoder.prefill(embeds, self._stop)
+        try:
+            logits = self.decoder.prefill(embeds, self._stop)
+        finally:
+            self._fed = self.decoder.length
         self._prefill_ms = (time.perf_counter() - started) * 1e3
         return logits
 
     def _leave_cache(self) -> None:
         """To the next prompt that begins like this one. A beam search leaves what its beams have in common."""
         cache = self.decoder.release()
+        if cache is not None:
+            if cache.length > self._fed:  # guesses that nobody chose
+                cache.trim(self._fed)
+            self._kv_cache_bytes = cache.used_bytes
         if self._prompt_cache is not None:
             cache, self._prompt_cache = self._prompt_cache, None
         if cache is not None:
@@ -149,6 +162,8 @@ class Generation:
             prompt_tokens=len(self._request.prompt.ids),
             reused_tokens=self._reused_tokens,
             new_tokens=len(self.token_ids),
+            drafted_tokens=self._drafted,
+            accepted_tokens=self._accepted,
             kv_cache_bytes=self._kv_cache_bytes,
             peak_memory_bytes=peak_memory_bytes(),
             notes=tuple(self._notes),
@@ -158,6 +173,11 @@ class Generation:
     def _one_by_one(self, logits: F32) -> Iterator[int]:
         options, ids = self._options, self.token_ids
         generator = np.random.default_rng(options.seed) if options.do_sample else None
+        guesses = self._speculation()
+        draft: list[int] = []
+        at = 0
+        rows = logits[None]
+        step_s = 0.0
         while True:
             token = self._choose(logits, generator)
             ids.append(token)
@@ -173,7 +193,39 @@ class Generation:
                 return
             if self._stop():
                 raise Cancelled
-            logits = self.decoder.decode_one_token(np.array([token]))[0]
+            if guesses is not None:
+                guesses.push(token)
+            if at < len(draft) and token == draft[at]:
+                at += 1
+                self._fed += 1
+                self._accepted += 1
+                logits = rows[at]
+                continue
+            started = time.perf_counter()
+            if at < len(draft):
+                self.decoder.cache.trim(self._fed)
+            if guesses is not None and step_s:
+                guesses.stepped(1 + len(draft), 1 + at, step_s + time.perf_counter() - started)
+            draft, at = [] if guesses is None else guesses.draft(options.max_new_tokens - len(ids) - 1), 0
+            self._drafted += len(draft)
+            started = time.perf_counter()
+            if draft:
+                rows = self.decoder.decode_tokens(np.array([token, *draft]))
+                logits = rows[0]
+            else:
+                logits = self.decoder.decode_one_token(np.array([token]))[0]
+            step_s = time.perf_counter() - started
+            self._fed += 1
+
+    def _speculation(self) -> Speculation | None:
+        """Guesses for this answer, if they are wanted."""
+        most = min(self._options.prompt_lookup_num_tokens, self.decoder.most_rows - 1)
+        if most < 1 or self._options.max_new_tokens < 3:
+            return None
+        ids = self._request.prompt.ids.copy()
+        for start, end in self._request.prompt.image_bounds.tolist():
+            ids[start:end] = PLACEHOLDER
+        return Speculation(self._pace, ids.tolist(), most)
 
     def _choose(self, logits: F32, generator: np.random.Generator | None) -> int:
         options = self._options

@@ -10,6 +10,8 @@ from typing import Any
 from lensc.backends.bundle import GenerationSpec
 from lensc.backends.errors import UsageError
 
+from .speculation import MOST_DRAFTED
+
 MAX_BEAMS = 64
 """Each beam holds its own copy of the KV cache, and a step feeds every beam."""
 
@@ -26,6 +28,7 @@ class GenerationOptions:
     repetition_penalty: float
     max_new_tokens: int
     seed: int | None
+    prompt_lookup_num_tokens: int = 0
 
 
 def resolve(
@@ -39,6 +42,7 @@ def resolve(
     repetition_penalty: float | None = None,
     max_new_tokens: int | None = None,
     seed: int | None = None,
+    prompt_lookup_num_tokens: int | None = None,
     stream: bool = False,
 ) -> GenerationOptions:
     """Check the arguments and fill in what was left out (None).
@@ -57,6 +61,7 @@ def resolve(
         *_number("repetition_penalty", repetition_penalty, 0, math.inf, "1.0 is none"),
         *_integer("max_new_tokens", max_new_tokens, 1, None),
         *_integer("seed", seed, 0, None),
+        *_integer("prompt_lookup_num_tokens", prompt_lookup_num_tokens, 0, MOST_DRAFTED, "0 guesses no tokens"),
     ]
     if not problems:
         beams = num_beams is not None and num_beams > 1
@@ -64,6 +69,11 @@ def resolve(
             problems.append(f"do_sample=True with num_beams={num_beams}: choose one, beam search does not sample")
         if stream and beams:
             problems.append(f"stream=True with num_beams={num_beams}: beams have no text before the end")
+        if prompt_lookup_num_tokens and beams:
+            problems.append(
+                f"prompt_lookup_num_tokens={prompt_lookup_num_tokens} with num_beams={num_beams}: nothing is guessed in a "
+                "beam search, leave it out"
+            )
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         for name, value in given.items():
             if value is not None and not do_sample:
@@ -85,6 +95,7 @@ def resolve(
         repetition_penalty=float(_or(repetition_penalty, penalty)),
         max_new_tokens=int(_or(max_new_tokens, spec.max_new_tokens)),
         seed=None if seed is None else int(seed),
+        prompt_lookup_num_tokens=0 if (num_beams or 1) > 1 else int(_or(prompt_lookup_num_tokens, MOST_DRAFTED)),
     )
 
 

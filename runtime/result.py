@@ -28,6 +28,10 @@ class Metrics:
     reused_tokens: int
     """Of the prompt: those that the KV cache of an earlier answer held, pictures included; the others were fed."""
     new_tokens: int
+    drafted_tokens: int
+    """Guessed by prompt lookup and fed behind a token; see `speculation`."""
+    accepted_tokens: int
+    """Of those: the ones that were then chosen, for which no step was needed."""
     kv_cache_bytes: int
     """Bytes of the keys and values of all tokens that were fed."""
     peak_memory_bytes: int | None

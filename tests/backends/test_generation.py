@@ -26,6 +26,7 @@ from lensc.runtime.generation import Generation, Request
 from lensc.runtime.options import resolve
 from lensc.runtime.pipeline import VLM
 from lensc.runtime.prompt import Prompt, Tokenizer
+from lensc.runtime.speculation import Speculation
 
 TOKENIZER = Tokenizer.from_file(Path(__file__).parents[1] / "golden" / "checkpoint" / "tokenizer.json")
 VOCAB, QUERIES, WIDTH, CONTEXT = 101, 5, 128, 512
@@ -160,6 +161,30 @@ def test_a_saved_cache_is_gone_on_with(sessions: dict[str, Session]) -> None:
     again = answer(two, *first, said, more)
     assert again.result("").metrics.reused_tokens > 40
     assert again.token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 3}], ids=["greedy", "draw"])
+@pytest.mark.parametrize("guessed", [1, 3, 7])
+def test_guessed_tokens_change_none(
+    sessions: dict[str, Session], guessed: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guesses that are right, and from some place on wrong, at every place of the answer."""
+    prompt: list[Any] = [TEXT[:30], picture(1), TEXT[30:40]]
+    plain = answer(make(sessions), *prompt, prompt_lookup_num_tokens=0, **options)
+    expected = plain.token_ids
+    assert len(expected) > 12
+
+    def draft(self: Speculation, most: int) -> list[int]:
+        at = len(self._ids) - len(request_of(*prompt).prompt.ids)
+        ids = expected[at : at + min(guessed, most)]
+        return [*ids[:-1], (ids[-1] + 1) % VOCAB] if at % 3 and ids else ids
+
+    monkeypatch.setattr(Speculation, "draft", draft)
+    found = answer(make(sessions, prefix_cache_bytes=0), *prompt, **options)
+    assert found.token_ids == expected
+    metrics = found.result("").metrics
+    assert 0 < metrics.accepted_tokens <= metrics.drafted_tokens
+    assert metrics.kv_cache_bytes == plain.result("").metrics.kv_cache_bytes
 
 
 TEXT = [int(i) for i in np.random.default_rng(7).integers(5, VOCAB - 1, 60)]
