@@ -40,6 +40,7 @@ def load(
     threads: int | None = None,
     selftest: bool = True,
     vision_padding: str | None = None,
+    picture_cache_bytes: int = 0,
 ) -> VLM:
     """Open the bundle in folder `path`.
 
@@ -47,12 +48,14 @@ def load(
     `vision=qnn:npu:sm8650,decoder=native:cpu` names one for each graph, or for some; without it the best usable one is taken for each graph, and `vlm.plan` says which and why. `threads` defaults to the physical
     cores allowed. `selftest` runs the bundle's golden probes and refuses an engine that computes something else.
     `vision_padding` (official, masked or per_slice) overrides the bundle's: how slices of different sizes share a call.
+    `picture_cache_bytes` of image embeddings are kept in the user's cache folder, for every process and engine that runs the
+    same vision graph; 0 keeps none on disk.
 
     Raises ManifestError, UnavailableError, CompatibilityError, ParityError or UsageError, each with what to do.
     """
     from lensc.runtime.load import load as load_bundle
 
-    return load_bundle(path, target, threads, selftest, vision_padding)
+    return load_bundle(path, target, threads, selftest, vision_padding, picture_cache_bytes)
 
 
 def __getattr__(name: str) -> Any:

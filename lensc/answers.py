@@ -15,6 +15,7 @@ from typing import Any
 
 import lensc
 from lensc.backends.errors import LensError, PromptError, UsageError
+from lensc.export.memory import parse_bytes
 from lensc.runtime.pipeline import VLM, Metrics, Result, Stream
 
 from . import console
@@ -227,6 +228,7 @@ def _load(options: argparse.Namespace) -> VLM:
             threads=options.threads,
             selftest=not options.no_selftest,
             vision_padding=options.vision_padding,
+            picture_cache_bytes=0 if options.picture_cache is None else parse_bytes(options.picture_cache),
         )
 
 

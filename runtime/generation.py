@@ -124,6 +124,7 @@ class Generation:
         encoded = self._vision.encode(slices, self._stop, keys, known)
         self._image_ms = encoded.ms
         self._slices_from_cache = sum(encoded.from_cache)
+        self._notes += encoded.notes
         self._note_cached(encoded.from_cache)
         started = time.perf_counter()
         embeds = self._table.gather(prompt.ids[reused:])

@@ -10,12 +10,13 @@ from typing import cast, get_args
 
 from lensc.backends import registry
 from lensc.backends.base import PROBE_TOLERANCE, Probe, Session, Target
-from lensc.backends.bundle import Manifest, VisionPadding, load_manifest
-from lensc.backends.errors import CompatibilityError, UnavailableError, UsageError
+from lensc.backends.bundle import Manifest, ModelSpec, VisionPadding, load_manifest
+from lensc.backends.errors import CompatibilityError, UnavailableError, UnsupportedError, UsageError
 
 from . import selftest as golden
 from .conversation import Identity
 from .embedding import open_table
+from .picture_cache import PictureCache
 from .pipeline import VLM
 from .plan import Plan, parse_devices, plan
 from .prompt import Tokenizer
@@ -27,12 +28,15 @@ def load(
     threads: int | None = None,
     selftest: bool = True,
     vision_padding: str | None = None,
+    picture_cache_bytes: int = 0,
 ) -> VLM:
     """Open a bundle; see `lensc.load`."""
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise UsageError(f"threads={threads!r}: expected at least 1, or None for every physical core")
     if vision_padding is not None and vision_padding not in get_args(VisionPadding):
         raise UsageError(f"vision_padding={vision_padding!r}: expected one of {', '.join(get_args(VisionPadding))}")
+    if picture_cache_bytes and not selftest:
+        raise UsageError("selftest=False with a picture cache: others would trust what was not checked; choose one")
     folder = Path(path)
     manifest = load_manifest(folder)
     requested = None if target is None else parse_devices(target, manifest.graphs)
@@ -53,7 +57,9 @@ def load(
             tolerances = {g: float(parity[PROBE_TOLERANCE]) for g, parity in noisy.items() if PROBE_TOLERANCE in parity}
             results = golden.run_selftest(manifest.probes, sessions, folder, tolerances)
             golden.check(results, {p.graph: str(p.effective) for p in chosen.placements})
-        return VLM(spec, tokenizer, sessions, table, chosen, identity=_identity(manifest, chosen))
+        pictures = _picture_cache(manifest, chosen, spec, picture_cache_bytes) if picture_cache_bytes else None
+        identity = _identity(manifest, chosen)
+        return VLM(spec, tokenizer, sessions, table, chosen, identity=identity, picture_cache=pictures)
     except BaseException:
         _close(sessions)
         raise
@@ -91,6 +97,15 @@ def _identity(manifest: Manifest, chosen: Plan) -> Identity:
     graphs = {name: record.sha256[:12] for name, record in manifest.graphs.items()}
     made_by = f"decoder {graphs['decoder']} on {decoder.effective} ({options[:8]}) with vision {graphs['vision']}"
     return Identity(manifest.provenance.checkpoint_sha256, made_by)
+
+
+def _picture_cache(manifest: Manifest, chosen: Plan, spec: ModelSpec, limit_bytes: int) -> PictureCache:
+    """What this vision graph made on any engine. Raises UnsupportedError if this engine's parity was not judged."""
+    target, graph = str(chosen["vision"].effective), manifest.graphs["vision"]
+    if not any(p.graph == "vision" and p.target == target and p.passed for p in manifest.parity):
+        raise UnsupportedError(f"picture cache: the bundle holds no passed parity of vision on {target}; leave it out")
+    recipe = {"graph": graph.sha256, "scheme": graph.scheme, **dataclasses.asdict(spec.picture)}
+    return PictureCache(recipe, (spec.picture.query_num, spec.decoder.hidden_size), limit_bytes)
 
 
 def _probes(manifest: Manifest) -> list[Probe]:

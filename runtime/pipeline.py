@@ -25,6 +25,7 @@ from .embedding import EmbeddingTable
 from .generation import Generation, Request
 from .options import GenerationOptions, resolve
 from .picture import PictureSource, slice_picture
+from .picture_cache import PictureCache
 from .plan import Plan
 from .prefix_cache import PREFIX_BYTES, Held, PrefixCache, rows_of
 from .prompt import Message, Tokenizer, build_prompt, parse_messages, pictures_of, user_messages
@@ -42,7 +43,7 @@ class VLM:
     """A loaded model. Close it, or use it as a context manager, to free what its engines hold.
 
     `embed_table: float16 or float32[vocab, D]`, or an `EmbeddingTable`, may be memory-mapped. `plan` says where the graphs
-    run, if known, `identity` whose saved conversations can be gone on with. `prefix_cache_bytes` of KV caches are kept for prompts that begin like an earlier one; 0 keeps none.
+    run, if known, `identity` whose saved conversations can be gone on with. `prefix_cache_bytes` of KV caches are kept for prompts that begin like an earlier one; 0 keeps none. `picture_cache`: where embeddings are kept on disk.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class VLM:
         plan: Plan | None = None,
         prefix_cache_bytes: int = PREFIX_BYTES,
         identity: Identity = NOBODY,
+        picture_cache: PictureCache | None = None,
     ) -> None:
         self.spec = spec
         self.tokenizer = tokenizer
@@ -68,7 +70,7 @@ class VLM:
         vision.check_graph(sessions["vision"].spec, spec.picture, width)
         decoder.check_graph(sessions["decoder"].spec, spec.decoder)
         self._table.check(spec.decoder)
-        self._vision = VisionEncoder(self._sessions["vision"], spec.picture, width)
+        self._vision = VisionEncoder(self._sessions["vision"], spec.picture, width, picture_cache)
         self._prefixes = PrefixCache(prefix_cache_bytes)
         self._identity = identity
         self._pace = Pace()

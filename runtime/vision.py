@@ -19,6 +19,7 @@ from lensc.export.graph import GraphSpec
 
 from .decoder import Cancelled
 from .picture import vision_feeds
+from .picture_cache import PictureCache
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -34,6 +35,8 @@ class Encoded:
     embeds: F32
     ms: tuple[float, ...]
     from_cache: tuple[bool, ...]
+    notes: tuple[str, ...] = ()
+    """What the cache on disk has to say."""
 
 
 class VisionEncoder:
@@ -43,7 +46,8 @@ class VisionEncoder:
     only), and ten slices in one run would take ten times the attention memory for no gain on a busy processor.
     """
 
-    def __init__(self, session: Session, spec: PictureSpec, hidden_size: int) -> None:
+    def __init__(self, session: Session, spec: PictureSpec, hidden_size: int, disk: PictureCache | None = None) -> None:
+        self._disk = disk
         self._session = session
         self._spec = spec
         self._hidden_size = hidden_size
@@ -76,16 +80,23 @@ class VisionEncoder:
             if i < known:
                 continue
             features = self._recall(key)
+            if features is None and self._disk is not None:
+                features = self._disk.get(key)
+                if features is not None:
+                    self._remember(key, features)
             if features is None:
                 if should_stop is not None and should_stop():
                     raise Cancelled
                 started = time.perf_counter()
                 features = self._run(pixels, longest)
                 self._remember(key, features)
+                if self._disk is not None:
+                    self._disk.put(key, features)
                 ms[i] = (time.perf_counter() - started) * 1e3
                 from_cache[i] = False
             embeds[i] = features
-        return Encoded(embeds, tuple(ms), tuple(from_cache))
+        notes = () if self._disk is None else tuple(self._disk.notes())
+        return Encoded(embeds, tuple(ms), tuple(from_cache), notes)
 
     def _longest(self, slices: Sequence[U8]) -> U8:
         return max(slices, key=self._patches, default=np.empty((0, 0, 3), np.uint8))

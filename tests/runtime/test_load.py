@@ -21,6 +21,7 @@ from lensc.backends.bundle import (
     GraphRecord,
     Manifest,
     ModelSpec,
+    ParityRecord,
     PictureSpec,
     ProbeRecord,
     Provenance,
@@ -35,6 +36,7 @@ from lensc.backends.errors import (
     ParityError,
     TokenizerError,
     UnavailableError,
+    UnsupportedError,
     UsageError,
 )
 from lensc.export.graph import DimRange, GraphSpec, StatePair, TensorSpec
@@ -292,3 +294,20 @@ def test_exported_names_exist_and_unknown_ones_are_errors() -> None:
     assert set(lensc.__all__) <= set(dir(lensc))
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = lensc.nothing
+
+
+def test_a_picture_cache_needs_a_graph_that_was_judged_and_checked(
+    tmp_path: Path, engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bundle = build(tmp_path / "b")
+    with pytest.raises(UnsupportedError, match="no passed parity of vision on alpha:cpu"):
+        lensc.load(bundle, picture_cache_bytes=1 << 20)
+    with pytest.raises(UsageError, match="selftest=False with a picture cache"):
+        lensc.load(bundle, picture_cache_bytes=1 << 20, selftest=False)
+    assert not engines["alpha"].open
+    parity = ParityRecord("vision", "alpha:cpu", "torch", 0.0, 99.0, 1.0, None, None, 1, True, "none")
+    write_manifest(bundle, dataclasses.replace(load_manifest(bundle), parity=(parity,)))
+    with lensc.load(bundle, picture_cache_bytes=1 << 20) as vlm:
+        vlm.generate("Hello", [np.zeros((28, 28, 3), np.uint8)])
+    assert len(list((tmp_path / "cache" / "lensc" / "pictures").iterdir())) == 1
