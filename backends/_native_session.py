@@ -137,6 +137,7 @@ class NativeCache(EngineCache):
 class NativeDecoderSession(NativeSession):
     """See `CachedSession`."""
 
+    caches_outlive_session = True
     prefill_chunk = 256
     """Weights pass once for 128 tokens; more at once is a little better for attention and takes memory."""
 

@@ -41,6 +41,7 @@ def load(
     selftest: bool = True,
     vision_padding: str | None = None,
     picture_cache_bytes: int = 0,
+    max_memory_bytes: int | None = None,
 ) -> VLM:
     """Open the bundle in folder `path`.
 
@@ -50,12 +51,14 @@ def load(
     `vision_padding` (official, masked or per_slice) overrides the bundle's: how slices of different sizes share a call.
     `picture_cache_bytes` of image embeddings are kept in the user's cache folder, for every process and engine that runs the
     same vision graph; 0 keeps none on disk.
+    Where all graphs together take more than `max_memory_bytes`, by the sizes of their artifacts, one at a time is loaded, and
+    loaded again when a new picture comes.
 
     Raises ManifestError, UnavailableError, CompatibilityError, ParityError or UsageError, each with what to do.
     """
     from lensc.runtime.load import load as load_bundle
 
-    return load_bundle(path, target, threads, selftest, vision_padding, picture_cache_bytes)
+    return load_bundle(path, target, threads, selftest, vision_padding, picture_cache_bytes, max_memory_bytes)
 
 
 def __getattr__(name: str) -> Any:

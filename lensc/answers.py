@@ -190,6 +190,7 @@ def metrics_text(metrics: Metrics) -> str:
     rows = [
         ("first token", f"{metrics.ttft_ms:.0f} ms"),
         ("prepare", f"{metrics.prepare_ms:.0f} ms"),
+        *([("loading", f"{metrics.load_ms:.0f} ms, to save memory")] if metrics.load_ms else []),
         ("pictures", f"{len(metrics.image_ms)} slices, {metrics.slices_from_cache} from the cache{each}"),
         ("prefill", f"{metrics.prefill_ms:.0f} ms for {metrics.prompt_tokens - metrics.reused_tokens} tokens{reused}"),
         ("decode", f"{metrics.new_tokens} tokens" + (f", {speed:.1f} tokens/s" if speed else "")),
@@ -229,6 +230,7 @@ def _load(options: argparse.Namespace) -> VLM:
             selftest=not options.no_selftest,
             vision_padding=options.vision_padding,
             picture_cache_bytes=0 if options.picture_cache is None else parse_bytes(options.picture_cache),
+            max_memory_bytes=None if options.max_memory is None else parse_bytes(options.max_memory),
         )
 
 

@@ -24,6 +24,7 @@ from .prefix_cache import PrefixCache, Rows, rows_of, token_rows
 from .prompt import Prompt
 from .result import FinishReason, Metrics, Result, peak_memory_bytes
 from .sampling import F32, greedy, penalize, sample
+from .sequential import Turns
 from .speculation import PLACEHOLDER, Pace, Speculation
 from .vision import VisionEncoder
 
@@ -52,6 +53,8 @@ class Generation:
         table: EmbeddingTable,
         prefixes: PrefixCache,
         pace: Pace,
+        turns: Turns | None = None,
+        max_memory_bytes: int | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> None:
         self.token_ids: list[int] = []
@@ -66,6 +69,9 @@ class Generation:
         self._table = table
         self._prefixes = prefixes
         self._pace = pace
+        self._turns = turns
+        self._load_ms = 0.0
+        self._max_memory_bytes = max_memory_bytes
         self._should_stop = should_stop
         self._cancelled = False
         self._notes = list(request.notes)
@@ -116,6 +122,8 @@ class Generation:
         keys = self._vision.keys(slices)
         self._rows = rows_of(prompt, keys)
         cache = self._prefixes.take(self._rows)
+        if self._turns is not None and not self._turns.caches_outlive_decoder and not self._vision.knows(keys):
+            cache = None  # it goes with the decoder, which makes room for vision
         if cache is not None:
             self.decoder.resume(cache)
             self._reused_tokens = self._fed = cache.length
@@ -126,6 +134,8 @@ class Generation:
         self._slices_from_cache = sum(encoded.from_cache)
         self._notes += encoded.notes
         self._note_cached(encoded.from_cache)
+        if self._turns is not None:
+            self._load(self._turns)
         started = time.perf_counter()
         embeds = self._table.gather(prompt.ids[reused:])
         scatter(embeds, prompt.image_bounds[known:] - reused, encoded.embeds[known:])
@@ -135,6 +145,14 @@ class Generation:
             self._fed = self.decoder.length
         self._prefill_ms = (time.perf_counter() - started) * 1e3
         return logits
+
+    def _load(self, turns: Turns) -> None:
+        """Load the decoder in the place of vision, and say what had to be loaded for this answer."""
+        with turns.lock:
+            turns.opened("decoder")
+        loads = turns.loads()
+        self._load_ms = sum(ms for _, ms in loads)
+        self._notes += [f"{graph} was loaded in {ms:.0f} ms, to save memory" for graph, ms in loads]
 
     def _leave_cache(self) -> None:
         """To the next prompt that begins like this one. A beam search leaves what its beams have in common."""
@@ -153,8 +171,14 @@ class Generation:
         assert self.finish_reason is not None
         decode_s = self._busy - (self._first_token_at or 0.0)
         first = self._busy if self._first_token_at is None or self.hypotheses else self._first_token_at
+        peak, limit = peak_memory_bytes(), self._max_memory_bytes
+        if limit is not None and peak is not None and peak > limit:
+            self._notes.append(
+                f"peak memory was {peak / 1e9:.2f} GB, {limit / 1e9:.2f} GB are allowed: an engine took more than its files"
+            )
         metrics = Metrics(
             prepare_ms=self._request.prepare_ms,
+            load_ms=self._load_ms,
             image_ms=self._image_ms,
             slices_from_cache=self._slices_from_cache,
             prefill_ms=self._prefill_ms,
@@ -166,7 +190,7 @@ class Generation:
             drafted_tokens=self._drafted,
             accepted_tokens=self._accepted,
             kv_cache_bytes=self._kv_cache_bytes,
-            peak_memory_bytes=peak_memory_bytes(),
+            peak_memory_bytes=peak,
             notes=tuple(self._notes),
         )
         return Result(text, tuple(self.token_ids), self.finish_reason, metrics)

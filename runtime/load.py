@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import cast, get_args
 
@@ -20,6 +22,7 @@ from .picture_cache import PictureCache
 from .pipeline import VLM
 from .plan import Plan, parse_devices, plan
 from .prompt import Tokenizer
+from .sequential import Turns, fits_at_once, in_turn
 
 
 def load(
@@ -29,6 +32,7 @@ def load(
     selftest: bool = True,
     vision_padding: str | None = None,
     picture_cache_bytes: int = 0,
+    max_memory_bytes: int | None = None,
 ) -> VLM:
     """Open a bundle; see `lensc.load`."""
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
@@ -50,16 +54,33 @@ def load(
     tokenizer = Tokenizer.from_file(folder / manifest.tokenizer)
     table = open_table(folder, manifest.tables)
 
-    chosen, sessions = _open_sessions(folder, manifest, requested, threads)
+    turns = None
+    chosen = None if max_memory_bytes is None else plan(manifest, _probes(manifest), requested)
+    if chosen is None or max_memory_bytes is None or fits_at_once(manifest, chosen, max_memory_bytes):
+        chosen, sessions = _open_sessions(folder, manifest, requested, threads)
+    else:
+        turns = Turns(partial(_open_one, folder, manifest, chosen, threads, selftest))
+        try:
+            sessions = in_turn(turns, {name: record.spec for name, record in manifest.graphs.items()})
+        except BaseException:
+            turns.close()
+            raise
     try:
-        if selftest:
-            noisy = {p.graph: p.artifact.parity for p in chosen.placements}
-            tolerances = {g: float(parity[PROBE_TOLERANCE]) for g, parity in noisy.items() if PROBE_TOLERANCE in parity}
-            results = golden.run_selftest(manifest.probes, sessions, folder, tolerances)
-            golden.check(results, {p.graph: str(p.effective) for p in chosen.placements})
+        if selftest and turns is None:
+            _check(folder, manifest, chosen, sessions)
         pictures = _picture_cache(manifest, chosen, spec, picture_cache_bytes) if picture_cache_bytes else None
         identity = _identity(manifest, chosen)
-        return VLM(spec, tokenizer, sessions, table, chosen, identity=identity, picture_cache=pictures)
+        return VLM(
+            spec,
+            tokenizer,
+            sessions,
+            table,
+            chosen,
+            identity=identity,
+            picture_cache=pictures,
+            turns=turns,
+            max_memory_bytes=max_memory_bytes,
+        )
     except BaseException:
         _close(sessions)
         raise
@@ -88,6 +109,30 @@ def _open_sessions(
         except BaseException:
             _close(sessions)
             raise
+
+
+def _open_one(
+    folder: Path, manifest: Manifest, chosen: Plan, threads: int | None, selftest: bool, graph: str
+) -> Session:
+    """One planned graph, checked by its golden probes each time it is loaded."""
+    placement = chosen[graph]
+    backend = registry.get(placement.effective.backend)
+    session = backend.load(placement.artifact, manifest.graphs[graph].spec, folder, threads)
+    try:
+        if selftest:
+            _check(folder, manifest, chosen, {graph: session})
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+def _check(folder: Path, manifest: Manifest, chosen: Plan, sessions: Mapping[str, Session]) -> None:
+    """Run the golden probes of `sessions`. Raises ParityError."""
+    noisy = {p.graph: p.artifact.parity for p in chosen.placements}
+    tolerances = {g: float(parity[PROBE_TOLERANCE]) for g, parity in noisy.items() if PROBE_TOLERANCE in parity}
+    results = golden.run_selftest(manifest.probes, sessions, folder, tolerances)
+    golden.check(results, {p.graph: str(p.effective) for p in chosen.placements})
 
 
 def _identity(manifest: Manifest, chosen: Plan) -> Identity:

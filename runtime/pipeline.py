@@ -30,6 +30,7 @@ from .plan import Plan
 from .prefix_cache import PREFIX_BYTES, Held, PrefixCache, rows_of
 from .prompt import Message, Tokenizer, build_prompt, parse_messages, pictures_of, user_messages
 from .result import Metrics, Result
+from .sequential import Turns
 from .speculation import Pace
 from .stream import Stream
 from .vision import VisionEncoder
@@ -44,6 +45,7 @@ class VLM:
 
     `embed_table: float16 or float32[vocab, D]`, or an `EmbeddingTable`, may be memory-mapped. `plan` says where the graphs
     run, if known, `identity` whose saved conversations can be gone on with. `prefix_cache_bytes` of KV caches are kept for prompts that begin like an earlier one; 0 keeps none. `picture_cache`: where embeddings are kept on disk.
+    `turns`: that the sessions take, if only one graph is loaded at a time. A peak above `max_memory_bytes` is a note.
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class VLM:
         prefix_cache_bytes: int = PREFIX_BYTES,
         identity: Identity = NOBODY,
         picture_cache: PictureCache | None = None,
+        turns: Turns | None = None,
+        max_memory_bytes: int | None = None,
     ) -> None:
         self.spec = spec
         self.tokenizer = tokenizer
@@ -70,10 +74,16 @@ class VLM:
         vision.check_graph(sessions["vision"].spec, spec.picture, width)
         decoder.check_graph(sessions["decoder"].spec, spec.decoder)
         self._table.check(spec.decoder)
-        self._vision = VisionEncoder(self._sessions["vision"], spec.picture, width, picture_cache)
+        self._vision = VisionEncoder(
+            self._sessions["vision"], spec.picture, width, picture_cache, getattr(sessions["vision"], "ready", None)
+        )
         self._prefixes = PrefixCache(prefix_cache_bytes)
         self._identity = identity
         self._pace = Pace()
+        self._turns = turns
+        self._max_memory_bytes = max_memory_bytes
+        if turns is not None:
+            turns.on_release = self._released
 
     @overload
     def generate(
@@ -283,7 +293,17 @@ class VLM:
         capacity = prompt_tokens + options.max_new_tokens - 1
         state = Decoder(session, self.spec.decoder, self._table, capacity)
         return Generation(
-            request, options, self.spec, self._vision, state, self._table, self._prefixes, self._pace, should_stop
+            request,
+            options,
+            self.spec,
+            self._vision,
+            state,
+            self._table,
+            self._prefixes,
+            self._pace,
+            self._turns,
+            self._max_memory_bytes,
+            should_stop,
         )
 
     def save(self, path: str | Path, messages: Sequence[Mapping[str, Any]]) -> int:
@@ -328,6 +348,11 @@ class VLM:
     def forget(self) -> None:
         """Let go of the KV caches that earlier answers left."""
         self._prefixes.clear()
+
+    def _released(self, session: Session) -> None:
+        """A graph is closed to make room: KV caches of an engine that holds them itself are given up."""
+        if self._turns is not None and not self._turns.caches_outlive_decoder and session.spec.name == "decoder":
+            self._prefixes.clear()
 
     def close(self) -> None:
         """Free what the engines hold. Generating afterwards is an error; closing again is not."""

@@ -16,6 +16,8 @@ class Metrics:
 
     prepare_ms: float
     """Opening, slicing and resizing the pictures, making the prompt."""
+    load_ms: float
+    """Loading graphs that had been released to save memory; see `sequential`. 0.0 where all stay loaded."""
     image_ms: tuple[float, ...]
     """Vision encoding per slice, in prompt order; 0.0 where the features came from the cache."""
     slices_from_cache: int

@@ -46,8 +46,17 @@ class VisionEncoder:
     only), and ten slices in one run would take ten times the attention memory for no gain on a busy processor.
     """
 
-    def __init__(self, session: Session, spec: PictureSpec, hidden_size: int, disk: PictureCache | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        spec: PictureSpec,
+        hidden_size: int,
+        disk: PictureCache | None = None,
+        ready: Callable[[], None] | None = None,
+    ) -> None:
+        """`ready` is called before the graph is run, and is not counted in its time."""
         self._disk = disk
+        self._ready = ready
         self._session = session
         self._spec = spec
         self._hidden_size = hidden_size
@@ -79,14 +88,12 @@ class VisionEncoder:
         for i, (pixels, key) in enumerate(zip(slices, keys, strict=True)):
             if i < known:
                 continue
-            features = self._recall(key)
-            if features is None and self._disk is not None:
-                features = self._disk.get(key)
-                if features is not None:
-                    self._remember(key, features)
+            features = self._find(key)
             if features is None:
                 if should_stop is not None and should_stop():
                     raise Cancelled
+                if self._ready is not None:
+                    self._ready()
                 started = time.perf_counter()
                 features = self._run(pixels, longest)
                 self._remember(key, features)
@@ -97,6 +104,19 @@ class VisionEncoder:
             embeds[i] = features
         notes = () if self._disk is None else tuple(self._disk.notes())
         return Encoded(embeds, tuple(ms), tuple(from_cache), notes)
+
+    def knows(self, keys: Sequence[bytes]) -> bool:
+        """Whether the slices with these keys need not be encoded."""
+        return all(self._find(key) is not None for key in keys)
+
+    def _find(self, key: bytes) -> F32 | None:
+        """What is remembered of a slice, or kept on disk."""
+        features = self._recall(key)
+        if features is None and self._disk is not None:
+            features = self._disk.get(key)
+            if features is not None:
+                self._remember(key, features)
+        return features
 
     def _longest(self, slices: Sequence[U8]) -> U8:
         return max(slices, key=self._patches, default=np.empty((0, 0, 3), np.uint8))

@@ -387,3 +387,27 @@ def test_table_sizes_and_escapes() -> None:
         "0 B", "999 B", "1 kB", "5.35 MB", "17.1 GB",
     ]  # fmt: skip
     assert console.printable("a\nb\x1b[0m\u202e") == "a\\nb\\x1b[0m\\u202e"
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def test_graphs_take_turns_where_memory_is_short(
+    bundle: Path, picture: Path, cli: Cli, vlm: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a real engine: the same answer, with vision released before the decoder is loaded."""
+    impossible = cli("run", bundle, "Hello!", "--max-memory", "1MiB")
+    assert impossible.code == 1 and "all graphs at once take about" in impossible.err
+    assert "one at a time" in impossible.err and len(impossible.err.splitlines()) == 1
+    files = {a.graph: sum(f.bytes for f in a.files) for a in load_manifest(bundle).artifacts}
+    decoder = vlm.spec.decoder
+    tokens = min(2048, decoder.context_length)
+    files["decoder"] += 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * 4 * tokens
+    monkeypatch.setattr("lensc.runtime.sequential.WORK_BYTES", 0)
+    say(monkeypatch, f"/image {picture}", "What is it?", "And now?", "/metrics")
+    shown = cli("chat", bundle, "--json", "--max-memory", max(files.values()), *SHORT)
+    documents = [json.loads(line) for line in shown.out.splitlines()]
+    assert documents[0]["metrics"]["load_ms"] > 0 and documents[1]["metrics"]["load_ms"] == 0
+    assert any("decoder was loaded in" in note for note in documents[0]["metrics"]["notes"])
+    expected = vlm.generate("What is it?", [picture], max_new_tokens=8)
+    assert documents[0]["token_ids"] == list(expected.token_ids)

@@ -33,6 +33,7 @@ from lensc.backends.errors import (
     CompatibilityError,
     GraphError,
     ManifestError,
+    MemoryLimitError,
     ParityError,
     TokenizerError,
     UnavailableError,
@@ -311,3 +312,27 @@ def test_a_picture_cache_needs_a_graph_that_was_judged_and_checked(
     with lensc.load(bundle, picture_cache_bytes=1 << 20) as vlm:
         vlm.generate("Hello", [np.zeros((28, 28, 3), np.uint8)])
     assert len(list((tmp_path / "cache" / "lensc" / "pictures").iterdir())) == 1
+
+
+def test_max_memory_decides_whether_graphs_take_turns(
+    tmp_path: Path, engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lensc.runtime.sequential.WORK_BYTES", 1000)
+    bundle = build(tmp_path / "b")
+    cache = 2 * 1 * 2 * 4 * 4 * 64  # one layer, two heads of 4 float32, all 64 tokens of the context
+    at_once, in_turn = 1000 + cache + 6, 1000 + cache + 3  # artifacts are files of three bytes
+    with lensc.load(bundle, max_memory_bytes=at_once):
+        assert len(engines["alpha"].open) == 2
+    with lensc.load(bundle, max_memory_bytes=at_once - 1) as vlm:
+        assert [s.spec.name for s in engines["alpha"].open] == ["vision"]
+        result = vlm.generate("Hello")
+        assert result.token_ids == (0, 0, 0)
+        assert [s.spec.name for s in engines["alpha"].open] == ["decoder"]
+        assert "peak memory was" in result.metrics.notes[-1], "this process is larger than some bytes"
+    assert not engines["alpha"].open
+    with pytest.raises(MemoryLimitError, match=r"all graphs at once take about 0 MB, one at a time 0 MB .*64 tokens"):
+        lensc.load(bundle, max_memory_bytes=in_turn - 1)
+    broken = build(tmp_path / "broken", value="0.75")
+    with pytest.raises(ParityError, match="vision on alpha:cpu"):
+        lensc.load(broken, max_memory_bytes=in_turn + 1)
+    assert not engines["alpha"].open
