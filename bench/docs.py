@@ -210,12 +210,16 @@ def command_line(_: Path) -> str:
     from lensc.cli import parser as make_parser
 
     os.environ["COLUMNS"] = "100"  # argparse wraps to the terminal
-    parser = make_parser()
+    return "\n".join(f"```text\n{text.rstrip()}\n```\n" for text in _helps(make_parser())).rstrip()
+
+
+def _helps(parser: argparse.ArgumentParser) -> list[str]:
+    """The help of a parser and of all commands below it."""
     texts = [parser.format_help()]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            texts += [sub.format_help() for sub in action.choices.values()]
-    return "\n".join(f"```text\n{text.rstrip()}\n```\n" for text in texts).rstrip()
+            texts += [text for sub in action.choices.values() for text in _helps(sub)]
+    return texts
 
 
 PARTS: dict[str, Callable[[Path], str]] = {

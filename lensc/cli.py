@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 from lensc.backends.errors import LensError, UnavailableError, UsageError
 from lensc.export.quantize.scheme import MARKS, NAMED
 
-from . import console, planning
+from . import aihub, console, planning
 
 if TYPE_CHECKING:
     from lensc.backends.base import Target
@@ -96,8 +96,7 @@ def parser() -> argparse.ArgumentParser:
     def verb(name: str, function: Callable[[argparse.Namespace], int], help: str, more: str = "") -> Parser:
         added = verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}. {more}".strip())
         added.set_defaults(verb=function)
-        added.add_argument("--json", action="store_true", help="machine-readable output")
-        added.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        _common(added)
         return added
 
     resumes = "An interrupted run leaves OUT.partial beside OUT; run the same command again to go on from there."
@@ -177,8 +176,19 @@ def parser() -> argparse.ArgumentParser:
     more = "From sizes and the device's profile, before anything is downloaded or compiled; each figure says what it rests on."
     planning.add_plan(verb("plan", planning.plan, "predict memory and times of a model on a device", more))
 
+    text = "compile, time and check the vision graph on a phone that Qualcomm AI Hub hosts"
+    hosted = verbs.add_parser(
+        "aihub", help=text, description=f"{text[0].upper()}{text[1:]}. This is untested against the service."
+    )
+    aihub.add_verbs(hosted, _common)
+
     verb("devices", _devices, "list each engine and processor as usable or not, and why")
     return top
+
+
+def _common(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--json", action="store_true", help="machine-readable output")
+    verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 class Version(argparse.Action):

@@ -33,7 +33,7 @@ def summary(manifest: Manifest, folder: Path) -> str:
     if manifest.artifacts:
         lines.append(_artifacts(manifest))
     if manifest.parity:
-        lines.append(_parity(manifest.parity))
+        lines.append(parity(manifest.parity))
     return "\n".join(lines)
 
 
@@ -64,7 +64,7 @@ def details(manifest: Manifest, folder: Path, verified: bool) -> str:
         parts.append("\n".join(["recipe", *lines]))
     parts.append("graphs\n" + _graphs(manifest))
     parts.append("artifacts\n" + (_artifacts(manifest) or "  none; make a bundle with lensc compile"))
-    parts.append("parity\n" + (_parity(manifest.parity) or "  not measured"))
+    parts.append("parity\n" + (parity(manifest.parity) or "  not measured"))
     if manifest.measured:
         parts.append("measured elsewhere\n" + measured(manifest.measured))
     probes = [(p.graph, p.file, f"tolerance {p.tolerance:.3g}") for p in manifest.probes]
@@ -132,7 +132,8 @@ def measured(records: Iterable[MeasuredRecord]) -> str:
     return table([[printable(cell) for cell in row] for row in rows], "  ")
 
 
-def _parity(records: Iterable[ParityRecord]) -> str:
+def parity(records: Iterable[ParityRecord]) -> str:
+    """A line for each graph and target that was compared."""
     rows = [("graph", "on", "against", "max abs", "SQNR dB", "cosine", "top-1", "diverges", "pictures", "")]
     for r in records:
         top1 = "-" if r.top1_agreement is None else f"{100 * r.top1_agreement:.2f} %"

@@ -77,6 +77,13 @@ LAYERS = {
         anywhere=frozenset({"numpy", "PIL", "tokenizers", "torch", "safetensors"}),
         in_functions=frozenset({"matplotlib", "fontTools"}),
     ),
+    # the client of AI Hub, and what it and onnx raise
+    "export.aihub_service": Layer(
+        ("profiles", *CONTRACT),
+        anywhere=frozenset({"numpy"}),
+        in_functions=frozenset({"qai_hub", "google", "requests", "botocore", "s3transfer"}),
+    ),
+    "export.aihub_package": Layer(CONTRACT, anywhere=frozenset({"numpy", "onnx"}), in_functions=frozenset({"google"})),
     "export.graph": Layer((), siblings=False),
     "export.quantize.scheme": Layer(("backends.errors",), siblings=False),
     "kernels": Layer((), anywhere=frozenset({"numpy"}), in_functions=frozenset({"torch", "triton"})),
