@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from lensc.backends.base import Array, Artifact, Target, file_record
+from lensc.backends.base import Array, Artifact, Target, file_record, sha256_file
 from lensc.backends.bundle import (
+    MANIFEST,
     PARTIAL,
     Manifest,
     MeasuredRecord,
@@ -37,12 +39,15 @@ from .aihub_package import WriteFixed, interface, interface_of_package, split, u
 from .aihub_parity import BACKEND, GRAPH, checked_outputs, judge, picture_cases, probe_cases
 from .aihub_parity import check_parity as check_parity
 from .aihub_service import AGAIN, HostedDevice, JobFailedError, JobsFile, Service, check_ready
-from .compile_stages import NOT_RUN, STAGES, check_supported, compile_target, portable_graphs
-from .export_stages import TOKENIZER_CONFIG, copy_files
-from .provenance import code_key, timestamp, versions
+from .build import compile_graphs
+from .compile_stages import NOT_RUN, portable_graphs
+from .provenance import code_key, timestamp
 from .stages import Report, StageEvent, Staging
 
 SERVICE = "Qualcomm AI Hub"
+LOCAL = "here"
+"""Where the bundle without the service's part is made."""
+
 JOBS = ".aihub.json"
 """Suffix of the file of jobs beside an output."""
 
@@ -61,7 +66,7 @@ def compile_on(
     out: str | Path,
     *,
     write_fixed: WriteFixed,
-    targets: Sequence[Target] = (),
+    targets: Sequence[Target],
     options: str = "",
     timeout_s: float = TIMEOUT_S,
     report: Report | None = None,
@@ -69,7 +74,7 @@ def compile_on(
 ) -> Manifest:
     """Let the service compile the vision graph of the folder `graphs` for a device, into the bundle `out`.
 
-    All graphs are compiled here for `targets`, too. `options` are further options of the service's compiler. Raises
+    All graphs are compiled here for `targets`, one at least. `options` are further options of the service's compiler. Raises
     what `build.compile_graphs` does, UsageError for a device that is not there, UnsupportedError for a chip without a
     profile, ExecutionError for whatever the service or the way to it does. `out` is complete or untouched; what is on
     the service already is used by the next run.
@@ -84,19 +89,16 @@ def compile_on(
         raise UnsupportedError(
             f"graph {GRAPH} in {portable[GRAPH].scheme}: the service is given float graphs; export it with --scheme f32"
         )
-    if targets:
-        specs = {name: graph.spec for name, graph in portable.items()}
-        check_supported(specs, {name: {graph.scheme: ()} for name, graph in portable.items()}, targets)
-    listed = {f.path: f for f in made.files}
-    copied = [made.tokenizer, *made.tables.values(), *(probe.file for probe in made.probes)]
-    copied = list(dict.fromkeys([*copied, *(name for name in (TOKENIZER_CONFIG,) if name in listed)]))
     with _asking(config, out) as (service, jobs):
         device = service.device(device_name)
         target = target_of(device)
         keys: list[str] = []
-        with Staging(out, STAGES * len(targets) + 4, report) as staging:
-            hashes = {name: listed[name].sha256 for name in copied}
-            staging.stage("copy tables", hashes, tuple[str, ...], lambda: copy_files(folder, staging.tree, copied))
+        with Staging(out, 4, report) as staging:
+            key = {"graphs": sha256_file(folder / MANIFEST), "targets": " ".join(map(str, targets))}
+            local = staging.folder / LOCAL
+            here = staging.stage(
+                "compile here", {**key, **code_key()}, Manifest, partial(_here, folder, targets, local)
+            )
             graph = portable[GRAPH]
             key = {"graph": graph.sha256, **code_key()}
             package = staging.folder / "vision.onnx.zip"
@@ -108,18 +110,20 @@ def compile_on(
             )
             name = f"compile {GRAPH} for {device} on {SERVICE}"
             asked = staging.stage(name, key, Artifact, partial(work, _saying(report, name)))
-            artifacts = (asked, *(a for t in targets for a in compile_target(staging, portable, t, made.probes)))
             manifest = dataclasses.replace(
-                made,
-                graphs={name: dataclasses.replace(record, file=None) for name, record in made.graphs.items()},
-                artifacts=artifacts,
-                stages=(*made.stages, *staging.records),
-                provenance=dataclasses.replace(
-                    made.provenance, command=command, versions=versions(), created=timestamp()
-                ),
-                metadata={**made.metadata, "export_command": made.provenance.command},
+                here,
+                artifacts=(asked, *here.artifacts),
+                stages=(*here.stages, *staging.records),
+                provenance=dataclasses.replace(here.provenance, command=command, created=timestamp()),
             )
-            published = staging.publish(lambda bundle: write_manifest(bundle, manifest))
+
+            def finish(bundle: Path) -> Manifest:
+                for record in here.files:
+                    (bundle / record.path).parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(local / record.path, bundle / record.path)
+                return write_manifest(bundle, manifest)
+
+            published = staging.publish(finish)
         jobs.drop(*keys)
     return published
 
@@ -279,6 +283,12 @@ def _finished(
     except JobFailedError:
         jobs.drop(key)
         raise
+
+
+def _here(graphs: Path, targets: Sequence[Target], local: Path) -> tuple[Manifest, list[Path]]:
+    """A bundle of what can be compiled on this machine."""
+    made = compile_graphs(graphs, targets, local)
+    return made, [*(local / record.path for record in made.files), local / MANIFEST]
 
 
 def _compile(
