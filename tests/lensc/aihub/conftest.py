@@ -8,8 +8,10 @@ What the service does beyond the client's source is not known here: `lensc aihub
 
 from __future__ import annotations
 
+import copy
 import io
 import re
+import shutil
 import threading
 import time
 import zipfile
@@ -55,6 +57,10 @@ def write_fixed(graph: Graph, path: Path) -> int:
     del model.graph.value_info[:]
     onnx.save(model, path, save_as_external_data=True, location="vision.data", size_threshold=1024)
     return 1_000_000
+
+
+KNOWN = ("asked", "models", "files", "jobs", "polls", "datasets", "options")
+"""What the server knows, which outlives a test together with the bundle that it compiled."""
 
 
 @dataclass
@@ -242,7 +248,7 @@ class Handler(BaseHTTPRequestHandler):
             target.metadata.entries[pb.MODEL_METADATA_KEY_QAIRT_SDK_VERSION] = "2.51.0"
             made.target_model.CopyFrom(target)
             self.hub.models[target.model_id] = target
-            self.hub.files[target.model_id] = compiled(self.hub.files[made.model.model_id])
+            self.hub.files[target.model_id] = compile_model(self.hub.files[made.model.model_id])
         else:
             job.inference_job.inference_job_id = name
         job.hub_version = "aihub-2026.11"
@@ -307,7 +313,7 @@ class Handler(BaseHTTPRequestHandler):
         self._answer("PATCH")
 
 
-def compiled(uploaded: bytes) -> bytes:
+def compile_model(uploaded: bytes) -> bytes:
     """An ONNX file that names a context binary, as the service makes it; the binary is the uploaded model."""
     import onnx
     from onnx import helper
@@ -365,27 +371,54 @@ def to_h5(outputs: dict[str, list[Any]]) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """The server, the client's configuration for it, and shorter waits between the client's own retries."""
+@pytest.fixture(scope="session")
+def server() -> Iterator[Hub]:
+    """The server, at one address for all tests."""
     pytest.importorskip("qai_hub", reason="qai-hub is not installed; pip install 'lensc[aihub]'")
     found = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": found}))
-    server.daemon_threads = True
-    found.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": found}))
+    listening.daemon_threads = True
+    found.url = f"http://127.0.0.1:{listening.server_port}"
+    thread = threading.Thread(target=listening.serve_forever, args=(0.01,))
     thread.start()
+    yield found
+    listening.shutdown()
+    thread.join()
+    listening.server_close()
+
+
+@pytest.fixture
+def hub(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The server with nothing on it, the client's configuration for it, and shorter waits between the client's retries."""
+    vars(server).update(vars(Hub(url=server.url)))
     config = tmp_path / "client.ini"
-    config.write_text(f"[api]\napi_url = {found.url}\nweb_url = {found.url}\napi_token = {TOKEN}\nverbose = true\n")
+    address = server.url
+    config.write_text(f"[api]\napi_url = {address}\nweb_url = {address}\napi_token = {TOKEN}\nverbose = true\n")
     monkeypatch.setenv("QAIHUB_CLIENT_INI", str(config))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("lensc.aihub._write_fixed", write_fixed)
     sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.005)))
-    yield found
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    return server
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `compiled` keeps: the bundle, and what the server knew when it had made it."""
+    return {"folder": tmp_path_factory.mktemp("compiled") / "bundle"}
+
+
+@pytest.fixture
+def compiled(hub: Hub, graphs: Path, tmp_path: Path, once: dict[str, Any]) -> Path:
+    """A bundle that the server compiled; it is made once, the server is told what it knew then."""
+    from lensc.cli import main
+
+    if "hub" not in once:
+        argv = ["aihub", "compile", str(graphs), "-o", str(once["folder"]), "--device", S24[0]]
+        assert main(argv) == 0
+        once["hub"] = {name: copy.deepcopy(getattr(hub, name)) for name in KNOWN}
+    vars(hub).update(copy.deepcopy(once["hub"]))
+    return Path(shutil.copytree(once["folder"], tmp_path / "bundle"))
 
 
 @pytest.fixture

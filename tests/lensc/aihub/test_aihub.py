@@ -43,14 +43,6 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return run
 
 
-@pytest.fixture
-def compiled(hub: Any, run: Run, graphs: Path, tmp_path: Path) -> Path:
-    out = tmp_path / "bundle"
-    code, _, err = run("compile", graphs, "-o", out)
-    assert code == 0, err
-    return out
-
-
 def test_compile_profile_infer(hub: Any, run: Run, graphs: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     code, text, err = run("compile", graphs, "-o", out, "--options", "--qairt_version 2.51")
