@@ -89,9 +89,9 @@ def _compile(options: argparse.Namespace) -> int:
 
 def _write_fixed(graph: Graph, path: Path) -> int:
     """The vision graph as the backend qnn lowers it, for one slice."""
-    from lensc.backends._qnn_compile import write_fixed  # type: ignore[import-untyped,unused-ignore]
+    from lensc.backends._qnn_compile import write_fixed
 
-    return int(write_fixed(graph, path))
+    return write_fixed(graph, path, None)
 
 
 def _profile(options: argparse.Namespace) -> int:

@@ -25,8 +25,6 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
-from lensc.export.graph import Graph
-
 TOKEN = "right-token"
 PART_BYTES = 100_000
 S24 = (
@@ -41,22 +39,6 @@ DEVICES = (
     ("Samsung Galaxy Tab S8", "12", ("chipset:sm8450", "framework:onnx")),
     ("Google Pixel 3", "10", ("chipset:qualcomm-snapdragon-845",)),
 )
-
-
-def write_fixed(graph: Graph, path: Path) -> int:
-    """The portable graph for one slice with the most patches, its functions inlined."""
-    import onnx
-    import onnx.inliner
-
-    model = onnx.inliner.inline_local_functions(onnx.load(graph.path))
-    sizes = {"slices": 1, "patches": graph.spec.dims["patches"].max}
-    for value in (*model.graph.input, *model.graph.output):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.dim_value = sizes[dim.dim_param]
-    del model.graph.value_info[:]
-    onnx.save(model, path, save_as_external_data=True, location="vision.data", size_threshold=1024)
-    return 1_000_000
 
 
 KNOWN = ("asked", "models", "files", "jobs", "polls", "datasets", "options")
@@ -396,7 +378,6 @@ def hub(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     config.write_text(f"[api]\napi_url = {address}\nweb_url = {address}\napi_token = {TOKEN}\nverbose = true\n")
     monkeypatch.setenv("QAIHUB_CLIENT_INI", str(config))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("lensc.aihub._write_fixed", write_fixed)
     sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.005)))
     return server
