@@ -152,10 +152,9 @@ def _compile(ort: Any, job: Mapping[str, Any]) -> dict[str, Array]:
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
     session = ort.InferenceSession(job["source"], sess_options=options, enable_fallback=0)
-    where = {
-        node.name: part.ep_name for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()
-    }
-    counts = Counter(part.ep_name for part in session.get_provider_graph_assignment_info() for _ in part.get_nodes())
+    parts = session.get_provider_graph_assignment_info()
+    where = {node.name: [node.op_type, part.ep_name] for part in parts for node in part.get_nodes()}
+    counts = Counter(part.ep_name for part in parts for _ in part.get_nodes())
     report = json.dumps({"where": where, "counts": counts})
     import resource
 

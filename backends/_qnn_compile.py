@@ -40,9 +40,9 @@ LIMIT_S = 3600.0
 
 @dataclass(frozen=True)
 class Compiled:
-    """Where each node went, how many went where, and the compiler's peak memory."""
+    """What each node is and where it went, how many went where, and the compiler's peak memory."""
 
-    where: dict[str, str]
+    where: dict[str, list[str]]
     counts: dict[str, int]
     peak_bytes: int
 
@@ -88,8 +88,8 @@ def compile_context(source: Path, out: Path, provider: Mapping[str, str], allowe
                 raise UnsupportedError(f"{len(refused)} nodes are not for the NPU: {_shown(refused)}") from error
             raise ExecutionError(f"{error}: {child.last_words()}" if child.log().strip() else str(error)) from error
     report = json.loads(str(answer["report"]))
-    where: dict[str, str] = report["where"]
-    elsewhere = {name for name, provider_name in where.items() if provider_name != PROVIDER}
+    where: dict[str, list[str]] = report["where"]
+    elsewhere = {name for name, (_, at) in where.items() if at != PROVIDER}
     strangers = sorted(elsewhere - set(allowed))
     if strangers:
         nodes = _nodes(source)

@@ -101,7 +101,7 @@ def export_graphs(staging: Staging, source: Source, folder: Path) -> Exported:
     staging.stage("tokenizer", key, tuple[str, ...], partial(copy_files, checkpoint.folder, tree, names))
     progress = staging.limit.check
     graphs = {
-        name: staging.stage(f"export {name}", key, GraphRecord, partial(_export, source, name, folder, progress))
+        name: staging.stage(f"export {name}", key, GraphRecord, partial(export_one, source, name, folder, progress))
         for name in GRAPHS
     }
     key = key | {name: record.sha256 for name, record in graphs.items()}
@@ -185,7 +185,7 @@ def _table(source: Source, tree: Path) -> tuple[dict[str, str], Paths]:
     return names, [tree / name for name in names.values()]
 
 
-def _export(source: Source, name: str, folder: Path, check: Callable[[], None]) -> tuple[GraphRecord, Paths]:
+def export_one(source: Source, name: str, folder: Path, check: Callable[[], None]) -> tuple[GraphRecord, Paths]:
     """Export one graph; its weights are read a few rows at a time, while they are quantized and written."""
     checkpoint = source.checkpoint
     with torch.device("meta"):

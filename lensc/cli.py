@@ -157,6 +157,12 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("bundle", metavar="BUNDLE")
     inspect.add_argument("--verify", action="store_true", help="compute the SHA-256 of every file, too")
 
+    explain = verb("explain", _explain, "show where every node of a bundle runs, and why not on its processor")
+    explain.add_argument("bundle", metavar="BUNDLE")
+    explain.add_argument("--target", metavar="TARGET", help="only the artifacts of this target")
+    text = "fail if more than N nodes of an artifact for a GPU or NPU run on the CPU"
+    explain.add_argument("--max-cpu-nodes", metavar="N", type=int, help=text)
+
     run = verb("run", _run, "answer one question about pictures; the answer is streamed")
     run.add_argument("bundle", metavar="BUNDLE")
     run.add_argument("prompt", metavar="PROMPT", help="the question; - reads it from stdin")
@@ -361,6 +367,12 @@ def _inspect(options: argparse.Namespace) -> int:
     else:
         print(describe.details(manifest, folder, options.verify))
     return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from . import explain
+
+    return explain.explain(options)
 
 
 def _run(options: argparse.Namespace) -> int:
