@@ -249,10 +249,13 @@ def _on_service(service: Service, jobs: JobsFile, artifact: Artifact, folder: Pa
     if compiled is not None and artifact.options.get("aihub_service") == service.url and service.has_model(compiled):
         return compiled
     say("upload the artifact")
+    files = [
+        record for record in artifact.files if not record.path.endswith(".json")
+    ]  # the client takes model and binary only
     with tempfile.TemporaryDirectory(dir=jobs.path.parent, suffix=PARTIAL) as scratch:
         package = Path(scratch) / "vision.onnx.zip"
-        zip_files([folder / record.path for record in artifact.files], package)
-        hashes = [record.sha256 for record in artifact.files]
+        zip_files([folder / record.path for record in files], package)
+        hashes = [record.sha256 for record in files]
         return _uploaded(service, jobs, package, jobs.key("artifact", service.url, *hashes))
 
 
