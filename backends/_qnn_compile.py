@@ -27,7 +27,6 @@ HINTS = {
     "Reshape": "at most 5 dimensions",
     "Transpose": "at most 5 dimensions",
     "DequantizeLinear": "int8 with a scale per output, or int4 in groups",
-    "MatMul": "a constant must be the second operand",
 }
 """What to change, by operator."""
 
@@ -118,7 +117,7 @@ def _nodes(source: Path) -> dict[str, str]:
     }
     described = {}
     for node in graph.node:
-        hint = f", expected {HINTS[node.op_type]}" if node.op_type in HINTS else ""
+        hint = f", expected: {HINTS[node.op_type]}" if node.op_type in HINTS else ""
         described[node.name] = f"{node.name} ({node.op_type} {shapes.get(node.output[0], '')}{hint})"
     return described
 

@@ -25,7 +25,8 @@ LEVELS = {8: 255, 16: 65535}
 SIGNED_LEVELS = 32767
 WIDE_ARCH = 73
 """From this generation on, the HTP multiplies activations of 16 bits by others of 16 bits, if those are symmetric. Unsigned
-ones it rounds to 8, without a word: 39 dB are left of a product, by emulation, where symmetric ones leave 70."""
+ones it rounds to 8, without a word: 39 dB are left of a product, by emulation, where symmetric ones leave 70. The one before
+that we know, v68, has neither float16 nor weights of 4 bits in groups."""
 
 MARGIN = {8: 1.0, 16: 1.25}
 """How much wider than seen: what is clipped costs more than a third of a bit of 16 does, of 8 it does not."""

@@ -29,6 +29,7 @@ from ._qnn_child import Child, session_options
 from ._qnn_chip import check_context, chip, unknown_chip
 from ._qnn_compile import compile_context, write_fixed
 from ._qnn_lower import cannot_be_lowered, patches_of
+from ._qnn_quantize import WIDE_ARCH
 from ._qnn_ranges import measure, save_ranges
 from ._qnn_session import QnnSession, padded
 from .base import Array, Artifact, Probe, Session, Target, check_compatibility, check_interface, file_record
@@ -84,7 +85,7 @@ class Qnn:
         problem = cannot_be_lowered(spec)
         if problem:
             return f"target {target}: graph {spec.name}: {problem}"
-        return _unknown_scheme(Scheme.parse(scheme))
+        return _unknown_scheme(Scheme.parse(scheme)) or _too_new(Scheme.parse(scheme), target)
 
     def needs_ranges(self, scheme: str) -> bool:
         """Every scheme that is not float."""
@@ -223,6 +224,13 @@ def _unknown_scheme(scheme: Scheme) -> str | None:
     if scheme.weight_bits == 4 and scheme.group_size in GROUPS and scheme.activation_bits == 16:
         return None
     return f"scheme {scheme}: backend {NAME} takes f32, f16, w8a16, w8a8 and w4a16 in groups; the nearest is {nearest}"
+
+
+def _too_new(scheme: Scheme, target: Target) -> str | None:
+    """Why the chip has no arithmetic for `scheme`, or None."""
+    if chip(target.arch).htp_arch >= WIDE_ARCH or scheme.weight_bits == 8:
+        return None
+    return f"target {target}: Hexagon before v{WIDE_ARCH} takes no {scheme}: no float16, no groups of 4 bits; expected w8a16 or w8a8"
 
 
 def _is_emulated() -> bool:

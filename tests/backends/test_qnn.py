@@ -387,6 +387,14 @@ def test_a_scheme_without_a_form_names_the_nearest(scheme: str) -> None:
     assert "the nearest is w" in str(backend.supports(tower(), scheme, TARGET))
 
 
+@pytest.mark.parametrize("scheme", ["f32", "w4a16-g32"])
+def test_what_an_older_chip_has_no_arithmetic_for_is_refused(scheme: str) -> None:
+    assert "no float16, no groups of 4 bits; expected w8a16" in str(
+        backend.supports(tower(), scheme, Target("qnn", "npu", "qcs6490"))
+    )
+    assert backend.supports(tower(), "w8a16", Target("qnn", "npu", "qcs6490")) is None
+
+
 def test_a_graph_with_a_cache_is_refused() -> None:
     spec = dataclasses.replace(tower(), dims={**tower().dims, "past": DimRange(0, 1, 9)})
     assert "expected dimensions slices and patches" in str(backend.supports(spec, "f32", TARGET))
