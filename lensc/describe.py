@@ -32,6 +32,12 @@ def summary(manifest: Manifest, folder: Path) -> str:
     lines = [f"{kind} {folder}: {printable(manifest.model.name)}, {manifest.provenance.scheme}, {total}"]
     if manifest.artifacts:
         lines.append(_artifacts(manifest))
+        compiled = {artifact.graph for artifact in manifest.artifacts}
+        lines += [
+            f"  {name}: compiled for no target of this command, and lensc run needs it: add e.g. --target {name}=native:cpu"
+            for name in manifest.graphs
+            if name not in compiled
+        ]
     if manifest.parity:
         lines.append(parity(manifest.parity))
     return "\n".join(lines)
