@@ -49,7 +49,7 @@ MIN_SQNR_DB = 20.0
 """Of every output, where products are computed with 8-bit inputs or keys and values are stored in 8 bits. Such
 noise is 30 to 40 dB below the signal in either of our graphs; zeros, other layers' weights or a wrong scale leave less than 5."""
 
-INT8_TEXT = f"int8 or int16 activations, float16, or int8 KV cache: SQNR of every output at least {MIN_SQNR_DB:.0f} dB"
+INT8_TEXT = f"int8 products or KV cache, or activations of 16 bits: SQNR of every output at least {MIN_SQNR_DB:.0f} dB"
 
 INT8_PROBE = 0.5
 """Largest absolute difference of a golden probe in int8, for outputs of a root mean square up to 1; above, in

@@ -302,7 +302,10 @@ def test_eight_bit_keys_and_values(checkpoint: Path, engine: str, option: str, k
     (artifact,) = [a for a in manifest.artifacts if a.graph == "decoder"]
     assert artifact.scheme == "w4a8-g32-s4-kv8-mixed" and artifact.options[option] == kept
     judged = [r for r in manifest.parity if r.target == str(target) and r.graph == "decoder"]
-    assert judged[0].tolerance.startswith("int8 products or KV cache: SQNR") and judged[0].sqnr_db > 20
+    assert (
+        judged[0].tolerance.startswith("int8 products or KV cache, or activations of 16 bits: SQNR")
+        and judged[0].sqnr_db > 20
+    )
     with lensc.load(tmp_path / "b") as vlm:
         result = vlm.generate("Read.", max_new_tokens=8)
     # a byte for each value of 2 rows of 64, for a key and a value in one layer; openvino needs 8 more for a row's range

@@ -28,9 +28,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The golden checkpoint with slices of 64 patches instead of 1024, which take a second to emulate."""
     folder = tmp_path_factory.mktemp("small") / "checkpoint"
     shutil.copytree(GOLDEN, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["slice_config"]["scale_resolution"] = 112
-    (folder / "config.json").write_text(json.dumps(config))
+    for name, part in (("config.json", "slice_config"), ("preprocessor_config.json", None)):
+        document = json.loads((folder / name).read_text())
+        (document if part is None else document[part])["scale_resolution"] = 112
+        (folder / name).write_text(json.dumps(document))
     return folder
 
 
@@ -65,7 +66,7 @@ def test_it_answers_with_vision_there_and_the_decoder_here(bundle: Path) -> None
     picture = Image.new("RGB", (56, 42), (200, 30, 60))
     with lensc.load(bundle, target="vision=qnn:npu:sm8650,decoder=onnxruntime:cpu") as vlm:
         assert str(vlm.plan["vision"].effective) == "qnn:npu:sm8650"
-        assert vlm.generate("What?", [picture], max_new_tokens=4).metrics.slices == 1
+        assert len(vlm.generate("What?", [picture], max_new_tokens=4).metrics.image_ms) == 1
     with pytest.raises(UnavailableError, match="the bundle was built for"):
         lensc.load(bundle, target="vision=qnn:npu:sm8750")
 
