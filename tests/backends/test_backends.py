@@ -118,11 +118,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], E
 def targets() -> list[Any]:
     found = []
     for probe in registry.probes():
-        if isinstance(registry.get(probe.backend), StaticBackend):
-            continue  # graphs of fixed shapes for a named chip have a file of their own, test_qnn.py
-        marks = () if probe.usable else pytest.mark.skip(reason=probe.reason)
-        target = Target(probe.backend, probe.processor)
-        found.append(pytest.param(target, id=str(target), marks=marks))
+        if not isinstance(registry.get(probe.backend), StaticBackend):  # those have a file of their own, test_qnn.py
+            marks = () if probe.usable else pytest.mark.skip(reason=probe.reason)
+            name = f"{probe.backend}:{probe.processor}"
+            found.append(pytest.param(Target.parse(name), id=name, marks=marks))
     return found
 
 
