@@ -120,8 +120,7 @@ def targets() -> list[Any]:
     for probe in registry.probes():
         if not isinstance(registry.get(probe.backend), StaticBackend):  # those have a file of their own, test_qnn.py
             marks = () if probe.usable else pytest.mark.skip(reason=probe.reason)
-            name = f"{probe.backend}:{probe.processor}"
-            found.append(pytest.param(Target.parse(name), id=name, marks=marks))
+            found.append(pytest.param(Target(probe.backend, probe.processor), id=probe.backend, marks=marks))
     return found
 
 
