@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import TracebackType
 from typing import IO, Any, Self
 
@@ -162,11 +162,18 @@ def _compile(ort: Any, job: Mapping[str, Any]) -> dict[str, Array]:
     return {"report": np.array(report), "peak_bytes": np.array(peak)}
 
 
-def _run(ort: Any, job: Mapping[str, Any], feeds: IO[bytes], answers: IO[bytes]) -> None:
-    options = session_options(ort, job["provider"])
-    options.add_session_config_entry("session.disable_cpu_ep_fallback", "0" if job["cpu_nodes"] else "1")
-    session = ort.InferenceSession(job["source"], sess_options=options, enable_fallback=0)
+def open_session(ort: Any, path: str, provider: Mapping[str, str], cpu_nodes: Collection[str]) -> Any:
+    """A session on the NPU, or its emulation, that runs on the CPU nothing but `cpu_nodes`."""
+    options = session_options(ort, provider)
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "0" if cpu_nodes else "1")
+    session = ort.InferenceSession(path, sess_options=options, enable_fallback=0)
+    # a run that fails would be repeated on the CPU
     session.disable_fallback()
+    return session
+
+
+def _run(ort: Any, job: Mapping[str, Any], feeds: IO[bytes], answers: IO[bytes]) -> None:
+    session = open_session(ort, job["source"], job["provider"], job["cpu_nodes"])
     names = [value.name for value in session.get_outputs()]
     while True:
         try:

@@ -25,7 +25,7 @@ from lensc.export.graph import Graph, GraphSpec
 from lensc.export.quantize.scheme import Scheme
 from lensc.profiles import probe
 
-from ._qnn_child import Child, session_options
+from ._qnn_child import Child, open_session
 from ._qnn_chip import check_context, chip, unknown_chip
 from ._qnn_compile import compile_context, write_fixed
 from ._qnn_lower import cannot_be_lowered, patches_of
@@ -163,7 +163,7 @@ class Qnn:
         """
         _need_package()
         wanted = chip(artifact.target.arch)
-        found = {"qairt": _qairt(), "chip": wanted.name, **{k: v for k, v in wanted.provider_options.items()}}
+        found = {"qairt": _qairt(), "chip": wanted.name, **wanted.provider_options}
         check_compatibility(artifact, found)
         path = bundle / artifact.files[0].path
         check_context(path, wanted, _qairt())
@@ -198,10 +198,7 @@ def _on_device(
     from ._onnxruntime_session import engine_errors
 
     with engine_errors(str(path)):
-        options = session_options(ort, {**provider, "htp_performance_mode": "burst"})
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "0" if cpu_nodes else "1")
-        session = ort.InferenceSession(str(path), sess_options=options, enable_fallback=0)
-        session.disable_fallback()
+        session = open_session(ort, str(path), {**provider, "htp_performance_mode": "burst"}, cpu_nodes)
     outputs = [value.name for value in session.get_outputs()]
     check_interface(spec, [value.name for value in session.get_inputs()], outputs)
 

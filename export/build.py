@@ -98,8 +98,7 @@ def compile_graphs(
     ranged = backends_with_ranges({name: graph.scheme for name, graph in portable.items()}, work)
     if calibration is not None and not ranged:
         raise UsageError(f"--calibration {calibration}: no target of this command looks at pictures; leave it out")
-    tokenizer = Tokenizer.from_file(folder / made.tokenizer)
-    data = cache(partial(_pictures, made, tokenizer, None if calibration is None else Path(calibration)))
+    data = cache(partial(_pictures, made, folder, None if calibration is None else Path(calibration)))
     if ranged:
         data()  # pictures that cannot be read are known before any work
     portable = {name: dataclasses.replace(graph, cpu_nodes=tuple(cpu_nodes)) for name, graph in portable.items()}
@@ -195,7 +194,9 @@ def _measures(recipe: Recipe, work: Sequence[Work]) -> bool:
     return not recipe.is_float and any(isinstance(registry.get(job.target.backend), StaticBackend) for job in work)
 
 
-def _pictures(made: Manifest, tokenizer: Tokenizer, folder: Path | None) -> CalibrationSet:
+def _pictures(made: Manifest, graphs: Path, folder: Path | None) -> CalibrationSet:
+    """What a target is shown that measures ranges: the pictures of `folder`, or those that are built in."""
+    tokenizer = Tokenizer.from_file(graphs / made.tokenizer)
     return calibration_set(made.model, tokenizer, folder, is_demo=made.model.name == "demo")
 
 
