@@ -249,16 +249,20 @@ class _Lowering:
 
     def _constant(self, array: Array, kind: str, what: object, dtype: Any = None) -> Any:
         """An initializer; the same one for the same name."""
-        ir, name = self._ir, f"{what}.{kind}" if what != "" else kind
-        if name not in self._graph.initializers:
-            tensor = ir.Tensor(array, dtype=dtype, name=name) if dtype is not None else ir.Tensor(array, name=name)
-            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
-            self._graph.register_initializer(value)
-        return self._graph.initializers[name]
+        return constant(self._ir, self._graph, array, f"{what}.{kind}" if what != "" else kind, dtype)
 
     def _replace(self, node: Any, value: Any) -> None:
         node.outputs[0].replace_all_uses_with(value)
         self._graph.remove(node, safe=True)
+
+
+def constant(ir: Any, graph: Any, array: Array, name: str, dtype: Any = None) -> Any:
+    """The initializer `name` of `graph`, made of `array` if there is none."""
+    if name not in graph.initializers:
+        tensor = ir.Tensor(array, dtype=dtype, name=name)
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        graph.register_initializer(value)
+    return graph.initializers[name]
 
 
 def _array(value: Any) -> Array:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ._qnn_lower import BIASES, HIDDEN
+from ._qnn_lower import BIASES, HIDDEN, constant
 from .base import Array
 from .errors import GraphError
 
@@ -177,10 +177,4 @@ class _Quantizer:
         ]
 
     def _register(self, array: Array, name: str) -> Any:
-        ir = self._ir
-        if name not in self._graph.initializers:
-            tensor = ir.Tensor(array, name=name)
-            self._graph.register_initializer(
-                ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
-            )
-        return self._graph.initializers[name]
+        return constant(self._ir, self._graph, array, name)

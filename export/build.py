@@ -84,8 +84,9 @@ def compile_graphs(
     """Compile the folder `graphs` for every target into the bundle `out`.
 
     `calibration` is a folder of pictures for targets that fix the ranges of activations; nodes named in `cpu_nodes` may run
-    on the CPU where all others must be on an NPU. What can run here is checked with the golden probes. Raises ManifestError if `graphs` is damaged, UnsupportedError
-    listing every graph that a target cannot take, and what engines raise. `out` is complete or untouched.
+    on the CPU where all others must be on an NPU. What can run here is checked with the golden probes. Raises
+    ManifestError if `graphs` is damaged, UnsupportedError listing every graph that a target cannot take, and what engines
+    raise. `out` is complete or untouched.
     """
     folder = Path(graphs)
     if folder.resolve() == Path(out).resolve():
@@ -156,7 +157,7 @@ def build(
         + source.recipe.is_calibrated
         + _compile_stages(work)
         + len(work)
-        + len({job.target.backend for job in work if _measures(recipe, [job])})
+        + len(backends_with_ranges(source.schemes, work))
         + 1
     )
     with Staging(Path(out), total=total, report=report, limit=Limit(max_memory)) as staging:

@@ -109,7 +109,9 @@ def verify_target(
         verify = partial(_verify_streamed, source, weights, target, artifacts, tables, staging)
     else:
         verify = partial(_verify, source, target, artifacts, tables, staging.tree)
-    return staging.stage(f"verify {target}", key, tuple[ParityRecord, ...], verify)
+    records = staging.stage(f"verify {target}", key, tuple[ParityRecord, ...], verify)
+    where = place_of(target)
+    return tuple(dataclasses.replace(record, where=where) for record in records)
 
 
 def _compile(graph: Graph, target: Target, tree: Path) -> tuple[Artifact, Paths]:
@@ -184,8 +186,7 @@ def _verify(
         )
     finally:
         close(sessions)
-    where = place_of(target)
-    return tuple(dataclasses.replace(r, where=where) for r in records if r.graph in sessions), []
+    return tuple(record for record in records if record.graph in sessions), []
 
 
 def _verify_streamed(
@@ -222,11 +223,8 @@ def _verify_streamed(
         target=str(target),
         least_sqnr_db=least if source.recipe.is_float else -math.inf,
     )
-    where = place_of(target)
-    float_records = tuple(dataclasses.replace(record, where=where) for record in float_records)
     if source.recipe.is_float:
         return float_records, []
     evidence = compare(source.streamed(weights), answers, source.spec, table)
     records = judge(evidence, target=str(target), against=QUANTIZED, least_sqnr_db=least)
-    records = tuple(dataclasses.replace(record, where=where) for record in records)
     return (*records, *(dataclasses.replace(record, tolerance=NOT_JUDGED) for record in float_records)), []
