@@ -172,7 +172,9 @@ def measure_speeds(bundles: dict[str, Path], samples: dict[str, list[Sample]], r
             with lensc.load(bundle) as vlm:
                 vlm.generate(asked[0].question, [asked[0].image], max_new_tokens=2)
                 for sample in asked:
-                    metrics = vlm.generate(sample.question, [sample.image], max_new_tokens=MAX_NEW_TOKENS).metrics
+                    metrics = vlm.generate(
+                        sample.question, [sample.image], max_new_tokens=MAX_NEW_TOKENS, prompt_lookup_num_tokens=0
+                    ).metrics
                     speeds[scheme].first_token_ms.append(metrics.ttft_ms)
                     if metrics.decode_tokens_per_s:
                         speeds[scheme].decode_tokens_per_s.append(metrics.decode_tokens_per_s)

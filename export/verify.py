@@ -338,7 +338,13 @@ def _divergence(expected: Sequence[int], got: Sequence[int], margins: Sequence[f
 
 def _answer(vlm: VLM, question: Question, tokens: int) -> tuple[int, ...]:
     result = vlm.generate(
-        question.prompt, question.images, do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=tokens
+        question.prompt,
+        question.images,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        max_new_tokens=tokens,
+        prompt_lookup_num_tokens=0,  # margins are counted by runs: one for each token
     )
     return result.token_ids
 

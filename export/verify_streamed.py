@@ -133,6 +133,7 @@ def ask(
             num_beams=1,
             repetition_penalty=1.0,
             max_new_tokens=tokens,
+            prompt_lookup_num_tokens=0,
         ).token_ids
         # the last run of a prefill chooses the first token, and the last token is not fed: one run per token
         logits = np.stack(decoder.rows[len(decoder.rows) - len(ids) :])

@@ -36,6 +36,7 @@ from lensc.export.verify import (
 from lensc.runtime.picture import slice_picture, vision_feeds
 from lensc.runtime.pipeline import VLM
 from lensc.runtime.prompt import Tokenizer
+from lensc.runtime.speculation import Speculation
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 IMAGES = GOLDEN / "images"
@@ -111,6 +112,14 @@ def test_engine_passes(verify: Callable[..., Any], engine: Sessions) -> None:
     assert vision.top1_agreement is None and decoder.top1_agreement == 1.0
     assert decoder.first_divergent_token is None
     assert vision.pictures == 2 and vision.target == "onnx" and "5e-05" in vision.tolerance
+
+
+def test_answers_are_compared_a_token_at_a_time(
+    verify: Callable[..., Any], reference: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Margins are counted by runs, so that nothing may be guessed."""
+    monkeypatch.setattr(Speculation, "draft", lambda self, most: pytest.fail("guessed"))
+    assert all(record.passed for record in verify(reference, tokens=8))
 
 
 @pytest.mark.parametrize("case", ("sq448", "tiny64"))

@@ -22,6 +22,7 @@ from lensc.export.verify_streamed import Answers, ask, compare, encode, judge, v
 from lensc.runtime.decoder import HostCachedSession
 from lensc.runtime.pipeline import VLM
 from lensc.runtime.prompt import Tokenizer
+from lensc.runtime.speculation import Speculation
 
 ROOT = Path(__file__).parents[2]
 PICTURES = sorted((ROOT / "export" / "demo" / "pictures").glob("*.png"))
@@ -101,6 +102,22 @@ def test_the_model_itself_passes(
     assert decoder.top1_agreement == 1.0 and vision.top1_agreement is None
     assert decoder.first_divergent_token is None and decoder.target == "reference:cpu"
     assert "5e-05" in decoder.tolerance
+
+
+def test_each_token_is_judged_by_the_logits_that_chose_it(
+    exact: dict[str, Session],
+    exact_answers: Answers,
+    spec: ModelSpec,
+    tokenizer: Tokenizer,
+    table: Array,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the runtime would gain by guessing: a run that brings several tokens has rows of none of them alone."""
+    monkeypatch.setattr(Speculation, "draft", lambda self, most: [1, 2, 3][:most])
+    answers = ask(exact, spec, tokenizer, table, QUESTIONS, TOKENS, probes=False).answers
+    for answer, before in zip(answers, exact_answers.answers, strict=True):
+        assert answer.token_ids == before.token_ids
+        np.testing.assert_array_equal(answer.logits.argmax(-1), answer.token_ids)
 
 
 def test_a_vision_graph_is_judged_alone(
