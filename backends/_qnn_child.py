@@ -16,6 +16,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import IO, Any, Self
 
@@ -90,8 +91,10 @@ class Child:
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._log):
-            if pipe is not None:
-                pipe.close()
+            # what a process has not read that ended by itself is flushed into nothing
+            with suppress(BrokenPipeError):
+                if pipe is not None:
+                    pipe.close()
 
 
 def _ending(code: int) -> str:

@@ -224,7 +224,7 @@ class _Lowering:
             middle = 8
             if not zeros or (_array(zeros[0]).astype(np.int8) != middle).any():
                 raise GraphError(
-                    f"{values.name}: weights of 4 bits with zero points have no form on an NPU; use w4a16-g32"
+                    f"{values.name}: weights of 4 bits with zero points have no form on an NPU; use w4a16-g16"
                 )
         attributes = {name: a.as_int() for name, a in dequantize.attributes.items()}
         signed = np.ascontiguousarray((_array(values).astype(np.int8) - middle).T)

@@ -85,7 +85,8 @@ class Qnn:
         problem = cannot_be_lowered(spec)
         if problem:
             return f"target {target}: graph {spec.name}: {problem}"
-        return _unknown_scheme(Scheme.parse(scheme)) or _too_new(Scheme.parse(scheme), target)
+        parsed = Scheme.parse(scheme)
+        return _unknown_scheme(parsed) or _indivisible(parsed, linear_inputs) or _too_new(parsed, target)
 
     def needs_ranges(self, scheme: str) -> bool:
         """Every scheme that is not float."""
@@ -213,7 +214,7 @@ def _unknown_scheme(scheme: Scheme) -> str | None:
     """Why a graph of `scheme` has no form on the NPU, with the nearest that has one; None if it has one."""
     if scheme.weights_are_float:
         return None
-    nearest = "w4a16-g32" if scheme.weight_bits <= 4 else "w8a16"
+    nearest = "w4a16-g16" if scheme.weight_bits <= 4 else "w8a16"
     if not scheme.symmetric or scheme.mixed or scheme.scale_bits is not None:
         return f"scheme {scheme}: backend {NAME} takes plain symmetric weights; the nearest is {nearest}"
     if scheme.weight_bits == 8 and scheme.group_size is None and scheme.activation_bits in (8, 16):
@@ -221,6 +222,14 @@ def _unknown_scheme(scheme: Scheme) -> str | None:
     if scheme.weight_bits == 4 and scheme.group_size in GROUPS and scheme.activation_bits == 16:
         return None
     return f"scheme {scheme}: backend {NAME} takes f32, f16, w8a16, w8a8 and w4a16 in groups; the nearest is {nearest}"
+
+
+def _indivisible(scheme: Scheme, linear_inputs: Collection[int]) -> str | None:
+    """Why weights of so many inputs have no groups of `scheme` on the NPU, or None."""
+    odd = [str(inputs) for inputs in sorted(linear_inputs) if scheme.group_size and inputs % scheme.group_size]
+    if not odd:
+        return None
+    return f"scheme {scheme}: backend {NAME} needs groups that divide the inputs, {', '.join(odd)}; the nearest is w4a16-g16"
 
 
 def _too_new(scheme: Scheme, target: Target) -> str | None:

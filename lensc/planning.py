@@ -338,7 +338,7 @@ def named_schemes() -> dict[str, Stored]:
         "int4-decoder": ("f32", four),
         "w8a8-vision": (eight, "f32"),
         "w8a16-vision": ("w8a16", "f32"),
-        "w4a16-vision": ("w4a16-g32", "f32"),
+        "w4a16-vision": ("w4a16-g16", "f32"),
         "int4-npu": ("w8a16", four),
     }
     found = {}

@@ -258,7 +258,7 @@ PRESETS: dict[str, Recipe] = {
         Recipe("int4-decoder", ((LAYERS, "w4-g128-s4"), (HEAD, "w4-g128-s4"), (EMBEDDING, "w8")), {"decoder": 8}),
         Recipe("w8a8-vision", tuple((p, "w8") for p in VISION), {"vision": 8}),
         Recipe("w8a16-vision", tuple((p, "w8") for p in VISION), {"vision": 16}),
-        Recipe("w4a16-vision", tuple((p, "w4-g32") for p in VISION), {"vision": 16}),
+        Recipe("w4a16-vision", tuple((p, "w4-g16") for p in VISION), {"vision": 16}),
         _whole("int4-npu", "w4-g128-s4", "w4-g128-s4", vision_activations=16),
     )
 }

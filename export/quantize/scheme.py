@@ -40,7 +40,7 @@ NAMED = {
     "int4-decoder": "decoder in 4 bits, vision tower in float",
     "w8a8-vision": "vision tower in 8 bits, decoder in float",
     "w8a16-vision": "vision tower in 8 bits with activations of 16, for an NPU; decoder in float",
-    "w4a16-vision": "the same with weights of 4 bits, groups of 32",
+    "w4a16-vision": "the same with weights of 4 bits, groups of 16",
     "int4-npu": "int4 with the vision tower of w8a16-vision, for an NPU beside a CPU",
 }
 """The recipes with a name, in words. They stand in `recipe.PRESETS`, which needs torch."""

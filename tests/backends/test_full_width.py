@@ -274,6 +274,10 @@ def test_an_engine_computes_a_layer_of_true_size(layer: Layer, target: Target, t
         with pytest.raises(UnsupportedError, match="has 2 bits, which openvino does not read"):
             backend.compile(layer.graph, target, tmp_path / target.slug)
         return
+    if target.backend == "onnxruntime" and layer.graph.scheme == "w8a16":
+        with pytest.raises(UnsupportedError, match=r"a scale per output needs .* or w8 with activations of 8 bits"):
+            backend.compile(layer.graph, target, tmp_path / target.slug)
+        return
     try:
         artifact = backend.compile(layer.graph, target, tmp_path / target.slug)
         session = backend.load(artifact, layer.graph.spec, tmp_path)

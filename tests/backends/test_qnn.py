@@ -395,6 +395,13 @@ def test_what_an_older_chip_has_no_arithmetic_for_is_refused(scheme: str) -> Non
     assert backend.supports(tower(), "w8a16", Target("qnn", "npu", "qcs6490")) is None
 
 
+def test_groups_that_do_not_divide_the_inputs_are_refused() -> None:
+    """The tower's second projection has 4304 inputs: 134.5 groups of 32, 269 of 16."""
+    reason = str(backend.supports(tower(), "w4a16-g32", TARGET, (1152, 4304)))
+    assert "needs groups that divide the inputs, 4304; the nearest is w4a16-g16" in reason
+    assert backend.supports(tower(), "w4a16-g16", TARGET, (1152, 4304)) is None
+
+
 def test_a_graph_with_a_cache_is_refused() -> None:
     spec = dataclasses.replace(tower(), dims={**tower().dims, "past": DimRange(0, 1, 9)})
     assert "expected dimensions slices and patches" in str(backend.supports(spec, "f32", TARGET))

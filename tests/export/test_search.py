@@ -32,6 +32,7 @@ from lensc.export.quantize.recipe import EMBEDDING, resolve
 from lensc.export.quantize.search import descent, recipe_after
 from lensc.export.quantize.sensitivity import Cost, Group, find_groups, measure, pattern_of
 from lensc.export.quantize.weights import WeightFormat, dequantize, quantize_rtn, quantize_table
+from lensc.export.ranges import works
 from lensc.export.search import search_recipe
 from lensc.export.source import Source
 from lensc.runtime.embedding import EmbeddingTable
@@ -278,9 +279,9 @@ def test_a_search_keeps_its_promise_and_spares_what_is_sensitive(small: Path, tm
 
 def test_only_what_all_targets_take_is_tried(small: Path) -> None:
     source, two = Source(Checkpoint(small), resolve("f32"), None), WeightFormat(2, 64)
-    assert search_module._usable(source, [ORT], DOWN, two)
-    assert not search_module._usable(source, [ORT, Target("openvino", "cpu")], DOWN, two)
-    assert search_module._usable(source, [ORT, Target("openvino", "cpu")], DOWN, W4)
+    assert search_module._usable(source, works([ORT]), DOWN, two)
+    assert not search_module._usable(source, works([ORT, Target("openvino", "cpu")]), DOWN, two)
+    assert search_module._usable(source, works([ORT, Target("openvino", "cpu")]), DOWN, W4)
 
 
 @pytest.mark.usefixtures("few")
