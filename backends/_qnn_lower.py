@@ -82,7 +82,7 @@ def lower(graph: Graph, patches: int) -> Any:
 
 
 class _Lowering:
-    """Walks the nodes once, in order; knows the shape of every value, and the constants."""
+    """Rewrites a model in place: attention, then what no input reaches, then the operands of products."""
 
     def __init__(self, ir: Any, model: Any, spec: GraphSpec, scheme: Scheme) -> None:
         self._ir, self._model, self._graph, self._spec, self._scheme = ir, model, model.graph, spec, scheme
