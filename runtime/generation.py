@@ -64,7 +64,7 @@ class Generation:
         self.decoder = decoder
         self._request = request
         self._options = options
-        self._eos = spec.generation.eos_token_ids
+        self._eos = () if options.ignore_eos else spec.generation.eos_token_ids
         self._vision = vision
         self._table = table
         self._prefixes = prefixes

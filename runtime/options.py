@@ -29,6 +29,8 @@ class GenerationOptions:
     max_new_tokens: int
     seed: int | None
     prompt_lookup_num_tokens: int = 0
+    ignore_eos: bool = False
+    """Go on behind a stop id: for measuring, where an answer has the length that was asked for."""
 
 
 def resolve(

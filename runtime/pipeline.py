@@ -345,9 +345,11 @@ class VLM:
         self._prefixes.give(found.rows, cache)
         return Restored(found.messages, cache.length, found.notes)
 
-    def forget(self) -> None:
-        """Let go of the KV caches that earlier answers left."""
+    def forget(self, pictures: bool = False) -> None:
+        """Let go of the KV caches that earlier answers left, and of the embeddings of pictures in memory, too."""
         self._prefixes.clear()
+        if pictures:
+            self._vision.forget()
 
     def _released(self, session: Session) -> None:
         """A graph is closed to make room: KV caches of an engine that holds them itself are given up."""

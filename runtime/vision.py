@@ -109,6 +109,11 @@ class VisionEncoder:
         """Whether the slices with these keys need not be encoded."""
         return all(self._find(key) is not None for key in keys)
 
+    def forget(self) -> None:
+        """Let go of what is remembered; what is kept on disk stays there."""
+        with self._lock:
+            self._cache.clear()
+
     def _find(self, key: bytes) -> F32 | None:
         """What is remembered of a slice, or kept on disk."""
         features = self._recall(key)
