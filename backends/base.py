@@ -24,6 +24,7 @@ import numpy.typing as npt
 from lensc.export.graph import Graph, GraphSpec
 
 from .errors import CompatibilityError, ExecutionError, GraphError, UsageError
+from .load_options import DEFAULTS, Choices, LoadOptions
 
 Array = npt.NDArray[Any]
 
@@ -223,11 +224,21 @@ class Backend(Protocol):
         """
         ...
 
-    def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, threads: int | None = None) -> Session:
-        """Open an artifact of `bundle` on this machine. `threads=None`: as many as there are physical cores allowed.
+    def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, options: LoadOptions = DEFAULTS) -> Session:
+        """Open an artifact of `bundle` on this machine.
 
-        Raises UnavailableError, CompatibilityError, ExecutionError, or GraphError if the file holds another graph.
+        Raises UnavailableError, CompatibilityError, ExecutionError, GraphError if the file holds another graph, or
+        UsageError for a setting that the engine has not.
         """
+        ...
+
+
+@runtime_checkable
+class TunableBackend(Backend, Protocol):
+    """An engine with settings of its own, of which a machine may want other values than the defaults."""
+
+    def choices(self, artifact: Artifact) -> Choices:
+        """What `load` can be told about `artifact` on this machine, besides threads. Raises UnavailableError."""
         ...
 
 

@@ -29,6 +29,7 @@ from .base import (
     Target,
 )
 from .errors import UnavailableError, UnsupportedError
+from .load_options import DEFAULTS, LoadOptions, settings_of
 
 if TYPE_CHECKING:
     import torch
@@ -97,10 +98,11 @@ class Cuda:
             placement={"GPU": len(program.steps)},
         )
 
-    def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, threads: int | None = None) -> Session:
-        """Put a program's weights on the first GPU. `threads` does not matter. Raises UnavailableError, also where they do
+    def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, options: LoadOptions = DEFAULTS) -> Session:
+        """Put a program's weights on the first GPU. `options.threads` does not matter. Raises UnavailableError, also where they do
         not fit, with what is needed.
         """
+        settings_of(options, {}, NAME)
         program, path = opened(artifact, spec, bundle, PROGRAM)
         device = _device()
         scheme, target = Scheme.parse(artifact.scheme), artifact.target

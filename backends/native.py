@@ -33,6 +33,7 @@ from .base import (
     only_on_cpu,
 )
 from .errors import ExecutionError, UnavailableError, UnsupportedError
+from .load_options import DEFAULTS, LoadOptions, settings_of
 
 _log = logging.getLogger("lensc")
 
@@ -98,8 +99,9 @@ class Native:
             placement={"CPU": len(program.steps)},
         )
 
-    def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, threads: int | None = None) -> Session:
+    def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, options: LoadOptions = DEFAULTS) -> Session:
         """Map a program's files and plan it for this CPU."""
+        settings_of(options, {}, NAME)
         program, path = opened(artifact, spec, bundle, PROGRAM)
         scheme = Scheme.parse(artifact.scheme)
         kernels = _kernels()
@@ -109,7 +111,7 @@ class Native:
                 return NumpySession(spec, program, path.parent)
             except OSError as error:
                 raise ExecutionError(f"{path}: its data cannot be mapped: {error.strerror or error}") from error
-        count = probe.machine().cores if threads is None else threads
+        count = probe.machine().cores if options.threads is None else options.threads
         kind = NativeDecoderSession if spec.states else NativeSession
         return kind(spec, program, path.parent, kernels, _isa(kernels), count, scheme)
 

@@ -37,6 +37,7 @@ from .base import (
     share_weights,
 )
 from .errors import ExecutionError, StorageError, UnavailableError, UnsupportedError
+from .load_options import DEFAULTS, Choices, LoadOptions, settings_of
 
 NAME = "onnxruntime"
 INSTALL = "pip install lensc"
@@ -52,6 +53,10 @@ NEAREST = "the nearest are groups of 32 or 128 (w8-g128, w4-g32), or w8 with act
 
 INT2_GROUPS = (32, 64, 128)
 """In other groups 2 bits are computed in float32, several times slower, whatever is asked for."""
+
+CHOICES = {"spinning": ("on", "off"), "blocks": ("equal", "halving")}
+"""Whether a thread that waits for the others spins; whether each takes an equal share of a loop, or small ones towards the
+end, which costs more and waits less for a core that somebody else uses."""
 
 PAGE = 4096
 """Tensors of the data file begin on a page, so that they can be mapped."""
@@ -122,19 +127,27 @@ class OnnxRuntime:
             placement=placement,
         )
 
-    def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, threads: int | None = None) -> Session:
+    def choices(self, artifact: Artifact) -> Choices:
+        """See `TunableBackend.choices`."""
+        return CHOICES
+
+    def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, options: LoadOptions = DEFAULTS) -> Session:
         """Open an optimized graph. Weights are mapped from the data file, then packed for the CPU at hand."""
+        chosen = settings_of(options, CHOICES, NAME)
         ort = _engine()
         check_compatibility(artifact, {NAME: ort.__version__, "machine": platform.machine()})
-        options = _options(ort)
-        options.intra_op_num_threads = probe.machine().cores if threads is None else threads
+        of_session = _options(ort)
+        of_session.intra_op_num_threads = probe.machine().cores if options.threads is None else options.threads
+        of_session.add_session_config_entry("session.intra_op.allow_spinning", str(int(chosen["spinning"] == "on")))
+        if chosen["blocks"] == "halving":
+            of_session.add_session_config_entry("session.dynamic_block_base", "4")
         # all threads pack: one alone takes twice as long on two cores
-        options.add_session_config_entry("session.prepack.enable_parallel", "1")
+        of_session.add_session_config_entry("session.prepack.enable_parallel", "1")
         path, *data = (bundle / file.path for file in artifact.files)
         weights = Weights(data)
-        weights.lend(options, path)
+        weights.lend(of_session, path)
         with weights.being_packed():
-            session = _open(ort, path, options)
+            session = _open(ort, path, of_session)
         inputs, outputs = ([v.name for v in values] for values in (session.get_inputs(), session.get_outputs()))
         if TOTAL not in inputs:
             check_interface(spec, inputs, outputs)

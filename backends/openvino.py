@@ -43,6 +43,7 @@ from .base import (
     share_weights,
 )
 from .errors import ExecutionError, StorageError, UnavailableError, UnsupportedError
+from .load_options import DEFAULTS, Choices, LoadOptions, settings_of
 
 DEVICES = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
 """OpenVINO's name of each kind of processor."""
@@ -59,6 +60,8 @@ PRECISION, QUANTIZATION, KV_CACHE = (
     "KV_CACHE_PRECISION",
 )
 THREADS = "INFERENCE_NUM_THREADS"
+CHOICES = {"pinning": ("on", "off"), "blocks": ("default", "static", "auto")}
+"""Whether each thread stays on one core; how loops are cut for threads (TBB's partitioner)."""
 ATTENTION = "attention"
 """Our own option: the precision of attention's products and softmax."""
 PRODUCTS = "products"
@@ -152,33 +155,38 @@ class OpenVINO:
             placement=placement,
         )
 
-    def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, threads: int | None = None) -> Session:
+    def choices(self, artifact: Artifact) -> Choices:
+        """See `TunableBackend.choices`. There are some on the CPU only."""
+        return CHOICES if artifact.target.processor == "cpu" else {}
+
+    def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, options: LoadOptions = DEFAULTS) -> Session:
         """Convert and compile an artifact. Weights are mapped from their file."""
+        chosen = settings_of(options, self.choices(artifact), NAME)
         ov = engine()
         check_compatibility(artifact, {NAME: _version(ov)})
         device = DEVICES[artifact.target.processor]
         if _full_name(ov, device) is None:
             raise UnavailableError(f"target {artifact.target}: openvino sees no {device}: {ABSENT[device]}")
-        options = _properties(artifact.options)
+        properties = _properties(artifact.options) | _engine_properties(chosen)
         if device == "CPU":
-            options[THREADS] = str(probe.machine().cores if threads is None else threads)
+            properties[THREADS] = str(probe.machine().cores if options.threads is None else options.threads)
         path = bundle / artifact.files[0].path
         _check_head(path)
 
-        def compiled_with(options: dict[str, str]) -> Any:
-            return _core(ov).compile_model(_read(artifact, spec, path), device, options)
+        def compiled_with(properties: dict[str, str]) -> Any:
+            return _core(ov).compile_model(_read(artifact, spec, path), device, properties)
 
         weights = Weights([bundle / record.path for record in artifact.files[1:]])
         with engine_errors(str(path)):
             if artifact.target.processor == "npu":
                 model = _read(artifact, spec, path)
-                return FixedSession(spec, functools.partial(_compile_at, ov, model, device, options))
+                return FixedSession(spec, functools.partial(_compile_at, ov, model, device, properties))
             if spec.states:
-                return OpenVINODecoderSession(spec, compiled_with(options), weights, options[KV_CACHE])
+                return OpenVINODecoderSession(spec, compiled_with(properties), weights, properties[KV_CACHE])
             if artifact.options.get(PRODUCTS) == INT8_PRODUCTS and len(artifact.files) == 2:
-                kept = KeptGraph(artifact, bundle, ov.__version__, options)
+                kept = KeptGraph(artifact, bundle, ov.__version__, properties)
                 return OpenVINOSession(spec, kept.compiled(_core(ov), compiled_with), weights)
-            return OpenVINOSession(spec, compiled_with(options), weights)
+            return OpenVINOSession(spec, compiled_with(properties), weights)
 
 
 def _indivisible(scheme: Scheme, linear_inputs: Collection[int]) -> str | None:
@@ -250,6 +258,13 @@ def _options(target: Target, graph: Graph, group: int) -> dict[str, str]:
 def _properties(options: Mapping[str, str]) -> dict[str, str]:
     """Those of `options` that are OpenVINO's."""
     return {name: value for name, value in options.items() if name in (*LATENCY, PRECISION, QUANTIZATION, KV_CACHE)}
+
+
+def _engine_properties(chosen: Mapping[str, str]) -> dict[str, str]:
+    """OpenVINO's properties for `CHOICES`: none for a default."""
+    properties = {"ENABLE_CPU_PINNING": "NO"} if chosen.get("pinning") == "off" else {}
+    blocks = chosen.get("blocks", "default")
+    return properties if blocks == "default" else properties | {"TBB_PARTITIONER": blocks.upper()}
 
 
 def _save(graph: Graph, path: Path) -> tuple[list[Path], int]:

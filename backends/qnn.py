@@ -34,6 +34,7 @@ from ._qnn_ranges import measure, save_ranges
 from ._qnn_session import QnnSession, padded
 from .base import Array, Artifact, Probe, Session, Target, check_compatibility, check_interface, file_record
 from .errors import ExecutionError, StorageError, UnavailableError, UnsupportedError
+from .load_options import DEFAULTS, LoadOptions, settings_of
 
 NAME = "qnn"
 PACKAGE = "onnxruntime-qnn"
@@ -157,11 +158,12 @@ class Qnn:
             placement=compiled.counts,
         )
 
-    def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, threads: int | None = None) -> Session:
+    def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, options: LoadOptions = DEFAULTS) -> Session:
         """Open a context binary: on x86-64 in a process that emulates, elsewhere in this one (untested).
 
         Chip and QAIRT are checked before Qualcomm's library sees the file.
         """
+        settings_of(options, {}, NAME)
         _need_package()
         wanted = chip(artifact.target.arch)
         found = {"qairt": _qairt(), "chip": wanted.name, **wanted.provider_options}

@@ -31,6 +31,7 @@ from .base import (
     file_record,
 )
 from .errors import ExecutionError, StorageError, UnavailableError, UnsupportedError
+from .load_options import DEFAULTS, LoadOptions, settings_of
 
 NAME = "reference"
 INSTALL = "pip install 'lensc[export]'"
@@ -90,8 +91,9 @@ class Reference:
             placement={"numpy": len(_read(onnx, graph.path).graph.node)},
         )
 
-    def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, threads: int | None = None) -> Session:
-        """Read the graph with all weights into memory. `threads` is numpy's own affair and ignored."""
+    def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, options: LoadOptions = DEFAULTS) -> Session:
+        """Read the graph with all weights into memory. Threads are numpy's own affair: `options.threads` is ignored."""
+        settings_of(options, {}, NAME)
         onnx = _engine()
         check_compatibility(artifact, {"onnx": onnx.__version__})
         path = bundle / artifact.files[0].path

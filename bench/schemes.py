@@ -29,6 +29,7 @@ from PIL import Image
 import lensc
 from lensc.backends.base import Array
 from lensc.backends.errors import LensError, UnsupportedError
+from lensc.backends.load_options import LoadOptions
 from lensc.export.demo.evaluate import evaluate, score
 from lensc.export.demo.samples import TASKS, Sample, held_out_samples
 
@@ -152,7 +153,7 @@ class Forced:
             self._reference = forced_logits(sessions, EmbeddingTable.of(table), spec, data)
         sessions = {
             artifact.graph: registry.get(artifact.target.backend).load(
-                artifact, manifest.graphs[artifact.graph].spec, bundle, 1
+                artifact, manifest.graphs[artifact.graph].spec, bundle, LoadOptions(threads=1)
             )
             for artifact in manifest.artifacts
         }

@@ -32,6 +32,7 @@ from lensc.backends import registry
 from lensc.backends.base import Session, Target
 from lensc.backends.bundle import Manifest, load_manifest
 from lensc.backends.errors import LensError, UnsupportedError
+from lensc.backends.load_options import LoadOptions
 from lensc.profiles import probe
 from lensc.runtime.decoder import Decoder
 from lensc.runtime.embedding import open_table
@@ -72,7 +73,7 @@ def _open(bundle: Path, manifest: Manifest, graph: str, target: Target, threads:
     artifact = next((a for a in manifest.artifacts if a.graph == graph and a.target == target), None)
     if artifact is None:
         raise UnsupportedError(f"{bundle}: no {graph} for {target}; build it with --target {target}")
-    session = registry.get(target.backend).load(artifact, manifest.graphs[graph].spec, bundle, threads)
+    session = registry.get(target.backend).load(artifact, manifest.graphs[graph].spec, bundle, LoadOptions(threads))
     check(run_selftest(manifest.probes, {graph: session}, bundle), {graph: str(target)})
     return session
 

@@ -14,6 +14,7 @@ from lensc.backends import registry
 from lensc.backends.base import PROBE_TOLERANCE, Probe, Session, Target
 from lensc.backends.bundle import Manifest, ModelSpec, VisionPadding, load_manifest
 from lensc.backends.errors import CompatibilityError, UnavailableError, UnsupportedError, UsageError
+from lensc.backends.load_options import LoadOptions
 
 from . import selftest as golden
 from .conversation import Identity
@@ -99,7 +100,7 @@ def _open_sessions(
             for placement in chosen.placements:
                 backend = registry.get(placement.effective.backend)
                 spec = manifest.graphs[placement.graph].spec
-                sessions[placement.graph] = backend.load(placement.artifact, spec, folder, threads)
+                sessions[placement.graph] = backend.load(placement.artifact, spec, folder, LoadOptions(threads))
             return chosen, sessions
         except (CompatibilityError, UnavailableError) as error:
             _close(sessions)
@@ -117,7 +118,7 @@ def _open_one(
     """One planned graph, checked by its golden probes each time it is loaded."""
     placement = chosen[graph]
     backend = registry.get(placement.effective.backend)
-    session = backend.load(placement.artifact, manifest.graphs[graph].spec, folder, threads)
+    session = backend.load(placement.artifact, manifest.graphs[graph].spec, folder, LoadOptions(threads))
     try:
         if selftest:
             _check(folder, manifest, chosen, {graph: session})

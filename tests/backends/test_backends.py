@@ -1,6 +1,5 @@
-"""Every backend against the torch reference, on graphs of a tiny random model; whatever `lensc devices` calls usable.
-
-Sizes are awkward on purpose: 1, 63, 37, no multiple of a vector or a tile.
+"""Every backend that is usable here against the torch reference, on graphs of a tiny random model. Sizes are awkward on
+purpose: 1, 63, 37, no multiple of a vector or a tile.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from lensc.backends.errors import (
     UnsupportedError,
     UsageError,
 )
+from lensc.backends.load_options import LoadOptions
 from lensc.export.graph import Graph, GraphSpec
 from lensc.export.models.config import ModelConfig
 from lensc.export.models.functions import MASK
@@ -157,7 +157,7 @@ def load(
             bundle = tmp_path_factory.mktemp("bundle")
             (bundle / target.slug).mkdir()
             artifact = backend.compile(source.graph, target, bundle / target.slug)
-            session = backend.load(artifact, source.graph.spec, bundle, threads=1)
+            session = backend.load(artifact, source.graph.spec, bundle, LoadOptions(threads=1))
             made[name, groups] = Loaded(session, source.reference, artifact, backend, source.graph, bundle)
         return made[name, groups]
 
@@ -421,7 +421,7 @@ def test_artifact_describes_itself(load: Callable[..., Loaded]) -> None:
 def test_bundle_can_be_moved(load: Callable[..., Loaded], tmp_path: Path) -> None:
     loaded = load("vision")
     shutil.copytree(loaded.bundle, tmp_path / "elsewhere")
-    session = loaded.backend.load(loaded.artifact, loaded.spec, tmp_path / "elsewhere", threads=1)
+    session = loaded.backend.load(loaded.artifact, loaded.spec, tmp_path / "elsewhere", LoadOptions(threads=1))
     feeds = vision_feeds(loaded.spec, 1, 7)
     assert_close(session.run(feeds), loaded.session.run(feeds))
     session.close()

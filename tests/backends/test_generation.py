@@ -16,6 +16,7 @@ from lensc.backends import registry
 from lensc.backends.base import Array, Session, StaticBackend, Target
 from lensc.backends.bundle import DecoderSpec, GenerationSpec, ModelSpec, PictureSpec
 from lensc.backends.errors import UsageError
+from lensc.backends.load_options import LoadOptions
 from lensc.export.graph import Graph
 from lensc.export.models.config import ModelConfig
 from lensc.export.models.minicpmv import MiniCPMV
@@ -101,7 +102,9 @@ def sessions(
     for name, graph in graphs.items():
         bundle = tmp_path_factory.mktemp("bundle")
         (bundle / name).mkdir()
-        made[name] = backend.load(backend.compile(graph, target, bundle / name), graph.spec, bundle, threads=1)
+        made[name] = backend.load(
+            backend.compile(graph, target, bundle / name), graph.spec, bundle, LoadOptions(threads=1)
+        )
     yield made
     for session in made.values():
         session.close()

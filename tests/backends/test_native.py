@@ -19,6 +19,7 @@ from lensc.backends._program import Linear, Place, Port, Program, Value, WeightR
 from lensc.backends._program_reference import NumpySession
 from lensc.backends.base import Artifact, Target
 from lensc.backends.errors import UnavailableError
+from lensc.backends.load_options import LoadOptions
 from lensc.kernels.linear.reference import quantized_linear, unpack
 
 
@@ -65,7 +66,7 @@ def test_an_instruction_set_that_is_not_here_is_refused_and_not_passed_over(
     for isa in kernels.usable_isas():
         monkeypatch.setenv("LENSC_ISA", isa)
         assert native.backend.probe()[0].reason == f"kernels for {isa}"
-        native.backend.load(artifact, small.spec, tmp_path, threads=1).close()
+        native.backend.load(artifact, small.spec, tmp_path, LoadOptions(threads=1)).close()
 
 
 def test_multiples_become_scales_where_that_is_faster(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lensc.backends.base import Array, Artifact, Session, Target
 from lensc.backends.errors import CompatibilityError, ExecutionError, StorageError, UnavailableError
+from lensc.backends.load_options import LoadOptions
 from lensc.backends.onnxruntime import backend
 from lensc.export.graph import DimRange, Graph, GraphSpec, StatePair, TensorSpec
 
@@ -87,7 +88,7 @@ def artifact(graph: Graph, bundle: Path) -> Artifact:
 
 @pytest.fixture
 def session(artifact: Artifact, bundle: Path) -> Session:
-    return backend.load(artifact, spec(), bundle, threads=1)
+    return backend.load(artifact, spec(), bundle, LoadOptions(threads=1))
 
 
 def feeds(batch: int, rows: int, past: int) -> dict[str, Array]:

@@ -20,6 +20,7 @@ from lensc.backends._onnxruntime_cache import OrtCache, OrtDecoderSession
 from lensc.backends._onnxruntime_kv import scales_of
 from lensc.backends.base import Array, Artifact, Target
 from lensc.backends.errors import ExecutionError, UsageError
+from lensc.backends.load_options import LoadOptions
 from lensc.backends.onnxruntime import backend
 from lensc.export.graph import DimRange
 
@@ -44,7 +45,7 @@ def artifact(small: Any, tmp_path: Path) -> Artifact:
 
 @pytest.fixture
 def session(small: Any, artifact: Artifact, tmp_path: Path) -> OrtDecoderSession:
-    loaded = backend.load(artifact, small.spec, tmp_path, threads=2)
+    loaded = backend.load(artifact, small.spec, tmp_path, LoadOptions(threads=2))
     assert isinstance(loaded, OrtDecoderSession)
     return loaded
 
@@ -54,7 +55,7 @@ def int8_session(small: Any, tmp_path: Path) -> OrtDecoderSession:
     """The same with a cache in int8."""
     artifact = compiled(small, tmp_path / "int8", "-kv8")
     assert artifact.options["kv_cache"].startswith("int8")
-    loaded = backend.load(artifact, small.spec, tmp_path / "int8", threads=2)
+    loaded = backend.load(artifact, small.spec, tmp_path / "int8", LoadOptions(threads=2))
     assert isinstance(loaded, OrtDecoderSession)
     return loaded
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lensc.backends.base import Array, Artifact, CachedSession, Target
 from lensc.backends.errors import GraphError, UnsupportedError
+from lensc.backends.load_options import LoadOptions
 from lensc.backends.onnxruntime import backend
 from lensc.export import writer
 from lensc.export.graph import DimRange, Graph, GraphSpec, TensorSpec
@@ -81,7 +82,7 @@ def compiled(graph: Graph, bundle: Path) -> tuple[Artifact, Counter[str]]:
 
 
 def run(artifact: Artifact, bundle: Path, x: Array) -> Array:
-    session = backend.load(artifact, spec(), bundle, threads=1)
+    session = backend.load(artifact, spec(), bundle, LoadOptions(threads=1))
     return session.run({"x": x})["y"]
 
 
@@ -183,7 +184,7 @@ def test_a_quantized_decoder_answers_as_its_weights_do(
     small = small_decoder(4)
     graph = dataclasses.replace(small.graph, scheme=f"w4a{bits}-g{small.group}")
     artifact, _ = compiled(graph, tmp_path)
-    session = backend.load(artifact, small.spec, tmp_path, threads=1)
+    session = backend.load(artifact, small.spec, tmp_path, LoadOptions(threads=1))
     assert isinstance(session, CachedSession)
     embeds = small.embeddings(2, 9)
     cache = session.new_cache(4, 2)

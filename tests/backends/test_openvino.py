@@ -29,6 +29,7 @@ from lensc.backends.errors import (
     UnavailableError,
     UnsupportedError,
 )
+from lensc.backends.load_options import LoadOptions
 from lensc.backends.openvino import backend
 from lensc.export.graph import Graph, GraphSpec
 
@@ -63,7 +64,7 @@ def compile_graph(graph: Graph, bundle: Path, target: Target = TARGET) -> Artifa
 
 
 def open_graph(graph: Graph, bundle: Path) -> OpenVINODecoderSession:
-    session = backend.load(compile_graph(graph, bundle), graph.spec, bundle, threads=1)
+    session = backend.load(compile_graph(graph, bundle), graph.spec, bundle, LoadOptions(threads=1))
     assert isinstance(session, OpenVINODecoderSession)
     return session
 
@@ -163,7 +164,7 @@ def test_float32_is_executed_in_float32(float_decoder: Decoder, bundle: Path) ->
     counts = {name: int(count) for count, name in (e.split(" in ") for e in artifact.options["executed"].split(", "))}
     assert counts.keys().isdisjoint({"bf16", "f16", "i8", "u4"}) and counts["f32"] > 20
     assert artifact.placement == {"CPU": sum(counts.values())}
-    session = backend.load(artifact, float_decoder.spec, bundle, threads=1)
+    session = backend.load(artifact, float_decoder.spec, bundle, LoadOptions(threads=1))
     assert isinstance(session, OpenVINODecoderSession)
     embeds = float_decoder.embeddings(1, 40)
     got = step(session, session.new_cache(40), embeds)
@@ -189,7 +190,7 @@ def test_a_cache_that_is_not_fused_is_refused() -> None:
 def test_int4_weights_stay_int4(int4_decoder: Decoder, bundle: Path) -> None:
     artifact = compile_graph(int4_decoder.graph, bundle)
     assert f"{4 * int4_decoder.layers + 1} in u4" in artifact.options["executed"]
-    session = backend.load(artifact, int4_decoder.spec, bundle, threads=1)
+    session = backend.load(artifact, int4_decoder.spec, bundle, LoadOptions(threads=1))
     assert isinstance(session, OpenVINODecoderSession)
     embeds = int4_decoder.embeddings(1, 20)
     got = step(session, session.new_cache(20), embeds)
@@ -200,7 +201,7 @@ def test_activations_are_quantized_only_where_the_scheme_says_so(int4_decoder: D
     graph = dataclasses.replace(int4_decoder.graph, scheme=f"w4a8-g{int4_decoder.group}")
     artifact = compile_graph(graph, bundle)
     assert artifact.options["attention"] == "bf16"
-    session = backend.load(artifact, graph.spec, bundle, threads=1)
+    session = backend.load(artifact, graph.spec, bundle, LoadOptions(threads=1))
     assert isinstance(session, OpenVINODecoderSession)
     embeds = int4_decoder.embeddings(1, 20)
     expected = int4_decoder.logits(embeds)
@@ -263,7 +264,7 @@ def test_threads(float_decoder: Decoder, bundle: Path, monkeypatch: pytest.Monke
     found = dataclasses.replace(probe.machine(), cores=1)
     monkeypatch.setattr(probe, "machine", lambda: found)
     for given in (None, 1):
-        session = backend.load(artifact, float_decoder.spec, bundle, given)
+        session = backend.load(artifact, float_decoder.spec, bundle, LoadOptions(given))
         assert isinstance(session, OpenVINODecoderSession)
         assert session._compiled.get_property("INFERENCE_NUM_THREADS") == 1
 

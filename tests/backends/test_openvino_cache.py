@@ -22,6 +22,7 @@ from lensc.backends.errors import (
     PromptError,
     UsageError,
 )
+from lensc.backends.load_options import LoadOptions
 from lensc.backends.openvino import backend
 from lensc.export.graph import Graph
 
@@ -53,7 +54,7 @@ def compile_graph(graph: Graph, bundle: Path, target: Target = TARGET) -> Artifa
 
 
 def open_graph(graph: Graph, bundle: Path) -> OpenVINODecoderSession:
-    session = backend.load(compile_graph(graph, bundle), graph.spec, bundle, threads=1)
+    session = backend.load(compile_graph(graph, bundle), graph.spec, bundle, LoadOptions(threads=1))
     assert isinstance(session, OpenVINODecoderSession)
     return session
 

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from lensc.backends import openvino as module
 from lensc.backends.base import Array, Target
 from lensc.backends.errors import ExecutionError
+from lensc.backends.load_options import LoadOptions
 from lensc.backends.openvino import backend
 from lensc.export.graph import DimRange, Graph, GraphSpec, TensorSpec
 
@@ -85,7 +86,7 @@ def test_fixed_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patches: i
     folder.mkdir()
     artifact = backend.compile(Graph(tower(), tmp_path / "vision.onnx", "f16", "0" * 64), TARGET, folder)
     assert artifact.placement["CPU"] > 0
-    session = backend.load(artifact, tower(), tmp_path, threads=1)
+    session = backend.load(artifact, tower(), tmp_path, LoadOptions(threads=1))
     generator = np.random.default_rng(patches)
     feeds: dict[str, Array] = {
         "patches": generator.standard_normal((3, patches, WIDTH), np.float32),
@@ -112,7 +113,7 @@ def test_products_that_no_input_reaches_are_computed_when_loaded(tmp_path: Path)
     folder.mkdir()
     artifact = backend.compile(Graph(tower(), tmp_path / "vision.onnx", "w8a32", "0" * 64), target, folder)
     assert "i8" not in artifact.options["executed"]
-    session = backend.load(artifact, tower(), tmp_path, threads=1)
+    session = backend.load(artifact, tower(), tmp_path, LoadOptions(threads=1))
     generator = np.random.default_rng(0)
     patches = generator.standard_normal((2, 5, WIDTH), np.float32)
     bias = generator.standard_normal((2, 5), np.float32)

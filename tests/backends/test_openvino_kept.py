@@ -18,6 +18,7 @@ pytest.importorskip("onnx", reason="the graphs are made with onnx: pip install '
 from lensc.backends import _openvino_kept as kept
 from lensc.backends import openvino as module
 from lensc.backends.base import Array, Artifact, Target
+from lensc.backends.load_options import LoadOptions
 from lensc.backends.openvino import backend
 from lensc.export.graph import Graph, GraphSpec
 
@@ -43,7 +44,7 @@ def artifact(small_mlp: Mlp, cache: Path, tmp_path: Path) -> Artifact:
 
 
 def run(artifact: Artifact, spec: GraphSpec, tmp_path: Path, threads: int = 1) -> Array:
-    session = backend.load(artifact, spec, tmp_path / "bundle", threads)
+    session = backend.load(artifact, spec, tmp_path / "bundle", LoadOptions(threads))
     patches = np.random.default_rng(1).standard_normal((1, 5, int(spec.inputs[0].shape[2])), np.float32)
     made: Array = session.run({"patches": patches})["made"]
     session.close()

@@ -14,6 +14,7 @@ pytest.importorskip("onnx", reason="the graphs are made with onnx: pip install '
 from lensc.backends import openvino as module
 from lensc.backends._openvino_session import OpenVINOSession
 from lensc.backends.base import Artifact, Target
+from lensc.backends.load_options import LoadOptions
 from lensc.backends.openvino import backend
 from lensc.export.graph import Graph
 
@@ -26,7 +27,7 @@ def opened(small_mlp: Mlp, tmp_path: Path, scheme: str) -> tuple[OpenVINOSession
     (tmp_path / "vision").mkdir()
     graph = Graph(small_mlp.spec, small_mlp.path, scheme, "0" * 64)
     artifact = backend.compile(graph, TARGET, tmp_path / "vision")
-    session = backend.load(artifact, small_mlp.spec, tmp_path, threads=1)
+    session = backend.load(artifact, small_mlp.spec, tmp_path, LoadOptions(threads=1))
     assert isinstance(session, OpenVINOSession)
     return session, artifact
 

@@ -18,6 +18,7 @@ from lensc.backends import registry
 from lensc.backends.base import Array, Session, Target
 from lensc.backends.bundle import ModelSpec
 from lensc.backends.errors import GraphError, ParityError, StorageError
+from lensc.backends.load_options import LoadOptions
 from lensc.export.checkpoint import Checkpoint
 from lensc.export.graph import DimRange, GraphSpec, TensorSpec
 from lensc.export.models.minicpmv import MiniCPMV
@@ -85,7 +86,7 @@ def engine(model: MiniCPMV, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     sessions = {}
     for name, graph in export_model(model, tmp_path_factory.mktemp("graphs")).items():
         artifact = backend.compile(graph, target, bundle / target.slug)
-        sessions[name] = backend.load(artifact, graph.spec, bundle, threads=1)
+        sessions[name] = backend.load(artifact, graph.spec, bundle, LoadOptions(threads=1))
     yield sessions
     for session in sessions.values():
         session.close()

@@ -18,7 +18,14 @@ ENGINES = frozenset(
 )
 """What only an engine's own module may import, and only inside its functions (google: protobuf, for onnx's errors)."""
 
-CONTRACT = ("backends.errors", "backends.codec", "backends.base", "backends.bundle", "backends.registry")
+CONTRACT = (
+    "backends.errors",
+    "backends.codec",
+    "backends.base",
+    "backends.bundle",
+    "backends.registry",
+    "backends.load_options",
+)
 PICTURES_AND_WORDS = tuple(
     f"runtime.{name}"
     for name in (
@@ -51,12 +58,16 @@ class Layer:
 LAYERS = {
     "lensc": Layer(EVERYTHING, in_functions=frozenset({"numpy", "PIL", "tokenizers"})),
     "runtime": Layer(
-        ("backends.base", "backends.bundle", "backends.errors", "backends.registry", "export.graph", "profiles"),
+        (
+            *("backends.base", "backends.bundle", "backends.errors", "backends.load_options", "backends.registry"),
+            "export.graph",
+            "profiles",
+        ),
         anywhere=frozenset({"numpy", "PIL", "tokenizers"}),
     ),
     "backends": Layer(
         (
-            *("backends.base", "backends.bundle", "backends.codec", "backends.errors"),
+            *("backends.base", "backends.bundle", "backends.codec", "backends.errors", "backends.load_options"),
             *("export.graph", "export.quantize.scheme", "profiles", "kernels"),
         ),
         anywhere=frozenset({"numpy"}),
@@ -68,6 +79,7 @@ LAYERS = {
     },
     "backends.errors": Layer((), siblings=False),
     "backends.codec": Layer(("backends.errors",), siblings=False),
+    "backends.load_options": Layer(("backends.errors",), siblings=False),
     "export": Layer(
         ("kernels", "profiles", *CONTRACT, *PICTURES_AND_WORDS),
         anywhere=frozenset({"numpy", "PIL", "tokenizers", "torch", "onnx", "onnxscript", "onnx_ir", "safetensors"}),
@@ -110,7 +122,8 @@ LAYERS = {
     },
     "backends.cuda": Layer(
         (
-            *("backends.base", "backends.errors", "export.graph", "export.quantize.scheme", "kernels"),
+            *("backends.base", "backends.errors", "backends.load_options", "export.graph"),
+            *("export.quantize.scheme", "kernels"),
             *(f"backends._cuda_{part}" for part in ("plan", "session", "weights")),
             *(f"backends._program{part}" for part in ("", "_artifact", "_file", "_lower", "_weights")),
         ),

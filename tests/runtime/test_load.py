@@ -40,6 +40,7 @@ from lensc.backends.errors import (
     UnsupportedError,
     UsageError,
 )
+from lensc.backends.load_options import DEFAULTS, LoadOptions
 from lensc.export.graph import DimRange, GraphSpec, StatePair, TensorSpec
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "checkpoint" / "tokenizer.json"
@@ -98,9 +99,9 @@ class Engine:
             Probe(self.name, "cpu", self.usable, f"{self.name} 1.0" if self.usable else f"pip install {self.name}"),
         )
 
-    def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, threads: int | None = None) -> Session:
+    def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, options: LoadOptions = DEFAULTS) -> Session:
         self.refuse(artifact)
-        self.threads.append(threads)
+        self.threads.append(options.threads)
         value = float((bundle / artifact.files[0].path).read_text())
         self.open.append(Constant(spec, value, self.open))
         return self.open[-1]
