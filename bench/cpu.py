@@ -28,11 +28,11 @@ from lensc.backends import _program_file
 from lensc.backends._program import Constant, GatherRows, Place, Program, WeightRecord
 from lensc.backends.bundle import DecoderSpec, load_manifest
 from lensc.backends.errors import LensError, StorageError
+from lensc.contender import Contender, end_with_us
 from lensc.export.quantize.scheme import Scheme
 from lensc.profiles import probe
 
 from . import full_size, limits, record, turns
-from .contender import Contender, end_with_us
 
 COMMAND = "python -m lensc.bench.cpu"
 TARGET, SCHEME = "native:cpu", "int4"

@@ -28,10 +28,10 @@ from pathlib import Path
 
 from lensc.backends.bundle import load_manifest
 from lensc.backends.errors import ExecutionError, LensError, StorageError
+from lensc.contender import Contender, end_with_us
 from lensc.profiles import probe
 
 from . import limits, record, turns
-from .contender import Contender, end_with_us
 
 SCHEME, MAX_MEMORY = "int4", "4GiB"
 TARGETS = {"onnxruntime": "onnxruntime:cpu", "openvino": "openvino:cpu"}

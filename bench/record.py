@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.metadata
 import json
-import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,19 +25,6 @@ RESULTS = Path("bench/results")
 TOPICS = ("full_size", "native_cpu", "qnn", "gpu", "runtime", "demo_accuracy")
 HIGHER_IS_BETTER = frozenset({"tokens/s", "slices/s", "GB/s", "GOP/s", "TOPS", "%", "dB"})
 LOWER_IS_BETTER = frozenset({"s", "ms", "steps", "MB", "GB", "errors", "% errors", "millinats"})
-PACKAGES = (
-    "lensc",
-    "numpy",
-    "onnxruntime",
-    "tokenizers",
-    "pillow",
-    "torch",
-    "triton",
-    "onnx",
-    "openvino",
-    "onnxruntime-qnn",
-)
-
 
 Parity = Literal["pass", "fail", "none"]
 
@@ -123,7 +108,7 @@ def entry(
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
         "machine": {**machine(), **(limits or {})},
-        "versions": versions(),
+        "versions": probe.versions(),
         "command": command,
         "rows": [*rows],
     }
@@ -162,17 +147,6 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(found.memory_bytes / 2**30, 1) if found.memory_bytes else None,
         "system": found.system,
     }
-
-
-def versions() -> dict[str, str]:
-    """The versions that matter of what is installed, Python's first."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def commit() -> str:

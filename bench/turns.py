@@ -8,9 +8,9 @@ from statistics import median
 
 from lensc.backends.bundle import load_manifest
 from lensc.backends.errors import UnsupportedError
+from lensc.contender import Contender
 
 from . import record
-from .contender import Contender
 
 Starts = Mapping[str, Callable[[], Contender]]
 """How to start each contender, `ours` among them."""

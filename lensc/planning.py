@@ -129,7 +129,7 @@ def plan(options: argparse.Namespace) -> int:
     request = _request(options, picture, model)
     found: list[tuple[DeviceProfile, list[Prediction]]] = []
     for name in options.profile or ["here"]:
-        device = _device(name)
+        device = device_of(name)
         found.append((device, [predict(model, s, p, request) for p in device.processors for s in stored]))
     if options.json:
         plans = [{"profile": device.name, "title": device.title, "quirks": list(device.quirks),
@@ -170,7 +170,8 @@ def _speed(tokens_s: float | None) -> str:
     return "unknown" if tokens_s is None else f"{tokens_s:.3g} tokens/s"
 
 
-def _device(name: str) -> DeviceProfile:
+def device_of(name: str) -> DeviceProfile:
+    """The profile that `--profile` names. Raises UsageError, and InputError for a file that is none."""
     from lensc.profiles import profile as profiles
 
     if name.endswith(".toml"):

@@ -6,6 +6,7 @@ Elsewhere the standard library answers what it can; what nobody knows stays empt
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import os
 import platform
@@ -24,6 +25,23 @@ ISA_FLAGS = (
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme"),
 )
 """The instruction sets that change how fast a model runs, as Linux spells them, oldest first."""
+
+PACKAGES = (
+    *(
+        "lensc",
+        "numpy",
+        "onnxruntime",
+        "tokenizers",
+        "pillow",
+        "torch",
+        "triton",
+        "onnx",
+        "openvino",
+        "onnxruntime-qnn",
+    ),
+    "tensorrt",
+)
+"""Those whose version can change what a model computes, or how fast."""
 
 _BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}
 _FLOAT16 = {"avx512_fp16", "asimdhp"}
@@ -84,6 +102,17 @@ def device_profile(found: Machine) -> DeviceProfile:
         memory_bytes=Figure(found.memory_bytes, "measured", reference) if found.memory_bytes else None,
     )
     return DeviceProfile(name="here", title=found.cpu, processors=(cpu,))
+
+
+def versions() -> dict[str, str]:
+    """The versions that matter of what is installed, Python's first."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def _read(path: Path) -> str:

@@ -15,7 +15,7 @@ from lensc.backends.base import Target
 from lensc.backends.bundle import load_manifest
 from lensc.backends.errors import UnsupportedError
 from lensc.bench import cpu, full_size, serve, turns
-from lensc.bench.contender import Contender
+from lensc.contender import Contender
 from lensc.export.build import build
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from lensc.backends.base import Target
 from lensc.backends.errors import ExecutionError, InputError
 from lensc.bench import chart, demo, full_size, record, turns
-from lensc.bench.contender import Contender
+from lensc.contender import Contender
 from lensc.export.build import build
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -70,7 +70,7 @@ def test_a_benchmark_that_is_ended_ends_its_servers(tmp_path: Path) -> None:
     server = 'import os, sys; print(\'{"load_seconds": 0, "pid": %d}\' % os.getpid(), flush=True); sys.stdin.read()'
     script = f"""
 import pathlib, signal, subprocess, sys
-from lensc.bench.contender import Contender, end_with_us
+from lensc.contender import Contender, end_with_us
 end_with_us()
 with Contender("one", [sys.executable, "-c", {server!r}], pathlib.Path({str(tmp_path)!r})) as one:
     print(one._process.pid, flush=True)

@@ -15,8 +15,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from lensc.bench import full_size
-from lensc.bench.contender import Contender
 from lensc.bench.rivals import llama_cpp_decoder as rival
+from lensc.contender import Contender
 
 SCRIPT = full_size.RIVALS / "llama_cpp_decoder.py"
 CONFIG = {
