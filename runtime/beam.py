@@ -48,6 +48,11 @@ class BeamSearch:
         """How many tokens each open beam has."""
         return len(self._tokens[0])
 
+    @property
+    def tokens(self) -> list[tuple[int, ...]]:
+        """Of each open beam."""
+        return self._tokens
+
     def advance(self, logits: F32) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Take `logits: float32[beams, vocab]`; return `(tokens, parents)`, both int64[beams].
 

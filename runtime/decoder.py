@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 
 from lensc.backends.base import Array, Cache, CachedSession, Session
 from lensc.backends.bundle import DecoderSpec
-from lensc.backends.errors import GraphError, PromptError
+from lensc.backends.errors import ExecutionError, GraphError, PromptError
 from lensc.export.graph import GraphSpec
 
 from .embedding import EmbeddingTable
@@ -27,6 +28,14 @@ class Cancelled(Exception):  # noqa: N818  (not an error: the caller asked for i
     """Raised between two runs when the caller wants no more."""
 
 
+class DecoderError(ExecutionError):
+    """The decoder's device failed, or gave what no decoder gives: another device may go on. Its cause is the engine's error."""
+
+
+SAMPLES = 16
+"""Logits that are compared with those of the step before."""
+
+
 class Decoder:
     """State of one generation. `prompt_length` is where generated tokens begin, which is where beams differ."""
 
@@ -40,6 +49,8 @@ class Decoder:
         self._last = np.zeros(1, np.int64)
         self._logits: F32 | None = None
         self._rows: dict[int, F32] = {}
+        self._seen: tuple[int, F32] | None = None
+        """How many tokens were fed, and some of the logits behind them."""
         tokens = session.spec.dims.get("tokens")
         chunk = self._session.prefill_chunk
         self._chunk = chunk if tokens is None else min(chunk, tokens.max)
@@ -77,13 +88,18 @@ class Decoder:
         """Feed the prompt, or what is left of it, `embeds: float32[tokens, D]`; return float32[vocab], the logits of its
         last position.
         """
-        logits = np.empty(0, np.float32)
-        for start in range(0, len(embeds), self._chunk):
+        logits: F32 = self.feed(embeds[None], should_stop)[0]
+        self.prompt_length = self.cache.length
+        return logits
+
+    def feed(self, embeds: F32, should_stop: Callable[[], bool] | None = None) -> F32:
+        """Feed `embeds: float32[batch, tokens, D]`, a chunk at a time; return float32[batch, vocab], the last logits."""
+        logits = np.empty((len(embeds), 0), np.float32)
+        for start in range(0, embeds.shape[1], self._chunk):
             if should_stop is not None and should_stop():
                 raise Cancelled
-            chunk = embeds[None, start : start + self._chunk]
-            logits = self.run(chunk, np.array([chunk.shape[1] - 1]))[0, 0]
-        self.prompt_length = self.cache.length
+            chunk = embeds[:, start : start + self._chunk]
+            logits = self.run(chunk, np.array([chunk.shape[1] - 1]))[:, 0]
         return logits
 
     def decode_one_token(self, tokens: I64) -> F32:
@@ -119,21 +135,66 @@ class Decoder:
 
     def fork(self, beams: int) -> None:
         """Continue as `beams` equal sequences."""
-        self._cache = self.cache.fork(beams)
+        with _blamed():
+            self._cache = self.cache.fork(beams)
 
     def reorder(self, parents: I64) -> None:
         """Let sequence i continue sequence `parents[i]`."""
-        self.cache.reorder(parents, self.prompt_length)
+        with _blamed():
+            self.cache.reorder(parents, self.prompt_length)
+
+    def trim(self, length: int) -> None:
+        """Forget what was fed from `length` on."""
+        with _blamed():
+            self.cache.trim(length)
 
     def _run(self, embeds: F32, logit_positions: I64, logits: F32) -> F32:
-        length = self.cache.length
+        """Raises DecoderError, also for logits that `_check` refuses."""
+        with _blamed():
+            length = self.cache.length
+            self._step(length, embeds, logit_positions, logits)
+            self._check(length, logits.reshape(-1, logits.shape[-1]))
+        return logits
+
+    def _step(self, length: int, embeds: F32, logit_positions: I64, logits: F32) -> None:
+        logits[..., 0] = np.nan  # left there by an engine that writes nothing
         feeds: dict[str, Array] = {
             "inputs_embeds": embeds,
             "position_ids": np.arange(length, length + embeds.shape[1]),
             "logit_positions": logit_positions,
         }
         self._session.step(feeds, self.cache, {"logits": logits})
-        return logits
+
+    def _check(self, length: int, logits: F32) -> None:
+        """Raise ExecutionError for `logits: float32[rows, vocab]` that no decoder gives: not finite, all equal, or those of
+        the step before.
+
+        That is all that can be seen at the price of one maximum; wrong numbers that look like logits are not found.
+        """
+        for row in logits:
+            largest = row.max()
+            if not np.isfinite(largest):
+                at = int(row.argmax())
+                raise ExecutionError(f"decoder: logits hold {row[at]} at id {at}, expected finite numbers")
+            if row[0] == row[-1] == largest == row.min():
+                raise ExecutionError(f"decoder: all logits are {row[0]}, expected one for each id")
+        if not len(logits):
+            return
+        sample = logits[-1, :: max(1, logits.shape[1] // SAMPLES)].copy()
+        if self._seen is not None and self._seen[0] != length and np.array_equal(self._seen[1], sample):
+            raise ExecutionError("decoder: the logits are those of the step before, expected others for another token")
+        self._seen = length, sample
+
+
+@contextmanager
+def _blamed() -> Iterator[None]:
+    """What an engine raises inside is the decoder's error."""
+    try:
+        yield
+    except DecoderError:
+        raise
+    except ExecutionError as error:
+        raise DecoderError(str(error)) from error
 
 
 class HostCachedSession:

@@ -7,7 +7,7 @@ embeddings over the placeholders → prefill → decode one by one → leave the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,15 +17,17 @@ from lensc.backends.base import Cache
 from lensc.backends.bundle import ModelSpec
 
 from .beam import BeamSearch, Hypothesis
-from .decoder import Cancelled, Decoder, scatter
+from .decoder import Cancelled, Decoder, DecoderError, scatter
 from .embedding import EmbeddingTable
+from .events import Event
 from .options import GenerationOptions
-from .prefix_cache import PrefixCache, Rows, rows_of, token_rows
+from .prefix_cache import Rows, rows_of, token_rows
 from .prompt import Prompt
 from .result import FinishReason, Metrics, Result, peak_memory_bytes
 from .sampling import F32, greedy, penalize, sample
 from .sequential import Turns
-from .speculation import PLACEHOLDER, Pace, Speculation
+from .sharing import LoadedDecoder
+from .speculation import PLACEHOLDER, Speculation
 from .vision import VisionEncoder
 
 
@@ -49,10 +51,10 @@ class Generation:
         options: GenerationOptions,
         spec: ModelSpec,
         vision: VisionEncoder,
-        decoder: Decoder,
+        decoder: LoadedDecoder,
         table: EmbeddingTable,
-        prefixes: PrefixCache,
-        pace: Pace,
+        replan: Callable[[LoadedDecoder, DecoderError], LoadedDecoder],
+        events: Sequence[Event] = (),
         turns: Turns | None = None,
         max_memory_bytes: int | None = None,
         should_stop: Callable[[], bool] | None = None,
@@ -61,14 +63,19 @@ class Generation:
         self.hypotheses: list[Hypothesis] = []
         """What a beam search ended with, best first."""
         self.finish_reason: FinishReason | None = None
-        self.decoder = decoder
         self._request = request
         self._options = options
         self._eos = () if options.ignore_eos else spec.generation.eos_token_ids
         self._vision = vision
         self._table = table
-        self._prefixes = prefixes
-        self._pace = pace
+        self._spec = spec.decoder
+        self._loaded = decoder
+        # The last token is never fed, so it needs no row.
+        self._capacity = len(request.prompt.ids) + options.max_new_tokens - 1
+        self.decoder = self._begun()
+        self._replan = replan
+        self._events = events
+        self._events_before = len(events)
         self._turns = turns
         self._load_ms = 0.0
         self._max_memory_bytes = max_memory_bytes
@@ -100,7 +107,10 @@ class Generation:
         self._resumed = time.perf_counter()
         intact = False
         try:
-            logits = self.prefill()
+            try:
+                logits = self.prefill()
+            except DecoderError as error:
+                logits = self._elsewhere(error, [[]])[0]
             yield from self._beams(logits) if self._options.num_beams > 1 else self._one_by_one(logits)
             intact = True
         except Cancelled:
@@ -121,7 +131,7 @@ class Generation:
         prompt, slices = self._request.prompt, self._request.slices
         keys = self._vision.keys(slices)
         self._rows = rows_of(prompt, keys)
-        cache = self._prefixes.take(self._rows)
+        cache = self._loaded.prefixes.take(self._rows)
         if self._turns is not None and not self._turns.caches_outlive_decoder and not self._vision.knows(keys):
             cache = None  # it goes with the decoder, which makes room for vision
         if cache is not None:
@@ -164,7 +174,7 @@ class Generation:
         if self._prompt_cache is not None:
             cache, self._prompt_cache = self._prompt_cache, None
         if cache is not None:
-            self._prefixes.give(np.concatenate([self._rows, token_rows(self.token_ids)]), cache)
+            self._loaded.prefixes.give(np.concatenate([self._rows, token_rows(self.token_ids)]), cache)
 
     def result(self, text: str) -> Result:
         """The answer with its metrics, once `tokens()` has ended."""
@@ -176,6 +186,8 @@ class Generation:
             self._notes.append(
                 f"peak memory was {peak / 1e9:.2f} GB, {limit / 1e9:.2f} GB are allowed: an engine took more than its files"
             )
+        events = tuple(self._events[self._events_before :])
+        self._notes += [event.text for event in events]
         metrics = Metrics(
             prepare_ms=self._request.prepare_ms,
             load_ms=self._load_ms,
@@ -192,6 +204,7 @@ class Generation:
             kv_cache_bytes=self._kv_cache_bytes,
             peak_memory_bytes=peak,
             notes=tuple(self._notes),
+            events=events,
         )
         return Result(text, tuple(self.token_ids), self.finish_reason, metrics)
 
@@ -227,20 +240,62 @@ class Generation:
                 logits = rows[at]
                 continue
             started = time.perf_counter()
-            if at < len(draft):
-                self.decoder.cache.trim(self._fed)
-            if guesses is not None and step_s:
-                guesses.stepped(1 + len(draft), 1 + at, step_s + time.perf_counter() - started)
-            draft, at = [] if guesses is None else guesses.draft(options.max_new_tokens - len(ids) - 1), 0
-            self._drafted += len(draft)
-            started = time.perf_counter()
-            if draft:
-                rows = self.decoder.decode_tokens(np.array([token, *draft]))
-                logits = rows[0]
-            else:
-                logits = self.decoder.decode_one_token(np.array([token]))[0]
-            step_s = time.perf_counter() - started
-            self._fed += 1
+            try:
+                if at < len(draft):
+                    self.decoder.trim(self._fed)
+                if guesses is not None and step_s:
+                    guesses.stepped(1 + len(draft), 1 + at, step_s + time.perf_counter() - started)
+                draft, at = [] if guesses is None else guesses.draft(options.max_new_tokens - len(ids) - 1), 0
+                self._drafted += len(draft)
+                started = time.perf_counter()
+                if draft:
+                    rows = self.decoder.decode_tokens(np.array([token, *draft]))
+                    logits = rows[0]
+                else:
+                    logits = self.decoder.decode_one_token(np.array([token]))[0]
+                step_s = time.perf_counter() - started
+                self._fed += 1
+            except DecoderError as error:
+                logits = self._elsewhere(error, [ids])[0]
+                draft, at, step_s = [], 0, 0.0
+                guesses = self._speculation()
+
+    def _begun(self) -> Decoder:
+        return Decoder(self._loaded.session, self._spec, self._table, self._capacity)
+
+    def _elsewhere(self, error: DecoderError, said: Sequence[Sequence[int]]) -> F32:
+        """Go on with the decoder that is loaded in the place of one that failed; raise what it failed of if none is.
+
+        `said`: what was chosen so far, of each beam. It is fed again after the prompt, whose pictures are encoded again only
+        if they are not remembered. Returns float32[beams, vocab], the logits behind it.
+        """
+        while True:
+            self.decoder.release()
+            self._prompt_cache, self._reused_tokens, self._fed = None, 0, 0
+            self._loaded = self._replan(self._loaded, error)
+            self.decoder = self._begun()
+            try:
+                return self._feed_again(np.array(said, np.int64))
+            except DecoderError as another:
+                error = another
+
+    def _feed_again(self, said: npt.NDArray[np.int64]) -> F32:
+        prompt = self._request.prompt
+        encoded = self._vision.encode(self._request.slices, self._stop)
+        started = time.perf_counter()
+        embeds = self._table.gather(prompt.ids)
+        scatter(embeds, prompt.image_bounds, encoded.embeds)
+        try:
+            logits = self.decoder.prefill(embeds, self._stop)[None]
+            self._prefill_ms = (time.perf_counter() - started) * 1e3
+            if len(said) > 1:
+                self._prompt_cache = self.decoder.cache
+                self.decoder.fork(len(said))
+            if said.size:
+                logits = self.decoder.feed(self._table.gather(said.reshape(-1)).reshape(*said.shape, -1), self._stop)
+        finally:
+            self._fed = self.decoder.length
+        return logits
 
     def _speculation(self) -> Speculation | None:
         """Guesses for this answer, if they are wanted."""
@@ -250,7 +305,7 @@ class Generation:
         ids = self._request.prompt.ids.copy()
         for start, end in self._request.prompt.image_bounds.tolist():
             ids[start:end] = PLACEHOLDER
-        return Speculation(self._pace, ids.tolist(), most)
+        return Speculation(self._loaded.pace, [*ids.tolist(), *self.token_ids], most)
 
     def _choose(self, logits: F32, generator: np.random.Generator | None) -> int:
         options = self._options
@@ -279,13 +334,16 @@ class Generation:
             if self._stop():
                 cancelled = True
                 break
-            if search.length == 1:
-                # All beams come from the prompt, so there is nothing to reorder, and no copies if it ends here.
-                self._prompt_cache = self.decoder.cache
-                self.decoder.fork(options.num_beams)
-            else:
-                self.decoder.reorder(parents)
-            all_logits = self.decoder.decode_one_token(tokens)
+            try:
+                if search.length == 1:
+                    # All beams come from the prompt, so there is nothing to reorder, and no copies if it ends here.
+                    self._prompt_cache = self.decoder.cache
+                    self.decoder.fork(options.num_beams)
+                else:
+                    self.decoder.reorder(parents)
+                all_logits = self.decoder.decode_one_token(tokens)
+            except DecoderError as error:
+                all_logits = self._elsewhere(error, search.tokens)
         self.hypotheses = search.hypotheses()
         best = self.hypotheses[0]
         self.token_ids += best.token_ids

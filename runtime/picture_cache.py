@@ -99,6 +99,12 @@ class PictureCache:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
 
+    def only_read(self, why: str) -> None:
+        """Keep no more, and note why."""
+        if self._writes:
+            self._writes = False
+            self._note(f"picture cache: {why}; no more pictures are kept")
+
     def notes(self) -> list[str]:
         """What went wrong since it was last asked."""
         notes, self._notes = self._notes, []

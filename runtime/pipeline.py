@@ -6,23 +6,26 @@ or the reference model's. Calls from several threads are safe; their runs take t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, cast, overload
+from typing import Any, Literal, Self, overload
 
-from lensc.backends.base import Array, Cache, CachedSession, Session
+from lensc.backends.base import Array, Session
 from lensc.backends.bundle import ModelSpec
-from lensc.backends.errors import GraphError, InputError, PromptError, UsageError
+from lensc.backends.errors import ExecutionError, GraphError, InputError, LensError, PromptError, UsageError
 
 from . import conversation, decoder, vision
 from .conversation import NOBODY, Identity, Restored
-from .decoder import Decoder
+from .decoder import DecoderError
 from .embedding import EmbeddingTable
+from .events import Event
 from .generation import Generation, Request
+from .loader import Loader
 from .options import GenerationOptions, resolve
 from .picture import PictureSource, slice_picture
 from .picture_cache import PictureCache
@@ -30,14 +33,13 @@ from .plan import Plan
 from .prefix_cache import PREFIX_BYTES, Held, PrefixCache, rows_of
 from .prompt import Message, Tokenizer, build_prompt, parse_messages, pictures_of, user_messages
 from .result import Metrics, Result
-from .sequential import Turns
+from .sequential import Turns, one_in_turn
+from .sharing import CLOSED, LoadedDecoder, SharedSession, shared
 from .speculation import Pace
 from .stream import Stream
 from .vision import VisionEncoder
 
 __all__ = ["VLM", "Metrics", "Result", "Stream"]
-
-CLOSED = "the model is closed; load it again"
 
 
 class VLM:
@@ -46,6 +48,7 @@ class VLM:
     `embed_table: float16 or float32[vocab, D]`, or an `EmbeddingTable`, may be memory-mapped. `plan` says where the graphs
     run, if known, `identity` whose saved conversations can be gone on with. `prefix_cache_bytes` of KV caches are kept for prompts that begin like an earlier one; 0 keeps none. `picture_cache`: where embeddings are kept on disk.
     `turns`: that the sessions take, if only one graph is loaded at a time. A peak above `max_memory_bytes` is a note.
+    `loader` loads a graph elsewhere when its device fails in the middle of an answer; without one that is an error.
     """
 
     def __init__(
@@ -60,26 +63,36 @@ class VLM:
         picture_cache: PictureCache | None = None,
         turns: Turns | None = None,
         max_memory_bytes: int | None = None,
+        loader: Loader | None = None,
     ) -> None:
         self.spec = spec
         self.tokenizer = tokenizer
         self.plan = plan
+        self._loader = loader
+        self._events: list[Event] = [] if loader is None else loader.events
+        self._pictures = picture_cache
+        self._replanning = threading.Lock()
         missing = [name for name in ("vision", "decoder") if name not in sessions]
         if missing:
             raise GraphError(f"model {spec.name}: no graph {', '.join(missing)}; expected vision and decoder")
         self._closed = False
-        self._sessions = {name: _shared(session) for name, session in sessions.items()}
+        self._vision_session = shared(sessions["vision"])
         self._table = EmbeddingTable.of(embed_table)
         width = spec.decoder.hidden_size
         vision.check_graph(sessions["vision"].spec, spec.picture, width)
         decoder.check_graph(sessions["decoder"].spec, spec.decoder)
         self._table.check(spec.decoder)
         self._vision = VisionEncoder(
-            self._sessions["vision"], spec.picture, width, picture_cache, getattr(sessions["vision"], "ready", None)
+            self._vision_session,
+            spec.picture,
+            width,
+            picture_cache,
+            getattr(sessions["vision"], "ready", None),
+            self._replan_vision,
         )
-        self._prefixes = PrefixCache(prefix_cache_bytes)
+        self._prefix_cache_bytes = prefix_cache_bytes
+        self._decoder = self._loaded(sessions["decoder"])
         self._identity = identity
-        self._pace = Pace()
         self._turns = turns
         self._max_memory_bytes = max_memory_bytes
         if turns is not None:
@@ -276,8 +289,7 @@ class VLM:
         self, request: Request, options: GenerationOptions, should_stop: Callable[[], bool] | None = None
     ) -> Generation:
         """Set up the generation of an answer to `request`, cutting max_new_tokens to what the context leaves."""
-        session = self._sessions["decoder"]
-        beams = session.spec.dims.get("batch")
+        beams = self._decoder.session.spec.dims.get("batch")
         if beams is not None and options.num_beams > beams.max:
             raise UsageError(f"num_beams={options.num_beams}: this bundle's decoder was made for at most {beams.max}")
         prompt_tokens = len(request.prompt.ids)
@@ -289,18 +301,15 @@ class VLM:
             note += f"a context of {self.spec.decoder.context_length}"
             request = dataclasses.replace(request, notes=(*request.notes, note))
             options = dataclasses.replace(options, max_new_tokens=room)
-        # The last token is never fed, so it needs no row.
-        capacity = prompt_tokens + options.max_new_tokens - 1
-        state = Decoder(session, self.spec.decoder, self._table, capacity)
         return Generation(
             request,
             options,
             self.spec,
             self._vision,
-            state,
+            self._decoder,
             self._table,
-            self._prefixes,
-            self._pace,
+            self._replan_decoder,
+            self._events,
             self._turns,
             self._max_memory_bytes,
             should_stop,
@@ -316,13 +325,14 @@ class VLM:
         sliced = [slice_picture(part.source, self.spec.picture) for part in pictures_of(parsed)]
         prompt = build_prompt(parsed, [s.plan for s in sliced], self.tokenizer, self.spec.picture.query_num)
         rows = rows_of(prompt, self._vision.keys([pixels for s in sliced for pixels in s.pixels]))
-        cache = self._prefixes.take(rows)
+        prefixes = self._decoder.prefixes
+        cache = prefixes.take(rows)
         held = None if cache is None else Held(rows[: cache.length], cache)
         try:
             conversation.write(Path(path), parsed, self.spec.name, self._identity, held)
         finally:
             if held is not None:
-                self._prefixes.give(held.rows, held.cache)
+                prefixes.give(held.rows, held.cache)
         return 0 if held is None else len(held.rows)
 
     def restore(self, path: str | Path) -> Restored:
@@ -334,34 +344,34 @@ class VLM:
         found = conversation.read(Path(path), self.spec.name, self._identity)
         if found.rows is None:
             return Restored(found.messages, 0, found.notes)
-        session = decoder.with_cache(self._sessions["decoder"], self.spec.decoder)
+        loaded = self._decoder
         try:
-            cache = session.new_cache(max(1, len(found.rows)))
+            cache = decoder.with_cache(loaded.session, self.spec.decoder).new_cache(max(1, len(found.rows)))
             cache.restore(found.arrays)
         except UsageError as error:
             raise InputError(f"{path}: {error}") from error
         if cache.length != len(found.rows):
             raise InputError(f"{path}: {len(found.rows)} rows of a prompt and {cache.length} tokens in its KV cache")
-        self._prefixes.give(found.rows, cache)
+        loaded.prefixes.give(found.rows, cache)
         return Restored(found.messages, cache.length, found.notes)
 
     def forget(self, pictures: bool = False) -> None:
         """Let go of the KV caches that earlier answers left, and of the embeddings of pictures in memory, too."""
-        self._prefixes.clear()
+        self._decoder.prefixes.clear()
         if pictures:
             self._vision.forget()
 
     def _released(self, session: Session) -> None:
         """A graph is closed to make room: KV caches of an engine that holds them itself are given up."""
         if self._turns is not None and not self._turns.caches_outlive_decoder and session.spec.name == "decoder":
-            self._prefixes.clear()
+            self._decoder.prefixes.clear()
 
     def close(self) -> None:
         """Free what the engines hold. Generating afterwards is an error; closing again is not."""
         self._closed = True
-        self._prefixes.clear(for_good=True)
-        for session in self._sessions.values():
-            session.close()
+        self._decoder.prefixes.clear(for_good=True)
+        self._vision_session.close()
+        self._decoder.session.close()
 
     def __enter__(self) -> Self:
         return self
@@ -370,6 +380,52 @@ class VLM:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """What happened to graphs and devices since the model was loaded, and while it was."""
+        return tuple(self._events)
+
+    def _loaded(self, session: Session) -> LoadedDecoder:
+        return LoadedDecoder(shared(session), PrefixCache(self._prefix_cache_bytes), Pace())
+
+    def _replan_decoder(self, failed: LoadedDecoder, error: DecoderError) -> LoadedDecoder:
+        """The decoder to go on with when one has failed. Raises what it failed of if there is none."""
+        with self._replanning:
+            if self._decoder is failed:
+                cause = error.__cause__
+                session = self._replaced(failed.session, cause if isinstance(cause, ExecutionError) else error)
+                failed.prefixes.clear(for_good=True)
+                self._decoder = self._loaded(session)
+            return self._decoder
+
+    def _replan_vision(self, failed: Session, error: ExecutionError) -> Session:
+        """The same for the vision graph."""
+        with self._replanning:
+            if self._vision_session is failed:
+                self._vision_session = shared(self._replaced(self._vision_session, error))
+                if self._pictures is not None and self._loader is not None and not self._loader.trusted("vision"):
+                    self._pictures.only_read(f"vision was not judged on {self._loader.plan['vision'].effective}")
+            return self._vision_session
+
+    def _replaced(self, failed: SharedSession, error: ExecutionError) -> Session:
+        """A graph loaded elsewhere. Raises `error` where it may not be, or cannot."""
+        if self._loader is None or self._closed:
+            raise error
+        name = failed.spec.name
+        why = self._loader.give_up(name, error)
+        session = failed.give_up(why)
+        if self._turns is not None:
+            with self._turns.lock:
+                self._turns.release()
+                made = one_in_turn(self._turns, failed.spec)
+        else:
+            if session is not None:
+                with contextlib.suppress(LensError):  # it has failed already
+                    session.close()
+            made = self._loader.open(name)
+        self.plan, self._identity = self._loader.plan, self._loader.identity()
+        return made
 
     def _answer(
         self,
@@ -388,52 +444,6 @@ class VLM:
             pass
         strip = True if strip_pad is None else strip_pad
         return generation.result(self.tokenizer.decode_answer(generation.token_ids, strip))
-
-
-class _SharedSession:
-    """A session that several generations use: their runs take turns, and fail with a clear error once it is closed."""
-
-    def __init__(self, session: Session) -> None:
-        self.spec = session.spec
-        self._session: Session | None = session
-        self._lock = threading.Lock()
-
-    def run(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
-        with self._lock:
-            return self._opened().run(feeds, out)
-
-    def close(self) -> None:
-        with self._lock:
-            session, self._session = self._session, None
-        if session is not None:
-            session.close()
-
-    def _opened(self) -> Session:
-        if self._session is None:
-            raise UsageError(CLOSED)
-        return self._session
-
-
-class _SharedCachedSession(_SharedSession):
-    """The same for an engine that keeps the KV cache; each generation has a cache of its own."""
-
-    def __init__(self, session: CachedSession) -> None:
-        super().__init__(session)
-        self.prefill_chunk = session.prefill_chunk
-
-    def new_cache(self, capacity: int, batch: int = 1) -> Cache:
-        with self._lock:
-            return cast(CachedSession, self._opened()).new_cache(capacity, batch)
-
-    def step(
-        self, feeds: Mapping[str, Array], cache: Cache, out: Mapping[str, Array] | None = None
-    ) -> dict[str, Array]:
-        with self._lock:
-            return cast(CachedSession, self._opened()).step(feeds, cache, out)
-
-
-def _shared(session: Session) -> Session:
-    return _SharedCachedSession(session) if isinstance(session, CachedSession) else _SharedSession(session)
 
 
 def _pictures(images: Sequence[PictureSource]) -> Sequence[PictureSource]:

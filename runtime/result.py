@@ -6,6 +6,8 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
+from .events import Event
+
 FinishReason = Literal["stop", "length", "cancelled"]
 """A stop id was generated; max_new_tokens or the context was reached; the caller cancelled."""
 
@@ -40,6 +42,8 @@ class Metrics:
     """Largest resident size of the process since it started; None where the system does not tell."""
     notes: tuple[str, ...]
     """What was converted, resized, cut short or reused."""
+    events: tuple[Event, ...] = ()
+    """What happened to devices while the answer was made; each is a note, too."""
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,38 @@
 """The golden probe: tiny recorded inputs go through every loaded graph, and the outputs must be the recorded ones.
 
 A driver, an engine version or a chip that computes something else is found when the bundle is loaded, not by readers of
-a wrong answer.
+a wrong answer. One that never answers is given up after a time that any device takes less of.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import threading
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from lensc.backends.base import Array, Session
+from lensc.backends.base import Array, Artifact, Session
 from lensc.backends.bundle import ProbeRecord
-from lensc.backends.errors import ManifestError, ParityError
+from lensc.backends.errors import ExecutionError, LensError, ManifestError, ParityError
+
+LEAST_S, BYTES_PER_S, EMULATION = 30.0, 40e6, 40
+"""The longest that a probe, or the trial of a candidate, may take: so long, and a second for so many bytes of its artifact (a
+tenth of what the slowest engine took to load and answer at full size); an emulation this many times as long."""
+
+
+class SilentError(ParityError):
+    """A probe was not answered in time. Its thread cannot be ended, and the session, which it is still in, not be closed."""
+
+
+def limit_s(artifact: Artifact, state: str) -> float:
+    """How many seconds an artifact may take to answer a golden probe."""
+    seconds = LEAST_S + sum(file.bytes for file in artifact.files) / BYTES_PER_S
+    return seconds * EMULATION if state == "emulated" else seconds
 
 
 @dataclass(frozen=True)
@@ -42,22 +57,50 @@ def run_selftest(
     sessions: Mapping[str, Session],
     folder: Path,
     tolerances: Mapping[str, float] | None = None,
+    limit_s: float | None = None,
 ) -> tuple[ProbeResult, ...]:
     """Run the probes of every graph in `sessions`; paths are relative to `folder`.
 
     `tolerances` by graph replace the probes' own, for an artifact that computes less exactly than its graph.
-    Raises ManifestError if a probe file cannot be used, ExecutionError if an engine fails.
+    Raises ManifestError if a probe file cannot be used, ExecutionError if an engine fails, SilentError if one does not answer
+    within `limit_s`. It is then waited for no more; but its thread goes on, keeps what it holds of memory and processor, and
+    an engine that never lets Python run while it hangs cannot be left at all: that takes a process of its own (`trial`).
     """
     allowed = tolerances or {}
-    return tuple(
-        _run(
-            dataclasses.replace(probe, tolerance=allowed.get(probe.graph, probe.tolerance)),
-            sessions[probe.graph],
-            folder,
+
+    def work() -> tuple[ProbeResult, ...]:
+        return tuple(
+            _run(
+                dataclasses.replace(probe, tolerance=allowed.get(probe.graph, probe.tolerance)),
+                sessions[probe.graph],
+                folder,
+            )
+            for probe in probes
+            if probe.graph in sessions
         )
-        for probe in probes
-        if probe.graph in sessions
-    )
+
+    return work() if limit_s is None else _within(limit_s, work)
+
+
+def _within(limit_s: float, work: Callable[[], tuple[ProbeResult, ...]]) -> tuple[ProbeResult, ...]:
+    """What `work` returns or raises, in a thread that is left behind if it takes longer."""
+    made: list[tuple[ProbeResult, ...]] = []
+    raised: list[Exception] = []
+
+    def run() -> None:
+        try:
+            made.append(work())
+        except (LensError, MemoryError) as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="golden probe", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if thread.is_alive():
+        raise SilentError(f"the golden probe was not answered within {limit_s:.0f} s")
+    if not made:
+        raise raised[0] if raised else ExecutionError("the golden probe ended by a bug, which is told above")
+    return made[0]
 
 
 def check(results: Sequence[ProbeResult], targets: Mapping[str, str]) -> None:

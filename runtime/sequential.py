@@ -159,11 +159,16 @@ def in_turn(turns: Turns, specs: Mapping[str, GraphSpec]) -> dict[str, Session]:
     """A session for every graph. Each is loaded once, which finds what is wrong with it; the first, vision, stays."""
     made: dict[str, Session] = {}
     for name in sorted(specs, key=lambda name: name == "vision"):
-        with turns.lock:
-            opened: Any = turns.opened(name)
-            chunk = opened.prefill_chunk if isinstance(opened, CachedSession) else None
-            if chunk is not None:
-                turns.caches_outlive_decoder = getattr(opened, "caches_outlive_session", False)
-            made[name] = InTurn(turns, specs[name]) if chunk is None else CachedInTurn(turns, specs[name], chunk)
+        made[name] = one_in_turn(turns, specs[name])
     turns.loads()
     return made
+
+
+def one_in_turn(turns: Turns, spec: GraphSpec) -> Session:
+    """A session for the graph of `spec`, which is loaded for it."""
+    with turns.lock:
+        opened: Any = turns.opened(spec.name)
+        cached = isinstance(opened, CachedSession)
+        if spec.name == "decoder":
+            turns.caches_outlive_decoder = not cached or getattr(opened, "caches_outlive_session", False)
+        return CachedInTurn(turns, spec, opened.prefill_chunk) if cached else InTurn(turns, spec)

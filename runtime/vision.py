@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from lensc.backends.base import Session
 from lensc.backends.bundle import PictureSpec
-from lensc.backends.errors import GraphError
+from lensc.backends.errors import ExecutionError, GraphError
 from lensc.export.graph import GraphSpec
 
 from .decoder import Cancelled
@@ -53,8 +53,14 @@ class VisionEncoder:
         hidden_size: int,
         disk: PictureCache | None = None,
         ready: Callable[[], None] | None = None,
+        replan: Callable[[Session, ExecutionError], Session] | None = None,
     ) -> None:
-        """`ready` is called before the graph is run, and is not counted in its time."""
+        """`ready` is called before the graph is run, and is not counted in its time. `replan` gives the session to go on with
+        when one has failed, or raises.
+        """
+        self._replan = replan
+        self._last: tuple[bytes, F32] | None = None
+        """The slice that was encoded last, and its features."""
         self._disk = disk
         self._ready = ready
         self._session = session
@@ -95,7 +101,7 @@ class VisionEncoder:
                 if self._ready is not None:
                     self._ready()
                 started = time.perf_counter()
-                features = self._run(pixels, longest)
+                features = self._run(pixels, longest, key)
                 self._remember(key, features)
                 if self._disk is not None:
                     self._disk.put(key, features)
@@ -142,12 +148,31 @@ class VisionEncoder:
         digest.update(np.ascontiguousarray(pixels).data)
         return digest.digest()
 
-    def _run(self, pixels: U8, longest: U8) -> F32:
+    def _run(self, pixels: U8, longest: U8, key: bytes) -> F32:
         beside = self._padded_to(pixels, longest)
         batch = vision_feeds([pixels] if beside is None else [pixels, beside], self._spec, self._hidden_size)[0]
         feeds = {name: array[:1] for name, array in batch.feeds.items()}
-        # A copy: an engine may reuse the memory of its outputs.
-        return np.array(self._session.run(feeds)["image_embeds"][0], np.float32)
+        while True:
+            session = self._session
+            try:
+                # A copy: an engine may reuse the memory of its outputs.
+                features = np.array(session.run(feeds)["image_embeds"][0], np.float32)
+                self._check(features, key)
+                return features
+            except ExecutionError as error:
+                if self._replan is None:
+                    raise
+                self._session = self._replan(session, error)
+
+    def _check(self, features: F32, key: bytes) -> None:
+        """Raise ExecutionError for features that no slice has: not finite, all equal, or those of the slice before."""
+        if not np.isfinite(features).all():
+            raise ExecutionError("vision: the features of a slice hold NaN or infinity, expected finite numbers")
+        if features.min() == features.max():
+            raise ExecutionError(f"vision: all features of a slice are {features[0, 0]}, expected numbers that differ")
+        last, self._last = self._last, (key, features)
+        if last is not None and last[0] != key and np.array_equal(last[1], features):
+            raise ExecutionError("vision: the features of a slice are those of the slice before, expected its own")
 
     def _recall(self, key: bytes) -> F32 | None:
         with self._lock:

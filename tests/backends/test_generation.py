@@ -147,10 +147,10 @@ def test_a_saved_cache_is_gone_on_with(sessions: dict[str, Session]) -> None:
     one = make(sessions)
     said = answer(one, *first).token_ids
     expected = answer(one, *first, said, more)
-    (held,) = one._prefixes._held
+    (held,) = one._decoder.prefixes._held
     arrays = {name: array.copy() for name, array in held.cache.save().items()}
     two = make(sessions)
-    restored = with_cache(two._sessions["decoder"], SPEC.decoder).new_cache(1)
+    restored = with_cache(two._decoder.session, SPEC.decoder).new_cache(1)
     for broken in (
         {},
         {name: array[..., :-1] for name, array in arrays.items()},
@@ -162,7 +162,7 @@ def test_a_saved_cache_is_gone_on_with(sessions: dict[str, Session]) -> None:
     restored.restore(arrays)
     assert restored.length == len(held.rows)
     restored.trim(held.cache.length - len(more) - 3)
-    two._prefixes.give(held.rows, restored)
+    two._decoder.prefixes.give(held.rows, restored)
     again = answer(two, *first, said, more)
     assert again.result("").metrics.reused_tokens > 40
     assert again.token_ids == expected.token_ids

@@ -160,7 +160,7 @@ def test_a_file_of_something_else_is_one_clear_line(tiny: Any, saved: Path, chan
     with pytest.raises(InputError, match=message) as caught:
         vlm.restore(saved)
     assert "\n" not in str(caught.value) and str(saved) in str(caught.value)
-    assert not vlm._prefixes._held
+    assert not vlm._decoder.prefixes._held
 
 
 def test_a_flipped_byte_anywhere_is_found(tiny: Any, saved: Path) -> None:

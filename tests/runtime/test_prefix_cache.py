@@ -92,7 +92,7 @@ def test_a_cancelled_prompt_is_gone_on_with_where_it_stopped(tiny: Any) -> None:
         decoder.spec = dataclasses.replace(
             decoder.spec, dims=decoder.spec.dims | {"tokens": dataclasses.replace(decoder.spec.dims["tokens"], max=5)}
         )
-        vlm._sessions["decoder"].spec = decoder.spec
+        vlm._decoder.session.spec = decoder.spec
         asked = itertools.count()
         cut = vlm.generate(LONG, [tiny.picture(56, 30)], should_stop=lambda a=asked, s=stop_at: next(a) >= s)
         assert cut.finish_reason == "cancelled"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -36,8 +37,9 @@ class Certain(dict[tuple[int, int], float]):
 
 def always(vlm: Any, size: int = 8) -> Any:
     """`vlm`, guessing at every opportunity, right or wrong."""
-    vlm._pace = Eager(size)
-    vlm._pace.right = Certain.fromkeys(FIRST_GUESS, 1.0)
+    pace = Eager(size)
+    pace.right = Certain.fromkeys(FIRST_GUESS, 1.0)
+    vlm._decoder = dataclasses.replace(vlm._decoder, pace=pace)
     return vlm
 
 
@@ -103,7 +105,7 @@ def test_an_answer_that_ends_among_guesses_leaves_a_cache_without_them(tiny: Any
         vlm, _, _ = repeating(tiny)
         always(vlm)
         result = vlm.generate(QUESTION, max_new_tokens=most)
-        (held,) = vlm._prefixes._held
+        (held,) = vlm._decoder.prefixes._held
         assert held.cache.length == len(held.rows) == result.metrics.prompt_tokens + len(result.token_ids) - 1
         again = vlm.generate(QUESTION, max_new_tokens=most)
         assert again.token_ids == result.token_ids
@@ -112,7 +114,7 @@ def test_an_answer_that_ends_among_guesses_leaves_a_cache_without_them(tiny: Any
     for _ in range(9):
         next(stream)
     del stream
-    (held,) = vlm._prefixes._held
+    (held,) = vlm._decoder.prefixes._held
     assert held.cache.length == len(held.rows)
 
 
