@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from lensc.backends.errors import LensError, UsageError
 
-from . import aihub, building, console, planning
+from . import aihub, benching, building, console, planning
 
 INTERRUPTED, PIPE_CLOSED = 130, 141
 
@@ -119,6 +119,9 @@ def parser() -> argparse.ArgumentParser:
     planning.add_profile(verb("profile", planning.profile, "measure this machine and keep its profile", more))
     more = "From sizes and the device's profile, before anything is downloaded or compiled; each figure says what it rests on."
     planning.add_plan(verb("plan", planning.plan, "predict memory and times of a model on a device", more))
+
+    more = "A request is a picture and a prompt of random tokens; decoding goes on behind stop ids, and nothing is guessed ahead."
+    benching.add_bench(verb("bench", benching.bench, "measure how fast a bundle is here", more))
 
     text = "compile, time and check the vision graph on a phone that Qualcomm AI Hub hosts"
     hosted = verbs.add_parser(

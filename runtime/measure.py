@@ -14,6 +14,7 @@ at random, the same in each run; the picture's own tokens come before them, and 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -59,7 +60,10 @@ class Values:
         return max(abs(value - self.median) for value in self.values)
 
     def __str__(self) -> str:
-        return f"{self.median:.4g} ± {self.spread:.2g}"
+        if len(self.values) == 1:
+            return f"{self.median:.3g}"
+        digits = max(0, 2 - math.floor(math.log10(self.median))) if self.median > 0 else 2
+        return f"{self.median:.{digits}f} ± {self.spread:.{digits}f}"
 
 
 @dataclass(frozen=True)

@@ -208,6 +208,41 @@ def predict(model: Model, stored: Stored, processor: Processor, request: Request
     )
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What cannot be passed: bytes over bandwidth, or operations over peak, whichever takes longer. None where the profile
+    lacks a figure, or there is no picture.
+    """
+
+    image_ms: float | None
+    prefill_tokens_s: float | None
+    decode_tokens_s: float | None
+
+
+def limits(model: Model, stored: Stored, processor: Processor, request: Request) -> Limits:
+    """Of `request` on `processor`, by its bandwidth and its peak and not by what anybody reached."""
+    stored = _moved(stored, processor)
+    gb_s = processor.bandwidth_gb_s
+    tokens, decoder = request.tokens(model), stored.decoder_bytes(model)
+
+    def seconds(operations: float, nbytes: int, dtypes: Sequence[str]) -> float | None:
+        peaks = [processor.peak_tops[dtype].value for dtype in dtypes if dtype in processor.peak_tops]
+        if not peaks or gb_s is None:
+            return None
+        return max(operations / (peaks[0] * 1e12), nbytes / (gb_s.value * 1e9))
+
+    of = _vision_dtypes(processor, stored)
+    slices = [seconds(model.slice_operations(n), stored.vision_bytes(model), of) for n in request.patches]
+    of = [dtype for dtype in _prefill_dtypes(processor, stored) if dtype != "int4"]  # no product is of 4 bits
+    prompt = seconds(tokens * model.token_operations(tokens // 2), decoder, of)
+    read = decoder + stored.cache_bytes(model, (tokens + request.context) // 2)
+    return Limits(
+        image_ms=None if not slices or None in slices else 1e3 * sum(one for one in slices if one is not None),
+        prefill_tokens_s=None if prompt is None else tokens / prompt,
+        decode_tokens_s=None if gb_s is None else gb_s.value * 1e9 / read,
+    )
+
+
 def _moved(stored: Stored, processor: Processor) -> Stored:
     """GPUs and NPUs hold in 16 bits what lies in 32."""
     if processor.kind == "cpu":

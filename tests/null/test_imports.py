@@ -25,7 +25,20 @@ with contextlib.redirect_stdout(io.StringIO()) as text:
 assert not code, code
 assert "usage" in text.getvalue().lower(), text.getvalue()
 """
-VERBS = ("export", "compile", "build", "run", "chat", "inspect", "profile", "plan", "devices", "aihub", "aihub compile")
+VERBS = (
+    "export",
+    "compile",
+    "build",
+    "run",
+    "chat",
+    "inspect",
+    "profile",
+    "plan",
+    "bench",
+    "devices",
+    "aihub",
+    "aihub compile",
+)
 
 
 def loaded(script: str, folder: Path) -> set[str]:

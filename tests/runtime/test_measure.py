@@ -81,6 +81,11 @@ def test_impossible_work(work: Work, message: str, tiny: SimpleNamespace) -> Non
 def test_figures_are_medians_and_all_runs_are_within_the_spread(tiny: SimpleNamespace) -> None:
     values = Values((4.0, 1.0, 2.0))
     assert (values.median, values.spread) == (2.0, 2.0)
+    assert [str(Values(v)) for v in ((4.0, 1.0, 2.0), (1310.4, 1303.0), (0.1234,))] == [
+        "2.00 ± 2.00",
+        "1307 ± 4",
+        "0.123",
+    ]
     metrics = run(tiny.make()[0], Work(8, 3, tiny.picture()))
     runs = [
         dataclasses.replace(metrics, image_ms=(ms, ms), prefill_ms=ms, prompt_tokens=10, reused_tokens=0)
