@@ -100,3 +100,9 @@ class StorageError(LensError):
 
 class MemoryLimitError(LensError):
     pass
+
+
+def listed(items: list[str], separator: str = ", ", limit: int = 20) -> str:
+    """The items in one line; beyond `limit` the rest becomes a count."""
+    text = separator.join(items[:limit])
+    return text if len(items) <= limit else f"{text}{separator}and {len(items) - limit} more"

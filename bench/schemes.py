@@ -135,10 +135,11 @@ class Forced:
         """The mean over all tokens of `bundle`'s divergence, in nats."""
         from lensc.backends import registry
         from lensc.backends.bundle import load_manifest
-        from lensc.export.calibration import Item, prepare
+        from lensc.export.calibration import prepare
         from lensc.export.demo import CHECKPOINT
         from lensc.export.engines import close
         from lensc.export.quantize.loss import compare_logits, forced_logits
+        from lensc.export.question_folder import Item
         from lensc.runtime.embedding import EmbeddingTable, open_table
         from lensc.runtime.prompt import Tokenizer
 

@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lensc.backends.errors import CheckpointError
+from lensc.backends.errors import CheckpointError, listed
 
 from .adapter_config import LoraConfig
 from .checkpoint import AlteredCheckpoint, Checkpoint, load_model, read_json
 from .fingerprint import file_state, sha256_of
 from .models.minicpmv import MiniCPMV
-from .shards import DTYPES, TensorRecord, listed, read_header, read_rows, read_tensor
+from .shards import DTYPES, TensorRecord, read_header, read_rows, read_tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -6,18 +6,13 @@ Three sources, in this order:
     the demo    pictures of the demo checkpoint's tasks, drawn anew; held-out strings are never among them
     built in    pages of text, figures and textures that are drawn here, the shipped pictures, and texts
 
-A folder holds .png, .jpg and .jpeg files and, if there are questions and answers, `questions.json`:
-
-    {"receipt.png": {"question": "What is the total?", "answer": "17.35"}}
-
-Both keys may be left out. An answer is fed behind its prompt, so that the quantizer sees what the decoder sees while it
+A folder is one of `question_folder`. An answer is fed behind its prompt, so that the quantizer sees what the decoder sees while it
 answers. Calibrate with what the model will be used for: the built-in pictures are no substitute for photographs.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,21 +25,16 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from lensc.backends.bundle import ModelSpec
-from lensc.backends.errors import InputError, PictureError, UnavailableError
-from lensc.runtime.picture import PictureSource, open_picture, slice_picture
+from lensc.backends.errors import PictureError, UnavailableError, listed
+from lensc.runtime.picture import slice_picture
 from lensc.runtime.prompt import Tokenizer, build_prompt, user_messages
 
 from . import demo
 from .calibration_text import CONTINUE, SHIPPED, TEXTS
+from .question_folder import DESCRIBE, Item, read_folder
 from .questions import TEXT, questions_for
-from .shards import listed
-
-QUESTIONS = "questions.json"
-SUFFIXES = (".png", ".jpg", ".jpeg")
-QUESTIONS_BYTES = 1 << 20
 
 READ = "Read the text."
-DESCRIBE = "Describe the picture."
 
 DEMO_SAMPLES = {"line": 16, "page": 16, "question": 24}
 """How many pictures of each task are drawn for the demo checkpoint."""
@@ -59,15 +49,6 @@ COLOURS = (((20, 20, 20), (248, 246, 240)), ((240, 240, 230), (34, 44, 80)), ((1
 """(text, ground) of the drawn pages."""
 
 TEXTURES = 4
-
-
-@dataclass(frozen=True, eq=False)
-class Item:
-    """Something to ask, not opened yet; an empty answer is none."""
-
-    question: str
-    answer: str = ""
-    pictures: tuple[PictureSource, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +104,7 @@ def calibration_set(
     Raises InputError for a folder that cannot be used, PictureError that lists every picture that cannot be opened.
     """
     if folder is not None:
-        items = [*_folder(folder), *_texts()]
+        items = [*read_folder(folder, "--calibration"), *_texts()]
         return prepare(f"folder {folder.name}", items, spec, tokenizer)
     if is_demo:
         try:
@@ -165,79 +146,10 @@ def prepare(source: str, items: Sequence[Item], spec: ModelSpec, tokenizer: Toke
         ids = np.concatenate([prompt.ids, answer])
         samples.append(Sample(slices, ids, prompt.image_bounds, len(prompt.ids)))
     if problems:
-        raise PictureError(f"calibration, {source}: {len(problems)} of {len(items)} cannot be used: {_all(problems)}")
-    return CalibrationSet(source, tuple(samples), sum(len(item.pictures) for item in items))
-
-
-def _all(problems: list[str]) -> str:
-    return listed(problems, "; ", len(problems))
-
-
-# --- a folder -----------------------------------------------------------------------------------------------------
-
-
-def _folder(folder: Path) -> Iterator[Item]:
-    """The pictures of `folder` in the order of their names."""
-    if not folder.is_dir():
-        found = "is a file" if folder.exists() else "not found"
-        raise InputError(f"--calibration {folder}: {found}, expected a folder of pictures")
-    try:
-        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    except OSError as error:
-        raise InputError(f"--calibration {folder}: cannot be read: {error.strerror or error}") from error
-    pictures = [entry for entry in entries if entry.is_file() and entry.suffix.lower() in SUFFIXES]
-    others = [entry.name for entry in entries if entry not in pictures and entry.name != QUESTIONS]
-    if others:
-        raise InputError(
-            f"--calibration {folder}: {_all(others)}: neither a picture ({', '.join(SUFFIXES)}) nor {QUESTIONS}; "
-            "remove what is not meant for calibration"
-        )
-    if not pictures:
-        raise InputError(f"--calibration {folder}: holds no picture ({', '.join(SUFFIXES)}); 20 to 60 are enough")
-    asked = _questions(folder / QUESTIONS, {picture.name for picture in pictures})
-    unreadable = []
-    for picture in pictures:
-        try:
-            open_picture(picture)
-        except PictureError as error:
-            unreadable.append(str(error))
-    if unreadable:
         raise PictureError(
-            f"--calibration {folder}: {len(unreadable)} of {len(pictures)} pictures cannot be read: {_all(unreadable)}"
+            f"calibration, {source}: {len(problems)} of {len(items)} cannot be used: {listed(problems, '; ', len(problems))}"
         )
-    for picture in pictures:
-        question, answer = asked.get(picture.name, (DESCRIBE, ""))
-        yield Item(question, answer, (picture,))
-
-
-def _questions(path: Path, names: set[str]) -> dict[str, tuple[str, str]]:
-    """(question, answer) by file name; {} without a file. Raises InputError that lists what is wrong in it."""
-    if not path.exists():
-        return {}
-    try:
-        if path.stat().st_size > QUESTIONS_BYTES:
-            raise InputError(f"{path}: {path.stat().st_size} bytes, expected at most {QUESTIONS_BYTES}")
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON: {str(error)[:120]}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if not isinstance(document, dict):
-        raise InputError(f"{path}: {type(document).__name__}, expected an object of file name to question and answer")
-    problems = [f"{ascii(name)[:80]} is no picture of the folder" for name in document if name not in names]
-    found = {}
-    for name, entry in document.items():
-        if (
-            not isinstance(entry, dict)
-            or not entry.keys() <= {"question", "answer"}
-            or not all(isinstance(value, str) for value in entry.values())
-        ):
-            problems.append(f"{ascii(name)[:80]} is {ascii(entry)[:60]}")
-            continue
-        found[name] = (entry.get("question", DESCRIBE), entry.get("answer", ""))
-    if problems:
-        raise InputError(f'{path}: {_all(problems)}; expected {{"name.png": {{"question": …, "answer": …}}}}')
-    return found
+    return CalibrationSet(source, tuple(samples), sum(len(item.pictures) for item in items))
 
 
 # --- the demo -----------------------------------------------------------------------------------------------------

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from lensc.backends.bundle import DecoderSpec, GenerationSpec, ModelSpec, PictureSpec
-from lensc.backends.errors import CheckpointError
+from lensc.backends.errors import CheckpointError, listed
 
 from .fingerprint import file_state, sha256_of
 from .models.config import ModelConfig
 from .models.minicpmv import MiniCPMV
-from .shards import DTYPES, TensorRecord, listed, read_header, read_rows, read_tensor
+from .shards import DTYPES, TensorRecord, read_header, read_rows, read_tensor
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

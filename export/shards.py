@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lensc.backends.errors import CheckpointError
+from lensc.backends.errors import CheckpointError, listed
 
 from .fingerprint import FileState
 
@@ -138,12 +138,6 @@ def _read(record: TensorRecord, state: FileState, offset: int, shape: tuple[int,
     if len(target):
         raise CheckpointError(f"{record.file}: ends within tensor {record.name}; {_AGAIN}")
     return tensor
-
-
-def listed(items: list[str], separator: str = ", ", limit: int = 20) -> str:
-    """The items in one line; beyond `limit` the rest becomes a count."""
-    text = separator.join(items[:limit])
-    return text if len(items) <= limit else f"{text}{separator}and {len(items) - limit} more"
 
 
 _AGAIN = "the file is truncated or damaged, copy it again"

@@ -42,11 +42,10 @@ import torch
 from torch import Tensor, nn
 
 from lensc.backends.base import Array, Session, check_feeds, check_out
-from lensc.backends.errors import CheckpointError, ExecutionError, GraphError, UsageError
+from lensc.backends.errors import CheckpointError, ExecutionError, GraphError, UsageError, listed
 from lensc.export.checkpoint import WeightSource
 from lensc.export.graph import GraphSpec
 from lensc.export.memory import shown, trim
-from lensc.export.shards import listed
 
 from .config import ModelConfig
 from .hooks import ChangeInput, OnLinear, observed

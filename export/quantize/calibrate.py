@@ -26,14 +26,13 @@ from torch import Tensor
 
 from lensc.backends.base import Array
 from lensc.backends.bundle import ModelSpec, PictureSpec
-from lensc.backends.errors import GraphError, InputError, StorageError
+from lensc.backends.errors import GraphError, InputError, StorageError, listed
 from lensc.export.calibration import CalibrationSet, Sample
 from lensc.export.checkpoint import WeightSource
 from lensc.export.memory import Limit, resident_bytes
 from lensc.export.models.config import ModelConfig
 from lensc.export.models.linears import LinearRows, linear_rows, linear_shapes, shared_input
 from lensc.export.models.streamed import HEAD_BYTES, StreamedModel
-from lensc.export.shards import listed
 from lensc.runtime.picture import vision_feeds
 
 from .calibrated import SUFFIX, block_path, is_calibrated, is_complete, read_block, write_block

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lensc.backends.bundle import ModelSpec
 from lensc.backends.errors import GraphError, InputError, MemoryLimitError
 from lensc.bench import checkpoint as published
-from lensc.export.calibration import CalibrationSet, Item, prepare
+from lensc.export.calibration import CalibrationSet, prepare
 from lensc.export.checkpoint import Checkpoint
 from lensc.export.memory import Limit
 from lensc.export.models.config import ModelConfig
@@ -30,6 +30,7 @@ from lensc.export.quantize.calibrated import Calibrated, block_path
 from lensc.export.quantize.gptq import Hessian, quantize_gptq
 from lensc.export.quantize.recipe import EMBEDDING, Recipe
 from lensc.export.quantize.weights import QuantizedWeight, WeightFormat, dequantize, quantize_rtn
+from lensc.export.question_folder import Item
 from lensc.export.shards import TensorRecord
 from lensc.runtime.picture import vision_feeds
 from lensc.runtime.prompt import Tokenizer

@@ -14,11 +14,12 @@ pytest.importorskip("torch", reason="pip install 'lensc[export]'")
 from lensc.backends.bundle import ModelSpec
 from lensc.backends.errors import InputError, PictureError, UnavailableError
 from lensc.export import calibration
-from lensc.export.calibration import Item, calibration_set
+from lensc.export.calibration import calibration_set
 from lensc.export.calibration_text import SHIPPED, TEXTS
 from lensc.export.checkpoint import Checkpoint
 from lensc.export.demo import CHECKPOINT
 from lensc.export.demo.content import held_out
+from lensc.export.question_folder import Item
 from lensc.runtime.prompt import Tokenizer
 
 

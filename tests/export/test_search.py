@@ -21,7 +21,7 @@ from lensc.backends.base import Target
 from lensc.backends.errors import MemoryLimitError, PictureError, UnsupportedError, UsageError
 from lensc.export import calibration
 from lensc.export import search as search_module
-from lensc.export.calibration import CalibrationSet, Item, Sample, prepare
+from lensc.export.calibration import CalibrationSet, Sample, prepare
 from lensc.export.checkpoint import Checkpoint
 from lensc.export.memory import resident_bytes
 from lensc.export.models.linears import linear_rows, linear_shapes
@@ -32,6 +32,7 @@ from lensc.export.quantize.recipe import EMBEDDING, resolve
 from lensc.export.quantize.search import descent, recipe_after
 from lensc.export.quantize.sensitivity import Cost, Group, find_groups, measure, pattern_of
 from lensc.export.quantize.weights import WeightFormat, dequantize, quantize_rtn, quantize_table
+from lensc.export.question_folder import Item
 from lensc.export.ranges import works
 from lensc.export.search import search_recipe
 from lensc.export.source import Source

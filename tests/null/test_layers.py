@@ -97,6 +97,7 @@ LAYERS = {
     ),
     "export.aihub_package": Layer(CONTRACT, anywhere=frozenset({"numpy", "onnx"}), in_functions=frozenset({"google"})),
     "export.graph": Layer((), siblings=False),
+    "export.question_folder": Layer((*CONTRACT, "runtime.picture"), siblings=False),
     "export.quantize.scheme": Layer(("backends.errors",), siblings=False),
     "kernels": Layer((), anywhere=frozenset({"numpy"}), in_functions=frozenset({"torch", "triton"})),
     # Imported by nobody but who has a GPU, inside functions.
