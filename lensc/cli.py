@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from lensc.backends.errors import LensError, UsageError
 
-from . import aihub, benching, building, console, planning
+from . import aihub, benching, building, console, doctor, planning
 
 INTERRUPTED, PIPE_CLOSED = 130, 141
 
@@ -122,6 +122,8 @@ def parser() -> argparse.ArgumentParser:
 
     more = "A request is a picture and a prompt of random tokens; decoding goes on behind stop ids, and nothing is guessed ahead."
     benching.add_bench(verb("bench", benching.bench, "measure how fast a bundle is here", more))
+    more = "Runs a tiny model on every engine, and with a bundle its golden probes. Ends with 1 if the essential fails."
+    doctor.add_doctor(verb("doctor", doctor.doctor, "say what works here, what is missing and what would help", more))
 
     text = "compile, time and check the vision graph on a phone that Qualcomm AI Hub hosts"
     hosted = verbs.add_parser(

@@ -86,6 +86,19 @@ def machine(root: Path = ROOT) -> Machine:
     )
 
 
+def free_memory(root: Path = ROOT) -> tuple[int | None, int | None]:
+    """Bytes that could be had now without swapping, and bytes that are swapped out, of the machine; None where the system
+    does not say.
+    """
+    sizes = {}
+    for line in _read(root / "proc/meminfo").splitlines():
+        name, _, value = line.partition(":")
+        if value.split()[1:] == ["kB"]:
+            sizes[name] = int(value.split()[0]) << 10
+    swapped = sizes["SwapTotal"] - sizes["SwapFree"] if {"SwapTotal", "SwapFree"} <= sizes.keys() else None
+    return sizes.get("MemAvailable"), swapped
+
+
 def device_profile(found: Machine) -> DeviceProfile:
     """`found` as the profile of a device with one processor, its speed unknown."""
     flags = set(found.isa)

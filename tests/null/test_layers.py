@@ -56,7 +56,7 @@ class Layer:
 
 # The longest key that is the module or a package around it counts.
 LAYERS = {
-    "lensc": Layer(EVERYTHING, in_functions=frozenset({"numpy", "PIL", "tokenizers"})),
+    "lensc": Layer(EVERYTHING, in_functions=frozenset({"numpy", "PIL", "tokenizers", "packaging"})),
     "runtime": Layer(
         (
             *("backends.base", "backends.bundle", "backends.errors", "backends.load_options", "backends.registry"),
