@@ -88,7 +88,7 @@ def _decoder(bundle: Path, manifest: Manifest, session: Session) -> Callable[[li
         nonlocal decoder, token
         ids = np.random.default_rng(count).integers(0, spec.vocab_size, count)
         decoder = Decoder(session, spec, table, count + ROOM)
-        token = int(decoder.prefill(table.gather(ids)).argmax())
+        token = int(decoder.prefill(count, lambda start, end: table.gather(ids[start:end])).argmax())
 
     def decode(count: int) -> None:
         nonlocal token

@@ -42,6 +42,7 @@ def load(
     vision_padding: str | None = None,
     picture_cache_bytes: int = 0,
     max_memory_bytes: int | None = None,
+    overlap: bool | None = None,
 ) -> VLM:
     """Open the bundle in folder `path`.
 
@@ -53,12 +54,16 @@ def load(
     same vision graph; 0 keeps none on disk.
     Where all graphs together take more than `max_memory_bytes`, by the sizes of their artifacts, one at a time is loaded, and
     loaded again when a new picture comes.
+    Pictures are encoded while what stands before them in the prompt is fed, if the two graphs run on different processors;
+    `overlap` says otherwise, and `vlm.overlap` what it came to, and why.
 
     Raises ManifestError, UnavailableError, CompatibilityError, ParityError or UsageError, each with what to do.
     """
     from lensc.runtime.load import load as load_bundle
 
-    return load_bundle(path, target, threads, selftest, vision_padding, picture_cache_bytes, max_memory_bytes)
+    return load_bundle(
+        path, target, threads, selftest, vision_padding, picture_cache_bytes, max_memory_bytes, overlap=overlap
+    )
 
 
 def __getattr__(name: str) -> Any:

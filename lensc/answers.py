@@ -16,6 +16,7 @@ from typing import Any
 import lensc
 from lensc.backends.errors import LensError, PromptError, UsageError
 from lensc.export.memory import parse_bytes
+from lensc.runtime.overlap import Overlap
 from lensc.runtime.pipeline import VLM, Metrics, Result, Stream
 
 from . import console
@@ -58,7 +59,9 @@ def run(options: argparse.Namespace) -> int:
     if not options.quiet:
         _print_notes(result.metrics.notes)
     if options.metrics:
-        print(metrics_text(result.metrics), file=sys.stderr)
+        print(metrics_text(result.metrics, vlm.overlap), file=sys.stderr)
+    if options.timeline is not None:
+        result.timeline.write(options.timeline)
     if interrupted:
         raise KeyboardInterrupt
     return 0
@@ -127,7 +130,8 @@ class Conversation:
             self.vlm.forget()
             print("(forgotten)", file=sys.stderr)
         elif command == "/metrics":
-            print(metrics_text(self.last.metrics) if self.last else "no answer yet", file=sys.stderr)
+            shown = metrics_text(self.last.metrics, self.vlm.overlap) if self.last else "no answer yet"
+            print(shown, file=sys.stderr)
         elif command == "/help":
             print(HELP, file=sys.stderr)
         elif command.startswith("/"):
@@ -181,7 +185,7 @@ class Conversation:
                 return _print_pieces(stream, progress)
 
 
-def metrics_text(metrics: Metrics) -> str:
+def metrics_text(metrics: Metrics, overlap: Overlap) -> str:
     """The metrics as a table."""
     speed = metrics.decode_tokens_per_s
     encoded = [ms for ms in metrics.image_ms if ms > 0]
@@ -192,6 +196,7 @@ def metrics_text(metrics: Metrics) -> str:
         ("prepare", f"{metrics.prepare_ms:.0f} ms"),
         *([("loading", f"{metrics.load_ms:.0f} ms, to save memory")] if metrics.load_ms else []),
         ("pictures", f"{len(metrics.image_ms)} slices, {metrics.slices_from_cache} from the cache{each}"),
+        ("overlap", f"{metrics.overlap_ms:.0f} ms" if overlap.on else f"off: {overlap.reason}"),
         ("prefill", f"{metrics.prefill_ms:.0f} ms for {metrics.prompt_tokens - metrics.reused_tokens} tokens{reused}"),
         ("decode", f"{metrics.new_tokens} tokens" + (f", {speed:.1f} tokens/s" if speed else "")),
         ("guessed", f"{metrics.drafted_tokens} tokens, {metrics.accepted_tokens} of them right"),
@@ -231,6 +236,7 @@ def _load(options: argparse.Namespace) -> VLM:
             vision_padding=options.vision_padding,
             picture_cache_bytes=0 if options.picture_cache is None else parse_bytes(options.picture_cache),
             max_memory_bytes=None if options.max_memory is None else parse_bytes(options.max_memory),
+            overlap=options.overlap,
         )
 
 
@@ -288,5 +294,6 @@ def _as_json(result: Result, vlm: VLM) -> dict[str, Any]:
         "token_ids": list(result.token_ids),
         "finish_reason": result.finish_reason,
         "metrics": dataclasses.asdict(result.metrics),
+        "overlap": dataclasses.asdict(vlm.overlap),
         "plan": [{"graph": p.graph, "target": str(p.effective), "reason": p.reason} for p in placements],
     }

@@ -107,6 +107,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--image", metavar="PICTURE", action="append", default=[], help="picture file; repeat for several")
     run.add_argument("--system", metavar="TEXT", default="", help="system prompt")
     run.add_argument("--metrics", action="store_true", help="print times and sizes to stderr afterwards")
+    text = "write what the time went to as a Chrome trace, which ui.perfetto.dev and chrome://tracing show"
+    run.add_argument("--timeline", metavar="FILE", help=text)
     _generation(run)
 
     chat = verb("chat", _chat, "hold a conversation about pictures; /help lists its commands")
@@ -160,6 +162,8 @@ def _generation(verb: Parser) -> None:
     where.add_argument("--max-memory", metavar="SIZE", help=text)
     text = "keep image embeddings on disk, up to e.g. 512MiB, for the next time a picture is seen (default: do not)"
     where.add_argument("--picture-cache", metavar="SIZE", help=text)
+    text = "encode pictures while the prompt before them is fed (default: if the graphs run on different processors)"
+    where.add_argument("--overlap", action=argparse.BooleanOptionalAction, help=text)
     where.add_argument("--no-selftest", action="store_true", help="skip the golden probes when loading")
     how = verb.add_argument_group("how it answers", "Greedy unless told otherwise; named as in transformers.")
     how.add_argument("--max-new-tokens", metavar="N", type=int)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -15,6 +16,7 @@ from lensc.export.graph import GraphSpec
 
 from .embedding import EmbeddingTable
 from .kv_cache import KVCache
+from .timeline import Timeline
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
@@ -53,9 +55,10 @@ class Decoder:
         """How many tokens were fed, and some of the logits behind them."""
         tokens = session.spec.dims.get("tokens")
         chunk = self._session.prefill_chunk
-        self._chunk = chunk if tokens is None else min(chunk, tokens.max)
+        self.chunk = chunk if tokens is None else min(chunk, tokens.max)
+        """Most tokens that are fed at once."""
         rows = session.spec.dims.get("rows")
-        self.most_rows = min(self._chunk, self._chunk if rows is None else rows.max)
+        self.most_rows = min(self.chunk, self.chunk if rows is None else rows.max)
         """How many tokens can be fed at once with the logits of each."""
 
     @property
@@ -84,22 +87,46 @@ class Decoder:
         cache, self._cache = self._cache, None
         return cache
 
-    def prefill(self, embeds: F32, should_stop: Callable[[], bool] | None = None) -> F32:
-        """Feed the prompt, or what is left of it, `embeds: float32[tokens, D]`; return float32[vocab], the logits of its
-        last position.
+    def prefill(
+        self,
+        tokens: int,
+        embeds: Callable[[int, int], F32],
+        should_stop: Callable[[], bool] | None = None,
+        most: int | None = None,
+        timeline: Timeline | None = None,
+    ) -> F32:
+        """Feed the prompt, or the `tokens` that are left of it; return float32[vocab], the logits of its last position.
+
+        `embeds(start, end)` gives float32[end - start, D]; the rest as for `feed`.
         """
-        logits: F32 = self.feed(embeds[None], should_stop)[0]
+        logits: F32 = self.feed(tokens, lambda start, end: embeds(start, end)[None], should_stop, most, timeline)[0]
         self.prompt_length = self.cache.length
         return logits
 
-    def feed(self, embeds: F32, should_stop: Callable[[], bool] | None = None) -> F32:
-        """Feed `embeds: float32[batch, tokens, D]`, a chunk at a time; return float32[batch, vocab], the last logits."""
-        logits = np.empty((len(embeds), 0), np.float32)
-        for start in range(0, embeds.shape[1], self._chunk):
+    def feed(
+        self,
+        tokens: int,
+        embeds: Callable[[int, int], F32],
+        should_stop: Callable[[], bool] | None = None,
+        most: int | None = None,
+        timeline: Timeline | None = None,
+    ) -> F32:
+        """Feed `tokens` of each sequence, in pieces; return float32[batch, vocab], the logits of the last position.
+
+        `embeds(start, end)` gives float32[batch, end - start, D], and is asked for one piece after another, each of the
+        session's `prefill_chunk` tokens, or `most`, if that is less. Raises Cancelled between two pieces.
+        """
+        logits = np.empty((0, 0), np.float32)
+        chunk = self.chunk if most is None else min(self.chunk, most)
+        for start in range(0, tokens, chunk):
             if should_stop is not None and should_stop():
                 raise Cancelled
-            chunk = embeds[:, start : start + self._chunk]
-            logits = self.run(chunk, np.array([chunk.shape[1] - 1]))[:, 0]
+            end = min(start + chunk, tokens)
+            piece = embeds(start, end)
+            started = time.perf_counter()
+            logits = self.run(piece, np.array([end - start - 1]))[:, 0]
+            if timeline is not None:
+                timeline.add("decoder", f"feed {end - start} tokens", started, first=self.length - (end - start))
         return logits
 
     def decode_one_token(self, tokens: I64) -> F32:
@@ -234,16 +261,17 @@ def with_cache(session: Session, decoder: DecoderSpec) -> CachedSession:
     return session if isinstance(session, CachedSession) else HostCachedSession(session, decoder)
 
 
-def scatter(embeds: F32, image_bounds: I64, image_embeds: F32) -> None:
-    """Write `image_embeds: float32[slices, Q, D]` over the rows of `embeds` in `image_bounds: int64[slices, 2]`.
+def scatter(embeds: F32, image_bounds: I64, image_embeds: Sequence[F32]) -> None:
+    """Write `image_embeds`, a float32[Q, D] for each slice, over the rows of `embeds` in `image_bounds: int64[slices, 2]`.
 
-    A slice that begins before the first row, with a negative bound, is cut.
+    What lies before the first row, with a negative bound, or behind the last is left out.
     """
     if len(image_bounds) != len(image_embeds):
         raise PromptError(f"prompt has {len(image_bounds)} slices, the pictures have {len(image_embeds)}")
     for (start, end), rows in zip(image_bounds.tolist(), image_embeds, strict=True):
-        first = max(start, 0)
-        embeds[first:end] = rows[first - start :]
+        first, last = max(start, 0), min(end, len(embeds))
+        if first < last:
+            embeds[first:last] = rows[first - start : last - start]
 
 
 def check_graph(graph: GraphSpec, decoder: DecoderSpec) -> None:

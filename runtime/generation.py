@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +17,11 @@ from lensc.backends.base import Cache
 from lensc.backends.bundle import ModelSpec
 
 from .beam import BeamSearch, Hypothesis
-from .decoder import Cancelled, Decoder, DecoderError, scatter
+from .decoder import I64, Cancelled, Decoder, DecoderError, scatter
 from .embedding import EmbeddingTable
 from .events import Event
 from .options import GenerationOptions
+from .overlap import CHUNK, Pictures
 from .prefix_cache import Rows, rows_of, token_rows
 from .prompt import Prompt
 from .result import FinishReason, Metrics, Result, peak_memory_bytes
@@ -28,7 +29,8 @@ from .sampling import F32, greedy, penalize, sample
 from .sequential import Turns
 from .sharing import LoadedDecoder
 from .speculation import PLACEHOLDER, Speculation
-from .vision import VisionEncoder
+from .timeline import Span, Timeline
+from .vision import EncodedSlice, VisionEncoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +42,8 @@ class Request:
     slices_per_picture: tuple[int, ...]
     notes: tuple[str, ...]
     prepare_ms: float
+    timeline: Timeline = field(default_factory=Timeline)
+    """What was done until now; the generation goes on with it."""
 
 
 class Generation:
@@ -58,11 +62,13 @@ class Generation:
         turns: Turns | None = None,
         max_memory_bytes: int | None = None,
         should_stop: Callable[[], bool] | None = None,
+        overlap: bool = False,
     ) -> None:
         self.token_ids: list[int] = []
         self.hypotheses: list[Hypothesis] = []
         """What a beam search ended with, best first."""
         self.finish_reason: FinishReason | None = None
+        self.timeline = request.timeline
         self._request = request
         self._options = options
         self._eos = () if options.ignore_eos else spec.generation.eos_token_ids
@@ -80,10 +86,11 @@ class Generation:
         self._load_ms = 0.0
         self._max_memory_bytes = max_memory_bytes
         self._should_stop = should_stop
+        self._overlap = overlap
         self._cancelled = False
         self._notes = list(request.notes)
-        self._image_ms: tuple[float, ...] = ()
-        self._slices_from_cache = 0
+        self._encoded: list[EncodedSlice] = []
+        """What became of the slices, each when it was first needed."""
         self._rows: Rows = token_rows([])
         self._prompt_cache: Cache | None = None
         self._reused_tokens = 0
@@ -128,41 +135,73 @@ class Generation:
 
         What an earlier answer's cache holds of it is neither encoded nor fed.
         """
-        prompt, slices = self._request.prompt, self._request.slices
-        keys = self._vision.keys(slices)
-        self._rows = rows_of(prompt, keys)
-        cache = self._loaded.prefixes.take(self._rows)
-        if self._turns is not None and not self._turns.caches_outlive_decoder and not self._vision.knows(keys):
-            cache = None  # it goes with the decoder, which makes room for vision
-        if cache is not None:
-            self.decoder.resume(cache)
-            self._reused_tokens = self._fed = cache.length
+        with self.timeline.span("host", "look for earlier answers"):
+            keys = self._vision.keys(self._request.slices)
+            self._rows = rows_of(self._request.prompt, keys)
+            cache = self._loaded.prefixes.take(self._rows)
+            if self._turns is not None and not self._turns.caches_outlive_decoder and not self._vision.knows(keys):
+                cache = None  # it goes with the decoder, which makes room for vision
+            if cache is not None:
+                self.decoder.resume(cache)
+                self._reused_tokens = self._fed = cache.length
+        return self._feed_prompt(keys)
+
+    def _feed_prompt(self, keys: Sequence[bytes]) -> F32:
+        """Encode the pictures and feed what is left of the prompt; `keys` are those of its slices."""
+        prompt, slices, timeline = self._request.prompt, self._request.slices, self.timeline
         reused = self._reused_tokens
         known = int((prompt.image_bounds[:, 1] <= reused).sum())
-        encoded = self._vision.encode(slices, self._stop, keys, known)
-        self._image_ms = encoded.ms
-        self._slices_from_cache = sum(encoded.from_cache)
-        self._notes += encoded.notes
-        self._note_cached(encoded.from_cache)
-        if self._turns is not None:
-            self._load(self._turns)
-        started = time.perf_counter()
-        embeds = self._table.gather(prompt.ids[reused:])
-        scatter(embeds, prompt.image_bounds[known:] - reused, encoded.embeds[known:])
-        try:
-            logits = self.decoder.prefill(embeds, self._stop)
-        finally:
-            self._fed = self.decoder.length
-        self._prefill_ms = (time.perf_counter() - started) * 1e3
+        bounds, tokens = prompt.image_bounds[known:] - reused, len(prompt.ids) - reused
+        ahead = self._overlap and self._worth_a_thread(bounds, keys[known:], tokens)
+
+        def encode(should_stop: Callable[[], bool]) -> Iterator[EncodedSlice]:
+            return self._vision.each(slices, keys, known, should_stop, timeline)
+
+        def embeds(start: int, end: int) -> F32:
+            count = int((bounds[:, 0] < end).sum())
+            pictures.wait(known + count, self._stop)
+            rows = self._table.gather(prompt.ids[reused + start : reused + end])
+            made = [one.embeds for one in pictures.encoded[known : known + count]]
+            scatter(rows, bounds[:count] - start, [features for features in made if features is not None])
+            return rows
+
+        with Pictures(encode, ahead, timeline) as pictures:
+            if not ahead:
+                pictures.wait(len(slices), self._stop)
+            if self._turns is not None:
+                self._load(self._turns)
+            started, waited_s = time.perf_counter(), pictures.waited_s
+            try:
+                logits = self.decoder.prefill(tokens, embeds, self._stop, CHUNK if ahead else None, timeline)
+            finally:
+                self._fed = self.decoder.length
+                self._prefill_ms = (time.perf_counter() - started - (pictures.waited_s - waited_s)) * 1e3
+                self._encoded += pictures.encoded[len(self._encoded) :]
         return logits
+
+    def _worth_a_thread(self, bounds: I64, keys: Sequence[bytes], tokens: int) -> bool:
+        """Whether a piece of the prompt can be fed before the last slice that is not known is encoded."""
+        new = [start for (start, _), key in zip(bounds.tolist(), keys, strict=True) if not self._vision.knows([key])]
+        return bool(new) and min(CHUNK, self.decoder.chunk, tokens) <= new[-1]
 
     def _load(self, turns: Turns) -> None:
         """Load the decoder in the place of vision, and say what had to be loaded for this answer."""
         with turns.lock:
             turns.opened("decoder")
         loads = turns.loads()
-        self._load_ms = sum(ms for _, ms in loads)
-        self._notes += [f"{graph} was loaded in {ms:.0f} ms, to save memory" for graph, ms in loads]
+        self._load_ms = sum(load.ms for load in loads)
+        self._notes += [f"{load.graph} was loaded in {load.ms:.0f} ms, to save memory" for load in loads]
+        self.timeline.spans += [Span("host", f"load {load.graph}", load.start_s, load.end_s) for load in loads]
+
+    def _note_reused(self) -> None:
+        """Which slices were not encoded, and what the cache on disk has to say."""
+        start = 0
+        for i, count in enumerate(self._request.slices_per_picture, 1):
+            reused = sum(one.from_cache for one in self._encoded[start : start + count])
+            if reused:
+                self._notes.append(f"picture {i}: {reused} of {count} slices reused from the cache")
+            start += count
+        self._notes += self._vision.notes()
 
     def _leave_cache(self) -> None:
         """To the next prompt that begins like this one. A beam search leaves what its beams have in common."""
@@ -181,6 +220,7 @@ class Generation:
         assert self.finish_reason is not None
         decode_s = self._busy - (self._first_token_at or 0.0)
         first = self._busy if self._first_token_at is None or self.hypotheses else self._first_token_at
+        self._note_reused()
         peak, limit = peak_memory_bytes(), self._max_memory_bytes
         if limit is not None and peak is not None and peak > limit:
             self._notes.append(
@@ -191,9 +231,10 @@ class Generation:
         metrics = Metrics(
             prepare_ms=self._request.prepare_ms,
             load_ms=self._load_ms,
-            image_ms=self._image_ms,
-            slices_from_cache=self._slices_from_cache,
+            image_ms=tuple(one.ms for one in self._encoded),
+            slices_from_cache=sum(one.from_cache for one in self._encoded),
             prefill_ms=self._prefill_ms,
+            overlap_ms=self.timeline.both_ms("vision", "decoder"),
             ttft_ms=self._request.prepare_ms + first * 1e3,
             decode_tokens_per_s=(self._steps - 1) / decode_s if self._steps > 1 and decode_s > 0 else None,
             prompt_tokens=len(self._request.prompt.ids),
@@ -206,7 +247,7 @@ class Generation:
             notes=tuple(self._notes),
             events=events,
         )
-        return Result(text, tuple(self.token_ids), self.finish_reason, metrics)
+        return Result(text, tuple(self.token_ids), self.finish_reason, metrics, self.timeline)
 
     def _one_by_one(self, logits: F32) -> Iterator[int]:
         options, ids = self._options, self.token_ids
@@ -216,17 +257,21 @@ class Generation:
         at = 0
         rows = logits[None]
         step_s = 0.0
+        timeline = self.timeline
+        started = time.perf_counter()
         while True:
             token = self._choose(logits, generator)
             ids.append(token)
             self._chosen()
+            timeline.add("host", "choose", started)
             if token in self._eos:
                 self.finish_reason = "stop"
             elif len(ids) >= options.max_new_tokens:
                 self.finish_reason = "length"
-            self._busy += time.perf_counter() - self._resumed
+            left = time.perf_counter()
+            self._busy += left - self._resumed
             yield token
-            self._resumed = time.perf_counter()
+            self._resumed = timeline.add("host", "reader", left)
             if self.finish_reason is not None:
                 return
             if self._stop():
@@ -238,6 +283,7 @@ class Generation:
                 self._fed += 1
                 self._accepted += 1
                 logits = rows[at]
+                started = time.perf_counter()
                 continue
             started = time.perf_counter()
             try:
@@ -253,11 +299,13 @@ class Generation:
                     logits = rows[0]
                 else:
                     logits = self.decoder.decode_one_token(np.array([token]))[0]
-                step_s = time.perf_counter() - started
+                name = f"verify {len(draft)} guesses" if draft else "step"
+                ended = timeline.add("decoder", name, started, token=len(ids))
+                step_s, started = ended - started, ended
                 self._fed += 1
             except DecoderError as error:
                 logits = self._elsewhere(error, [ids])[0]
-                draft, at, step_s = [], 0, 0.0
+                draft, at, step_s, started = [], 0, 0.0, time.perf_counter()
                 guesses = self._speculation()
 
     def _begun(self) -> Decoder:
@@ -280,19 +328,18 @@ class Generation:
                 error = another
 
     def _feed_again(self, said: npt.NDArray[np.int64]) -> F32:
-        prompt = self._request.prompt
-        encoded = self._vision.encode(self._request.slices, self._stop)
-        started = time.perf_counter()
-        embeds = self._table.gather(prompt.ids)
-        scatter(embeds, prompt.image_bounds, encoded.embeds)
+        logits = self._feed_prompt(self._vision.keys(self._request.slices))[None]
+        if len(said) > 1:
+            self._prompt_cache = self.decoder.cache
+            self.decoder.fork(len(said))
+
+        def embeds(start: int, end: int) -> F32:
+            part = said[:, start:end]
+            return self._table.gather(part.reshape(-1)).reshape(*part.shape, -1)
+
         try:
-            logits = self.decoder.prefill(embeds, self._stop)[None]
-            self._prefill_ms = (time.perf_counter() - started) * 1e3
-            if len(said) > 1:
-                self._prompt_cache = self.decoder.cache
-                self.decoder.fork(len(said))
             if said.size:
-                logits = self.decoder.feed(self._table.gather(said.reshape(-1)).reshape(*said.shape, -1), self._stop)
+                logits = self.decoder.feed(said.shape[1], embeds, self._stop, timeline=self.timeline)
         finally:
             self._fed = self.decoder.length
         return logits
@@ -326,6 +373,7 @@ class Generation:
         search = BeamSearch(options.num_beams, self._eos, options.repetition_penalty)
         all_logits = np.repeat(logits[None], options.num_beams, axis=0)
         cancelled = False
+        started = time.perf_counter()
         while True:
             tokens, parents = search.advance(all_logits)
             self._chosen()
@@ -341,9 +389,12 @@ class Generation:
                     self.decoder.fork(options.num_beams)
                 else:
                     self.decoder.reorder(parents)
+                moved = self.timeline.add("host", "choose for all beams", started)
                 all_logits = self.decoder.decode_one_token(tokens)
+                started = self.timeline.add("decoder", f"step of {options.num_beams} beams", moved, token=search.length)
             except DecoderError as error:
                 all_logits = self._elsewhere(error, search.tokens)
+                started = time.perf_counter()
         self.hypotheses = search.hypotheses()
         best = self.hypotheses[0]
         self.token_ids += best.token_ids
@@ -358,11 +409,3 @@ class Generation:
 
     def _stop(self) -> bool:
         return self._cancelled or (self._should_stop is not None and self._should_stop())
-
-    def _note_cached(self, from_cache: tuple[bool, ...]) -> None:
-        start = 0
-        for i, count in enumerate(self._request.slices_per_picture, 1):
-            reused = sum(from_cache[start : start + count])
-            if reused:
-                self._notes.append(f"picture {i}: {reused} of {count} slices reused from the cache")
-            start += count

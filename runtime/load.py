@@ -29,6 +29,7 @@ def load(
     picture_cache_bytes: int = 0,
     max_memory_bytes: int | None = None,
     on_failure: str = "replan",
+    overlap: bool | None = None,
 ) -> VLM:
     """Open a bundle; see `lensc.load`."""
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
@@ -73,6 +74,7 @@ def load(
             turns=turns,
             max_memory_bytes=max_memory_bytes,
             loader=loader,
+            overlap=overlap,
         )
     except BaseException:
         for session in sessions.values():

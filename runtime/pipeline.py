@@ -27,6 +27,7 @@ from .events import Event
 from .generation import Generation, Request
 from .loader import Loader
 from .options import GenerationOptions, resolve
+from .overlap import Overlap, decide
 from .picture import PictureSource, slice_picture
 from .picture_cache import PictureCache
 from .plan import Plan
@@ -37,6 +38,7 @@ from .sequential import Turns, one_in_turn
 from .sharing import CLOSED, LoadedDecoder, SharedSession, shared
 from .speculation import Pace
 from .stream import Stream
+from .timeline import Timeline
 from .vision import VisionEncoder
 
 __all__ = ["VLM", "Metrics", "Result", "Stream"]
@@ -48,6 +50,7 @@ class VLM:
     `embed_table: float16 or float32[vocab, D]`, or an `EmbeddingTable`, may be memory-mapped. `plan` says where the graphs
     run, if known, `identity` whose saved conversations can be gone on with. `prefix_cache_bytes` of KV caches are kept for prompts that begin like an earlier one; 0 keeps none. `picture_cache`: where embeddings are kept on disk.
     `turns`: that the sessions take, if only one graph is loaded at a time. A peak above `max_memory_bytes` is a note.
+    `overlap`: whether pictures are encoded beside the prompt, None for the rule of `overlap.decide`.
     `loader` loads a graph elsewhere when its device fails in the middle of an answer; without one that is an error.
     """
 
@@ -64,6 +67,7 @@ class VLM:
         turns: Turns | None = None,
         max_memory_bytes: int | None = None,
         loader: Loader | None = None,
+        overlap: bool | None = None,
     ) -> None:
         self.spec = spec
         self.tokenizer = tokenizer
@@ -95,8 +99,14 @@ class VLM:
         self._identity = identity
         self._turns = turns
         self._max_memory_bytes = max_memory_bytes
+        self._overlap = overlap
         if turns is not None:
             turns.on_release = self._released
+
+    @property
+    def overlap(self) -> Overlap:
+        """Whether pictures are encoded while the prompt before them is fed, and why, or why not."""
+        return decide(self.plan, self._turns is not None, self._overlap)
 
     @overload
     def generate(
@@ -270,9 +280,14 @@ class VLM:
 
     def prepare(self, messages: Sequence[Message]) -> Request:
         """Open and slice the pictures of `messages` and make the prompt; nothing runs on an engine."""
-        started = time.perf_counter()
-        sliced = [slice_picture(part.source, self.spec.picture) for part in pictures_of(messages)]
-        prompt = build_prompt(messages, [s.plan for s in sliced], self.tokenizer, self.spec.picture.query_num)
+        started, timeline = time.perf_counter(), Timeline()
+        timeline.titles = {p.graph: f"{p.graph} on {p.effective}" for p in (self.plan.placements if self.plan else ())}
+        sliced = []
+        for i, part in enumerate(pictures_of(messages), 1):
+            with timeline.span("host", f"open and cut picture {i}"):
+                sliced.append(slice_picture(part.source, self.spec.picture))
+        with timeline.span("host", "make the prompt"):
+            prompt = build_prompt(messages, [s.plan for s in sliced], self.tokenizer, self.spec.picture.query_num)
         context = self.spec.decoder.context_length
         if len(prompt.ids) >= context:
             raise PromptError(
@@ -283,7 +298,7 @@ class VLM:
         notes = [f"picture {i}: {note}" for i, s in enumerate(sliced, 1) for note in s.notes]
         slices = tuple(pixels for s in sliced for pixels in s.pixels)
         counts = tuple(len(s.pixels) for s in sliced)
-        return Request(prompt, slices, counts, tuple(notes), (time.perf_counter() - started) * 1e3)
+        return Request(prompt, slices, counts, tuple(notes), (time.perf_counter() - started) * 1e3, timeline)
 
     def begin(
         self, request: Request, options: GenerationOptions, should_stop: Callable[[], bool] | None = None
@@ -313,6 +328,7 @@ class VLM:
             self._turns,
             self._max_memory_bytes,
             should_stop,
+            self.overlap.on,
         )
 
     def save(self, path: str | Path, messages: Sequence[Mapping[str, Any]]) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from .events import Event
+from .timeline import Timeline
 
 FinishReason = Literal["stop", "length", "cancelled"]
 """A stop id was generated; max_new_tokens or the context was reached; the caller cancelled."""
@@ -24,6 +25,9 @@ class Metrics:
     """Vision encoding per slice, in prompt order; 0.0 where the features came from the cache."""
     slices_from_cache: int
     prefill_ms: float
+    """Feeding the prompt, without waiting for pictures."""
+    overlap_ms: float
+    """For how long pictures were encoded and the prompt was fed at the same time; see `overlap`."""
     ttft_ms: float
     """From the call to the first token. With beams, to the whole answer: none of its tokens is known before."""
     decode_tokens_per_s: float | None
@@ -54,6 +58,8 @@ class Result:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     metrics: Metrics
+    timeline: Timeline = field(repr=False, compare=False)
+    """What the time went to; `timeline.write(path)` makes a file of it that Perfetto shows."""
 
 
 def peak_memory_bytes() -> int | None:

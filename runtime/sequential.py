@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from lensc.backends.base import Array, Cache, CachedSession, Session
 from lensc.backends.bundle import DecoderSpec, Manifest
@@ -24,8 +24,18 @@ WORK_BYTES = 300 << 20
 TOKENS = 2048
 """Of a conversation that is to have room: keys and values in float32, the most that an engine holds."""
 
-Load = tuple[str, float]
-"""A graph that was loaded, and the milliseconds it took."""
+
+class Load(NamedTuple):
+    """A graph that was loaded, from when to when of `time.perf_counter`."""
+
+    graph: str
+    start_s: float
+    end_s: float
+
+    @property
+    def ms(self) -> float:
+        """How long it took."""
+        return (self.end_s - self.start_s) * 1e3
 
 
 def fits_at_once(manifest: Manifest, plan: Plan, limit_bytes: int) -> bool:
@@ -85,7 +95,7 @@ class Turns:
             self.release()
             started = time.perf_counter()
             self._opened = name, self._open_graph(name)
-            self._loads.append((name, (time.perf_counter() - started) * 1e3))
+            self._loads.append(Load(name, started, time.perf_counter()))
         return self._opened[1]
 
     def release(self) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,12 +20,22 @@ from lensc.export.graph import GraphSpec
 from .decoder import Cancelled
 from .picture import vision_feeds
 from .picture_cache import PictureCache
+from .timeline import Timeline
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
 CACHE_BYTES = 128 << 20
 """Image embeddings kept: 80 slices of 96 x 4096 floats, that is 8 pictures of the largest grid."""
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedSlice:
+    """`embeds: float32[Q, D]`, None if they are not needed, and the milliseconds that took (0.0 if from the cache)."""
+
+    embeds: F32 | None
+    ms: float
+    from_cache: bool
 
 
 @dataclass(frozen=True)
@@ -35,8 +45,6 @@ class Encoded:
     embeds: F32
     ms: tuple[float, ...]
     from_cache: tuple[bool, ...]
-    notes: tuple[str, ...] = ()
-    """What the cache on disk has to say."""
 
 
 class VisionEncoder:
@@ -74,42 +82,48 @@ class VisionEncoder:
         longest = self._longest(slices)
         return [self._key(pixels, longest) for pixels in slices]
 
-    def encode(
+    def encode(self, slices: Sequence[U8]) -> Encoded:
+        """Encode `slices`, each uint8[H, W, 3] of whole patches, as one call of the model would see them together."""
+        embeds = np.empty((len(slices), self._spec.query_num, self._hidden_size), np.float32)
+        made = list(self.each(slices, self.keys(slices)))
+        for i, one in enumerate(made):
+            embeds[i] = one.embeds
+        return Encoded(embeds, tuple(one.ms for one in made), tuple(one.from_cache for one in made))
+
+    def each(
         self,
         slices: Sequence[U8],
-        should_stop: Callable[[], bool] | None = None,
-        keys: Sequence[bytes] | None = None,
+        keys: Sequence[bytes],
         known: int = 0,
-    ) -> Encoded:
-        """Encode `slices`, each uint8[H, W, 3] of whole patches, as one call of the model would see them together.
+        should_stop: Callable[[], bool] | None = None,
+        timeline: Timeline | None = None,
+    ) -> Iterator[EncodedSlice]:
+        """The slices of a call one after another, each encoded when it is asked for; `keys` are theirs.
 
-        `keys` are those of the slices, if they were made before. The first `known` slices are not needed: their embeds
-        are left undefined, and they count as being from the cache.
+        The first `known` are not needed, and count as being from the cache. Raises Cancelled between two slices.
         """
-        embeds = np.empty((len(slices), self._spec.query_num, self._hidden_size), np.float32)
-        ms = [0.0] * len(slices)
-        from_cache = [True] * len(slices)
         longest = self._longest(slices)
-        keys = self.keys(slices) if keys is None else keys
         for i, (pixels, key) in enumerate(zip(slices, keys, strict=True)):
-            if i < known:
+            features = None if i < known else self._find(key)
+            if i < known or features is not None:
+                yield EncodedSlice(features, 0.0, True)
                 continue
-            features = self._find(key)
-            if features is None:
-                if should_stop is not None and should_stop():
-                    raise Cancelled
-                if self._ready is not None:
-                    self._ready()
-                started = time.perf_counter()
-                features = self._run(pixels, longest, key)
-                self._remember(key, features)
-                if self._disk is not None:
-                    self._disk.put(key, features)
-                ms[i] = (time.perf_counter() - started) * 1e3
-                from_cache[i] = False
-            embeds[i] = features
-        notes = () if self._disk is None else tuple(self._disk.notes())
-        return Encoded(embeds, tuple(ms), tuple(from_cache), notes)
+            if should_stop is not None and should_stop():
+                raise Cancelled
+            if self._ready is not None:
+                self._ready()
+            started = time.perf_counter()
+            features = self._run(pixels, longest, key)
+            self._remember(key, features)
+            if self._disk is not None:
+                self._disk.put(key, features)
+            if timeline is not None:
+                timeline.add("vision", f"slice {i + 1}", started, patches=self._patches(pixels))
+            yield EncodedSlice(features, (time.perf_counter() - started) * 1e3, False)
+
+    def notes(self) -> list[str]:
+        """What the cache on disk has to say since this was last asked."""
+        return [] if self._disk is None else list(self._disk.notes())
 
     def knows(self, keys: Sequence[bytes]) -> bool:
         """Whether the slices with these keys need not be encoded."""

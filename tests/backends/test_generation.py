@@ -22,6 +22,7 @@ from lensc.export.models.config import ModelConfig
 from lensc.export.models.minicpmv import MiniCPMV
 from lensc.export.models.session import graph_modules
 from lensc.export.onnx import example_inputs, export_graph
+from lensc.runtime import generation
 from lensc.runtime.decoder import with_cache
 from lensc.runtime.generation import Generation, Request
 from lensc.runtime.options import resolve
@@ -221,3 +222,22 @@ def test_turns_give_the_same_tokens_with_and_without_the_prefix_cache(
             assert reused == [0, 0, 0]
     assert outcomes[0] == outcomes[1]
     assert len({tuple(ids) for ids in outcomes[0]}) > 1
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_pictures_encoded_beside_the_prompt_change_nothing(
+    sessions: dict[str, Session], beams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tokens and logits; slices of three sizes, so that "official" pads two of them."""
+    monkeypatch.setattr(generation, "CHUNK", 16)
+    parts = [TEXT[:20], picture(1), picture(2, 42), TEXT[20:24], picture(3, 28), picture(4), TEXT[30:40]]
+    found = []
+    for overlap in (True, False):
+        vlm = make(sessions, overlap=overlap)
+        again = vlm.begin(request_of(*parts), resolve(SPEC.generation, max_new_tokens=1))
+        logits = again.prefill()
+        fed = next(span.name for span in again.timeline.spans if span.track == "decoder")
+        assert fed == ("feed 16 tokens" if overlap else "feed 62 tokens")
+        found.append((logits, answer(make(sessions, overlap=overlap), *parts, num_beams=beams).token_ids))
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=0, atol=1e-4 * np.abs(found[1][0]).max())
+    assert found[0][1] == found[1][1]

@@ -116,7 +116,7 @@ def test_run_streams_the_answer_to_stdout_alone(bundle: Path, picture: Path, cli
     lines = shown.err.splitlines()
     assert lines[0] == "note: picture 1: 64x64 resized to 448x448"
     assert [line.split("  ")[0] for line in lines[1:]] == [
-        "first token", "prepare", "pictures", "prefill", "decode", "guessed", "KV cache", "peak memory",
+        "first token", "prepare", "pictures", "overlap", "prefill", "decode", "guessed", "KV cache", "peak memory",
     ]  # fmt: skip
     assert cli("run", bundle, "--image", picture, "Read the text.", "-q", *SHORT).err == ""
 

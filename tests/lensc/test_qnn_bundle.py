@@ -66,6 +66,7 @@ def test_it_answers_with_vision_there_and_the_decoder_here(bundle: Path) -> None
     picture = Image.new("RGB", (56, 42), (200, 30, 60))
     with lensc.load(bundle, target="vision=qnn:npu:sm8650,decoder=onnxruntime:cpu") as vlm:
         assert str(vlm.plan["vision"].effective) == "qnn:npu:sm8650"
+        assert vlm.overlap.reason == "vision is on qnn:npu:sm8650, the decoder on onnxruntime:cpu"
         assert len(vlm.generate("What?", [picture], max_new_tokens=4).metrics.image_ms) == 1
     with pytest.raises(UnavailableError, match="the bundle was built for"):
         lensc.load(bundle, target="vision=qnn:npu:sm8750")
