@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lensc.backends.errors import LensError
+    from lensc.runtime.events import Event
     from lensc.runtime.pipeline import VLM, Metrics, Result, Stream
 
     __version__: str
 
-__all__ = ["VLM", "LensError", "Metrics", "Result", "Stream", "__version__", "load"]
+__all__ = ["VLM", "Event", "LensError", "Metrics", "Result", "Stream", "__version__", "load"]
 
 _LAZY = {
+    "Event": "lensc.runtime.events",
     "LensError": "lensc.backends.errors",
     "Metrics": "lensc.runtime.pipeline",
     "Result": "lensc.runtime.pipeline",
@@ -38,17 +40,26 @@ def load(
     path: str | Path,
     target: str | None = None,
     threads: int | None = None,
-    selftest: bool = True,
+    selftest: bool | str = True,
     vision_padding: str | None = None,
     picture_cache_bytes: int = 0,
     max_memory_bytes: int | None = None,
+    on_failure: str = "replan",
+    placement: str = "measured",
     overlap: bool | None = None,
 ) -> VLM:
     """Open the bundle in folder `path`.
 
     `target` (`backend:processor[:arch]`, e.g. `onnxruntime:cpu`) must be one that the bundle was built for;
-    `vision=qnn:npu:sm8650,decoder=native:cpu` names one for each graph, or for some; without it the best usable one is taken for each graph, and `vlm.plan` says which and why. `threads` defaults to the physical
-    cores allowed. `selftest` runs the bundle's golden probes and refuses an engine that computes something else.
+    `vision=qnn:npu:sm8650,decoder=native:cpu` names one for each graph, or for some, and is never replaced by another.
+    Without it, `placement="measured"` times the candidates of a graph that has several when a bundle is first loaded on a
+    machine, each in a process of its own, and remembers the figures; `"ranked"` takes npu before gpu before cpu. `vlm.plan`
+    says which were taken and why. `threads` defaults to the physical cores allowed.
+    `selftest`: what is done about a graph whose golden probe fails. `"replace"` (or True) takes another candidate where the
+    choice was open and there is one, else raises ParityError; `"error"` raises it; `"warn"` goes on; `"off"` (or False) runs no
+    probes. `on_failure`: what is done about a device that fails in the middle of an answer. `"replan"` goes on with the next
+    candidate where the choice was open and there is one, with the same tokens; `"error"` raises ExecutionError. Everything
+    that is replaced, refused or measured is one of `vlm.events`.
     `vision_padding` (official, masked or per_slice) overrides the bundle's: how slices of different sizes share a call.
     `picture_cache_bytes` of image embeddings are kept in the user's cache folder, for every process and engine that runs the
     same vision graph; 0 keeps none on disk.
@@ -62,7 +73,16 @@ def load(
     from lensc.runtime.load import load as load_bundle
 
     return load_bundle(
-        path, target, threads, selftest, vision_padding, picture_cache_bytes, max_memory_bytes, overlap=overlap
+        path,
+        target,
+        threads,
+        selftest,
+        vision_padding,
+        picture_cache_bytes,
+        max_memory_bytes,
+        on_failure,
+        placement,
+        overlap,
     )
 
 

@@ -15,9 +15,13 @@ from .embedding import open_table
 from .loader import Loader, Policy
 from .picture_cache import PictureCache
 from .pipeline import VLM
+from .placement import measured
 from .plan import parse_devices
 from .prompt import Tokenizer
 from .sequential import Turns, in_turn
+
+PLACEMENTS = ("measured", "ranked")
+"""How a graph with several candidates gets one: by what they take on this machine, or by kind of processor."""
 
 
 def load(
@@ -29,6 +33,7 @@ def load(
     picture_cache_bytes: int = 0,
     max_memory_bytes: int | None = None,
     on_failure: str = "replan",
+    placement: str = "measured",
     overlap: bool | None = None,
 ) -> VLM:
     """Open a bundle; see `lensc.load`."""
@@ -36,6 +41,8 @@ def load(
         raise UsageError(f"threads={threads!r}: expected at least 1, or None for every physical core")
     if vision_padding is not None and vision_padding not in get_args(VisionPadding):
         raise UsageError(f"vision_padding={vision_padding!r}: expected one of {', '.join(get_args(VisionPadding))}")
+    if placement not in PLACEMENTS:
+        raise UsageError(f"placement={placement!r}: expected one of {', '.join(PLACEMENTS)}")
     policy = Policy.of(selftest, on_failure)
     if picture_cache_bytes and policy.selftest == "off":
         raise UsageError("selftest=False with a picture cache: others would trust what was not checked; choose one")
@@ -52,7 +59,9 @@ def load(
     tokenizer = Tokenizer.from_file(folder / manifest.tokenizer)
     table = open_table(folder, manifest.tables)
 
-    loader = Loader(folder, manifest, _probes(manifest), requested, threads, policy, max_memory_bytes)
+    probes = _probes(manifest)
+    found = measured(folder, manifest, probes, requested, threads) if placement == "measured" else None
+    loader = Loader(folder, manifest, probes, requested, threads, policy, max_memory_bytes, found)
     turns = Turns(loader.open) if loader.takes_turns else None
     try:
         specs = {name: record.spec for name, record in manifest.graphs.items()}

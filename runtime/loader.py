@@ -29,8 +29,10 @@ from lensc.backends.load_options import LoadOptions
 from . import selftest as golden
 from .conversation import Identity
 from .events import Event
-from .plan import Placement, Plan, Timings, plan
+from .placement import Found
+from .plan import Placement, Plan, Timing, plan
 from .sequential import fits_at_once
+from .trial import Refusal
 
 SelfTest = Literal["replace", "error", "warn", "off"]
 OnFailure = Literal["replan", "error"]
@@ -70,12 +72,13 @@ class Loader:
         threads: int | None = None,
         policy: Policy | None = None,
         max_memory_bytes: int | None = None,
-        timings: Timings | None = None,
-        refused: Mapping[tuple[str, Target], str] | None = None,
-        events: Sequence[Event] = (),
+        found: Found | None = None,
     ) -> None:
-        """`refused`: what is known not to work. Raises UnavailableError, or MemoryLimitError if the plan does not fit."""
-        self.events: list[Event] = list(events)
+        """`found`: what is known of candidates. Raises UnavailableError, ParityError where golden probes are to blame, or
+        MemoryLimitError if the plan does not fit.
+        """
+        found = found or Found()
+        self.events: list[Event] = found.events
         self._folder = folder
         self._manifest = manifest
         self._probes = probes
@@ -83,11 +86,19 @@ class Loader:
         self._threads = threads
         self._policy = policy or Policy()
         self._limit_bytes = max_memory_bytes
-        self._timings = timings or {}
-        self._refused = dict(refused or {})
+        self._timings = {key: o for key, o in found.outcomes.items() if isinstance(o, Timing)}
+        out = {key: o for key, o in found.outcomes.items() if isinstance(o, Refusal)}
+        wrong = [o.text for o in out.values() if o.kind == "self-test"]
+        if wrong and self._policy.selftest == "error":
+            raise ParityError(wrong[0])
+        replaces = self._policy.selftest == "replace"
+        self._refused = {key: o.text for key, o in out.items() if replaces or o.kind == "refused"}
         self._doubtful: set[str] = set()
         """Graphs whose golden probe failed and which serve all the same."""
-        self.plan: Plan = self._planned()
+        try:
+            self.plan: Plan = self._planned()
+        except UnavailableError as error:
+            raise ParityError(str(error)) if wrong else error from None
         self.takes_turns = max_memory_bytes is not None and not fits_at_once(manifest, self.plan, max_memory_bytes)
         """Whether graphs have room one at a time only."""
 

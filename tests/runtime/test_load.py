@@ -206,7 +206,7 @@ def test_an_engine_that_refuses_its_artifact_is_planned_around(tmp_path: Path, e
             raise CompatibilityError("needs alpha >=2.0, found 1.0")
 
     engines["alpha"].refuse = refuse
-    vlm = lensc.load(build(tmp_path / "b", ("alpha:cpu", "beta:cpu")))
+    vlm = lensc.load(build(tmp_path / "b", ("alpha:cpu", "beta:cpu")), placement="ranked")
     assert vlm.plan is not None
     assert [str(p.effective) for p in vlm.plan.placements] == ["alpha:cpu", "beta:cpu"]
     assert "needs alpha >=2.0, found 1.0" in vlm.plan["decoder"].reason

@@ -1,0 +1,208 @@
+"""One candidate, tried in a process of its own: loaded, checked by its golden probes, timed.
+
+A driver that hangs, crashes or prints costs that process and nothing else. What is timed is the part of a typical request that
+the graph does. The request: a question of 32 tokens about a picture of 1344 x 1344, which is cut into ten slices, and an answer
+of 64 tokens. For vision the figure is one slice of whole size, since the others take as long. For the decoder it is the whole
+request, reckoned from a prefill of 64 tokens and some steps: a prompt of ten slices and 32 tokens at that rate, and 64 steps.
+
+    python -m lensc.runtime.trial BUNDLE GRAPH TARGET [THREADS]     a line of JSON: {"ms": …, "text": …} or {"kind": …, "error": …}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import IO, Any, Literal
+
+import numpy as np
+
+from lensc.backends import registry
+from lensc.backends.base import PROBE_TOLERANCE, Artifact, Session, Target
+from lensc.backends.bundle import Manifest, load_manifest
+from lensc.backends.errors import ExecutionError, LensError, ParityError
+from lensc.backends.load_options import LoadOptions
+
+from . import selftest as golden
+from .decoder import Decoder
+from .embedding import open_table
+from .plan import Timing
+from .vision import VisionEncoder
+
+SLICES, TEXT_TOKENS, NEW_TOKENS = 10, 32, 64
+"""The request: what `lensc plan` takes for one, with a short answer."""
+PREFILL_TOKENS, STEPS = 64, 8
+"""What is run of it."""
+BUDGET_S, MOST_RUNS = 0.25, 20
+"""A short run is repeated for so long, or so often; the median counts."""
+
+COMMAND = (sys.executable, "-P", "-m", f"{__package__}.trial")
+"""What is started."""
+
+ENDING_S = 5.0
+"""How long a process that was killed may take to be gone."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a candidate is out: it computes something else than was verified, or it does not run."""
+
+    kind: Literal["self-test", "refused"]
+    text: str
+
+
+def tried(bundle: Path, artifact: Artifact, state: str, threads: int | None) -> Timing | Refusal:
+    """What a candidate takes, or why it is out. Raises ExecutionError if no process can be started that would tell."""
+    words = [str(bundle), artifact.graph, str(artifact.target), *([] if threads is None else [str(threads)])]
+    limit_s = golden.limit_s(artifact, state)
+    with tempfile.TemporaryFile() as answers, tempfile.TemporaryFile() as log:
+        try:
+            process = subprocess.Popen([*COMMAND, *words], stdin=subprocess.DEVNULL, stdout=answers, stderr=log)
+        except OSError as error:
+            raise ExecutionError(f"no process can be started: {error.strerror or error}") from error
+        late = False
+        try:
+            process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            late = True
+        finally:
+            code = _ended(process)
+        lines = [json.loads(line) for line in _read(answers).splitlines() if line.startswith("{")]
+        said = [line for line in _read(log).splitlines() if line.strip()]
+    if not lines:
+        raise ExecutionError(f"a process that was started ended with {code}: {said[-1] if said else 'it said nothing'}")
+    if late:
+        return Refusal("refused", f"was stopped when it had taken {limit_s:.0f} s to be loaded, checked and timed")
+    answer = lines[-1]
+    if "ms" in answer:
+        return Timing(float(answer["ms"]), str(answer["text"]))
+    if "error" in answer:
+        return Refusal("self-test" if answer["kind"] == "self-test" else "refused", str(answer["error"]))
+    how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+    last = f": {said[-1].strip()[-200:]}" if said else ""
+    return Refusal("refused", f"ended the process that it was tried in ({how}){last}")
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int | None:
+    """End a process if it still runs; return how it ended, None if even the system cannot end it."""
+    if process.poll() is None:
+        process.kill()
+        try:
+            process.wait(ENDING_S)
+        except subprocess.TimeoutExpired:
+            return None
+    return process.returncode
+
+
+def _read(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
+
+
+# --- in the process -----------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Try the candidate of the command line."""
+    folder, graph, target, *threads = sys.argv[1:] if arguments is None else arguments
+    # engines print to stdout
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(**fields: Any) -> None:
+        print(json.dumps(fields), file=answers, flush=True)
+
+    answer(started=True)
+    try:
+        timing = time_candidate(Path(folder), graph, Target.parse(target), int(threads[0]) if threads else None)
+        answer(ms=timing.ms, text=timing.text)
+    except ParityError as error:
+        answer(kind="self-test", error=str(error))
+    except (LensError, OSError, MemoryError) as error:
+        answer(
+            kind="refused", error=f"{type(error).__name__}: {error}" if not isinstance(error, LensError) else str(error)
+        )
+    return 0
+
+
+def time_candidate(folder: Path, graph: str, target: Target, threads: int | None) -> Timing:
+    """Load, check and time a graph in this process. Raises ParityError, and what engines raise."""
+    manifest = load_manifest(folder)
+    artifact = next(a for a in manifest.artifacts if (a.graph, a.target) == (graph, target))
+    backend = registry.get(target.backend)
+    session = backend.load(artifact, manifest.graphs[graph].spec, folder, LoadOptions(threads))
+    try:
+        tolerance = artifact.parity.get(PROBE_TOLERANCE)
+        tolerances = {} if tolerance is None else {graph: float(tolerance)}
+        golden.check(golden.run_selftest(manifest.probes, {graph: session}, folder, tolerances), {graph: str(target)})
+        return _vision(manifest, session) if graph == "vision" else _decoder(folder, manifest, session)
+    finally:
+        session.close()
+
+
+def _vision(manifest: Manifest, session: Session) -> Timing:
+    picture = manifest.model.picture
+    encoder = VisionEncoder(session, picture, manifest.model.decoder.hidden_size)
+    side, random = picture.scale_resolution, np.random.default_rng(0)
+
+    def one_slice() -> None:
+        # never seen before, so that it is encoded
+        encoder.encode([random.integers(0, 256, (side, side, 3), dtype=np.uint8)])
+
+    one_slice()
+    ms = _median_ms(one_slice)
+    return Timing(ms, f"{ms:.3g} ms per slice")
+
+
+def _decoder(folder: Path, manifest: Manifest, session: Session) -> Timing:
+    spec = manifest.model.decoder
+    table = open_table(folder, manifest.tables)
+    tokens = min(PREFILL_TOKENS, spec.context_length - STEPS - 1)
+    embeds = table.gather(np.random.default_rng(0).integers(0, spec.vocab_size, tokens))
+    decoder = Decoder(session, spec, table, tokens + STEPS)
+
+    def prefill() -> None:
+        nonlocal decoder
+        decoder = Decoder(session, spec, table, tokens + STEPS)
+        decoder.prefill(embeds)
+
+    def step() -> None:
+        decoder.decode_one_token(np.array([decoder.length % spec.vocab_size]))
+
+    prefill()
+    step()
+    prefill_ms = _median_ms(prefill)
+    step()
+    step_ms = median(_ms(step) for _ in range(STEPS - 1))
+    prompt = SLICES * manifest.model.picture.query_num + TEXT_TOKENS
+    ms = prefill_ms / tokens * prompt + step_ms * NEW_TOKENS
+    rates = f"prefill {_rate(1e3 * tokens / prefill_ms)} tokens/s, decode {_rate(1e3 / step_ms)}"
+    return Timing(ms, f"{ms:.3g} ms per request ({rates})")
+
+
+def _rate(tokens_s: float) -> str:
+    return f"{tokens_s:.3g}" if tokens_s < 1000 else f"{tokens_s:.0f}"
+
+
+def _median_ms(work: Callable[[], None]) -> float:
+    times = [_ms(work)]
+    while sum(times) < BUDGET_S * 1e3 and len(times) < MOST_RUNS:
+        times.append(_ms(work))
+    return median(times)
+
+
+def _ms(work: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    work()
+    return (time.perf_counter() - started) * 1e3
+
+
+if __name__ == "__main__":
+    sys.exit(main())
