@@ -16,8 +16,8 @@ from typing import Any
 import lensc
 from lensc.backends.errors import LensError, PromptError, UsageError
 from lensc.export.memory import parse_bytes
-from lensc.runtime.overlap import Overlap
 from lensc.runtime.pipeline import VLM, Metrics, Result, Stream
+from lensc.runtime.plan import Placement
 
 from . import console
 
@@ -28,7 +28,7 @@ HELP = """\
 /image PATH   show a picture with the next message; repeat for several
 /save FILE    write the conversation to a file; /load FILE goes on with one
 /clear        forget the conversation
-/metrics      times and sizes of the last answer
+/metrics      times and sizes of the last answer, and what runs where
 /help         this list
 /quit         leave (or Ctrl-D)
 Ctrl-C ends an answer. A message that begins with / is written with a space before it."""
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.quiet:
         _print_notes(result.metrics.notes)
     if options.metrics:
-        print(metrics_text(result.metrics, vlm.overlap), file=sys.stderr)
+        print(metrics_text(result.metrics, vlm), file=sys.stderr)
     if options.timeline is not None:
         result.timeline.write(options.timeline)
     if interrupted:
@@ -130,7 +130,7 @@ class Conversation:
             self.vlm.forget()
             print("(forgotten)", file=sys.stderr)
         elif command == "/metrics":
-            shown = metrics_text(self.last.metrics, self.vlm.overlap) if self.last else "no answer yet"
+            shown = metrics_text(self.last.metrics, self.vlm) if self.last else "no answer yet"
             print(shown, file=sys.stderr)
         elif command == "/help":
             print(HELP, file=sys.stderr)
@@ -185,8 +185,8 @@ class Conversation:
                 return _print_pieces(stream, progress)
 
 
-def metrics_text(metrics: Metrics, overlap: Overlap) -> str:
-    """The metrics as a table."""
+def metrics_text(metrics: Metrics, vlm: VLM) -> str:
+    """The metrics as a table, with where each graph runs and why."""
     speed = metrics.decode_tokens_per_s
     encoded = [ms for ms in metrics.image_ms if ms > 0]
     each = f", {sum(encoded) / len(encoded):.0f} ms a slice" if encoded else ""
@@ -196,7 +196,7 @@ def metrics_text(metrics: Metrics, overlap: Overlap) -> str:
         ("prepare", f"{metrics.prepare_ms:.0f} ms"),
         *([("loading", f"{metrics.load_ms:.0f} ms, to save memory")] if metrics.load_ms else []),
         ("pictures", f"{len(metrics.image_ms)} slices, {metrics.slices_from_cache} from the cache{each}"),
-        ("overlap", f"{metrics.overlap_ms:.0f} ms" if overlap.on else f"off: {overlap.reason}"),
+        ("overlap", f"{metrics.overlap_ms:.0f} ms" if vlm.overlap.on else f"off: {vlm.overlap.reason}"),
         ("prefill", f"{metrics.prefill_ms:.0f} ms for {metrics.prompt_tokens - metrics.reused_tokens} tokens{reused}"),
         ("decode", f"{metrics.new_tokens} tokens" + (f", {speed:.1f} tokens/s" if speed else "")),
         ("guessed", f"{metrics.drafted_tokens} tokens, {metrics.accepted_tokens} of them right"),
@@ -204,6 +204,8 @@ def metrics_text(metrics: Metrics, overlap: Overlap) -> str:
     ]
     if metrics.peak_memory_bytes is not None:
         rows.append(("peak memory", console.size(metrics.peak_memory_bytes)))
+    for placed in () if vlm.plan is None else vlm.plan.placements:
+        rows.append((placed.graph, f"{placed.effective}: {console.printable(placed.reason)}"))
     return console.table(rows)
 
 
@@ -228,16 +230,21 @@ def _load(options: argparse.Namespace) -> VLM:
         raise UsageError(f"--threads {options.threads}: expected 1 to {MAX_THREADS}")
     with console.Progress() as progress:
         progress.show(f"loading {options.bundle}")
-        return lensc.load(
+        vlm = lensc.load(
             options.bundle,
             target=options.target,
             threads=options.threads,
-            selftest=not options.no_selftest,
+            selftest=options.selftest,
             vision_padding=options.vision_padding,
             picture_cache_bytes=0 if options.picture_cache is None else parse_bytes(options.picture_cache),
             max_memory_bytes=None if options.max_memory is None else parse_bytes(options.max_memory),
             overlap=options.overlap,
+            on_failure=options.on_failure,
+            placement=options.placement,
         )
+    if not options.quiet:
+        _print_notes([event.text for event in vlm.events])
+    return vlm
 
 
 def _print_pieces(stream: Stream, progress: console.Progress) -> Result:
@@ -288,12 +295,24 @@ def _print_notes(notes: Sequence[str]) -> None:
 
 
 def _as_json(result: Result, vlm: VLM) -> dict[str, Any]:
-    placements = vlm.plan.placements if vlm.plan else ()
     return {
         "text": result.text,
         "token_ids": list(result.token_ids),
         "finish_reason": result.finish_reason,
         "metrics": dataclasses.asdict(result.metrics),
         "overlap": dataclasses.asdict(vlm.overlap),
-        "plan": [{"graph": p.graph, "target": str(p.effective), "reason": p.reason} for p in placements],
+        "plan": [_placed(p) for p in vlm.plan.placements] if vlm.plan else [],
+        "events": [dataclasses.asdict(event) for event in vlm.events],
+    }
+
+
+def _placed(placement: Placement) -> dict[str, Any]:
+    """`target` is where the graph runs, `requested` what was asked for, null if the choice was open."""
+    return {
+        "graph": placement.graph,
+        "target": str(placement.effective),
+        "requested": None if placement.requested is None else str(placement.requested),
+        "state": placement.state,
+        "measured_ms": None if placement.measured is None else placement.measured.ms,
+        "reason": placement.reason,
     }

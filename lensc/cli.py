@@ -164,7 +164,13 @@ def _generation(verb: Parser) -> None:
     where.add_argument("--picture-cache", metavar="SIZE", help=text)
     text = "encode pictures while the prompt before them is fed (default: if the graphs run on different processors)"
     where.add_argument("--overlap", action=argparse.BooleanOptionalAction, help=text)
-    where.add_argument("--no-selftest", action="store_true", help="skip the golden probes when loading")
+    text = "measured (the default): what is fastest here, timed once a machine; ranked: npu before gpu before cpu"
+    where.add_argument("--placement", metavar="HOW", default="measured", help=text)
+    text = "a golden probe fails when loading: replace (the default), error, warn, or off, which runs none"
+    where.add_argument("--selftest", metavar="POLICY", default="replace", help=text)
+    where.add_argument("--no-selftest", dest="selftest", action="store_const", const="off", help="--selftest off")
+    text = "a device fails while it answers: replan (the default), which goes on elsewhere, or error"
+    where.add_argument("--on-failure", metavar="POLICY", default="replan", help=text)
     how = verb.add_argument_group("how it answers", "Greedy unless told otherwise; named as in transformers.")
     how.add_argument("--max-new-tokens", metavar="N", type=int)
     how.add_argument("--do-sample", action="store_true", default=None, help="draw with the model's defaults below")

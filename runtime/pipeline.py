@@ -18,6 +18,7 @@ from typing import Any, Literal, Self, overload
 from lensc.backends.base import Array, Session
 from lensc.backends.bundle import ModelSpec
 from lensc.backends.errors import ExecutionError, GraphError, InputError, LensError, PromptError, UsageError
+from lensc.export.graph import GraphSpec
 
 from . import conversation, decoder, vision
 from .conversation import NOBODY, Identity, Restored
@@ -429,19 +430,25 @@ class VLM:
         if self._loader is None or self._closed:
             raise error
         name = failed.spec.name
-        why = self._loader.give_up(name, error)
-        session = failed.give_up(why)
+        session = failed.give_up(self._loader.give_up(name, error))
+        try:
+            made = self._opened_elsewhere(failed.spec, session, self._loader)
+        except LensError as nothing:
+            failed.give_up(f"{name} has failed and nothing takes its place: {nothing}; load the bundle again")
+            raise
+        self.plan, self._identity = self._loader.plan, self._loader.identity()
+        return made
+
+    def _opened_elsewhere(self, spec: GraphSpec, session: Session | None, loader: Loader) -> Session:
+        """A graph where it is planned now, after the session that has failed was closed."""
         if self._turns is not None:
             with self._turns.lock:
                 self._turns.release()
-                made = one_in_turn(self._turns, failed.spec)
-        else:
-            if session is not None:
-                with contextlib.suppress(LensError):  # it has failed already
-                    session.close()
-            made = self._loader.open(name)
-        self.plan, self._identity = self._loader.plan, self._loader.identity()
-        return made
+                return one_in_turn(self._turns, spec)
+        if session is not None:
+            with contextlib.suppress(LensError):  # it has failed already
+                session.close()
+        return loader.open(spec.name)
 
     def _answer(
         self,

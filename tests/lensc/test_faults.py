@@ -1,0 +1,455 @@
+"""Devices that answer wrongly, fail, hang and crash: at load, when they are timed, and in the middle of an answer.
+
+The faults are put into real sessions. What is compared is the answer of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import lensc
+from lensc.backends import registry
+from lensc.backends.base import Artifact, Target
+from lensc.backends.bundle import load_manifest, write_manifest
+from lensc.backends.errors import ExecutionError, LensError, ParityError, UnavailableError, UsageError
+from lensc.cli import main
+from lensc.runtime import placement, selftest, trial
+from lensc.runtime.pipeline import VLM
+from lensc.runtime.plan import Timing
+
+SCRIPT = Path(__file__).with_name("faulty.py")
+faulty: Any = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("faulty", SCRIPT))  # type: ignore[arg-type]
+sys.modules["faulty"] = faulty
+spec.loader.exec_module(faulty)  # type: ignore[union-attr]
+
+BACKENDS = ("onnxruntime", "native")
+OTHER = {"onnxruntime": "native", "native": "onnxruntime"}
+QUESTION = "What can be read in the left part of it, and what in the right part? Say all of it, please, word for word."
+HANGS_S = 0.2
+
+
+@pytest.fixture(scope="module")
+def bundles(made: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A bundle for both backends, by the one that its plan ranks first."""
+    folder = tmp_path_factory.mktemp("faults")
+    argv = ["compile", str(made.graphs), "-o", str(folder / "onnxruntime")]
+    assert main([*argv, *(word for name in BACKENDS for word in ("--target", f"{name}:cpu"))]) == 0
+    shutil.copytree(folder / "onnxruntime", folder / "native")
+    manifest = load_manifest(folder / "native")
+    write_manifest(folder / "native", dataclasses.replace(manifest, artifacts=manifest.artifacts[::-1]))
+    return {name: folder / name for name in BACKENDS}
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (60, 60, 3), dtype=np.uint8))
+
+
+PICTURES = [picture(1), picture(2)]
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"prompt_lookup_num_tokens": 0},
+    "guesses": {},
+    "draw": {"do_sample": True, "seed": 5},
+    "beams": {"num_beams": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(bundles: dict[str, Path]) -> Iterator[Callable[..., tuple[int, ...]]]:
+    """The tokens of an answer where nothing fails."""
+    with lensc.load(bundles["native"], placement="ranked", threads=1) as vlm:
+        answers: dict[str, tuple[int, ...]] = {}
+
+        def answer(way: str, images: int = 0, tokens: int = 12) -> tuple[int, ...]:
+            key = f"{way} {images} {tokens}"
+            if key not in answers:
+                vlm.forget()
+                found = vlm.generate(QUESTION, PICTURES[:images], max_new_tokens=tokens, **WAYS[way])
+                answers[key] = found.token_ids
+            return answers[key]
+
+        yield answer
+
+
+@pytest.fixture
+def load(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., VLM]]:
+    """A model, planned on the backend of the first of the faults, which it has."""
+    opened: list[VLM] = []
+
+    def opening(*faults: Any, **more: Any) -> VLM:
+        monkeypatch.setattr(registry, "get", faulty.getter(*faults))
+        limits = {f"{fault.backend}:cpu" for fault in faults if fault.kind == "hang"}
+
+        def limit_s(artifact: Artifact, state: str) -> float:
+            return HANGS_S if str(artifact.target) in limits else 60.0
+
+        monkeypatch.setattr(selftest, "limit_s", limit_s)
+        arguments = {"placement": "ranked", "threads": 1} | more
+        opened.append(lensc.load(bundles[faults[0].backend], **arguments))
+        return opened[-1]
+
+    yield opening
+    for vlm in opened:
+        vlm.close()
+
+
+def where(vlm: VLM) -> dict[str, str]:
+    assert vlm.plan is not None
+    return {p.graph: str(p.effective) for p in vlm.plan.placements}
+
+
+# --- at load ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("graph", "kind"),
+    [("vision", "zeros"), ("decoder", "nan"), ("vision", "before"), ("decoder", "raise"), ("vision", "hang")],
+)
+def test_a_wrong_answer_to_the_golden_probe_is_replaced(
+    load: Callable[..., VLM], undisturbed: Callable[..., Any], backend: str, graph: str, kind: str
+) -> None:
+    vlm = load(faulty.Fault(graph, backend, kind))
+    other = "decoder" if graph == "vision" else "vision"
+    assert where(vlm) == {graph: f"{OTHER[backend]}:cpu", other: f"{backend}:cpu"}
+    (event,) = vlm.events
+    assert (event.kind, event.graph, event.target) == ("self-test", graph, f"{backend}:cpu")
+    assert f"self-test failed: {graph} on {backend}:cpu" in event.text
+    assert event.text.endswith(f"; {OTHER[backend]}:cpu takes its place")
+    assert vlm.plan is not None and "self-test failed" in vlm.plan[graph].reason
+    assert vlm.generate(QUESTION, max_new_tokens=12, **WAYS["greedy"]).token_ids == undisturbed("greedy")
+
+
+@pytest.mark.parametrize("kind", ["zeros", "hang"])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"selftest": "error"}, {"target": "native:cpu"}, {"target": "vision=native:cpu"}],
+    ids=["policy", "requested", "one requested"],
+)
+def test_it_is_an_error_by_policy_or_where_the_target_was_requested(
+    load: Callable[..., VLM], kind: str, arguments: dict[str, Any]
+) -> None:
+    with pytest.raises(ParityError, match="self-test failed: vision on native:cpu"):
+        load(faulty.Fault("vision", "native", kind), **arguments)
+
+
+def test_it_is_told_and_used_or_not_even_looked_at(load: Callable[..., VLM], tmp_path: Path) -> None:
+    warned = load(faulty.Fault("vision", "native", "zeros"), selftest="warn")
+    assert [e.kind for e in warned.events] == ["self-test"] and warned.events[0].text.endswith(
+        "it is used all the same"
+    )
+    assert where(warned)["vision"] == "native:cpu"
+    with pytest.raises(LensError, match="or it fails here"):
+        load(faulty.Fault("vision", "native", "zeros"), selftest="warn", picture_cache_bytes=1 << 20)
+    for off in ("off", False):
+        assert load(faulty.Fault("vision", "native", "zeros"), selftest=off).events == ()
+
+
+def test_where_no_candidate_is_right_all_are_named(load: Callable[..., VLM]) -> None:
+    with pytest.raises(ParityError, match=r"vision on native:cpu: .*vision on onnxruntime:cpu: "):
+        load(faulty.Fault("vision", "native", "zeros"), faulty.Fault("vision", "onnxruntime", "nan"))
+
+
+@pytest.mark.parametrize(
+    "argument", [{"selftest": "maybe"}, {"on_failure": "no"}, {"placement": "best"}, {"selftest": 2}]
+)
+def test_policies_that_there_are_not(bundles: dict[str, Path], argument: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="expected one of"):
+        lensc.load(bundles["native"], **argument)
+
+
+# --- in the middle of an answer -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["zeros", "nan", "before", "nothing", "raise"])
+def test_a_decoder_that_fails_is_replaced_and_the_tokens_are_the_same(
+    load: Callable[..., VLM], undisturbed: Callable[..., Any], backend: str, kind: str
+) -> None:
+    vlm = load(faulty.Fault("decoder", backend, kind, at=6))
+    stream = vlm.generate(QUESTION, max_new_tokens=12, stream=True, **WAYS["greedy"])
+    pieces = "".join(stream)
+    result = stream.result
+    assert result.token_ids == undisturbed("greedy") and pieces == result.text
+    assert where(vlm) == {"vision": f"{backend}:cpu", "decoder": f"{OTHER[backend]}:cpu"}
+    (event,) = vlm.events
+    assert (event.kind, event.graph, event.target) == ("failed", "decoder", f"{backend}:cpu")
+    assert result.metrics.events == (event,) and event.text in result.metrics.notes
+    again = vlm.generate(QUESTION, max_new_tokens=12, **WAYS["greedy"])
+    assert again.token_ids == result.token_ids and again.metrics.events == ()
+    assert again.metrics.reused_tokens == again.metrics.prompt_tokens - 1, "what was fed again is remembered"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("way", "at"), [("guesses", 5), ("draw", 7), ("beams", 3), ("beams", 5), ("greedy", 2)])
+def test_guesses_draws_and_beams_go_on(
+    load: Callable[..., VLM], undisturbed: Callable[..., Any], backend: str, way: str, at: int
+) -> None:
+    vlm = load(faulty.Fault("decoder", backend, "raise", at=at))
+    result = vlm.generate(QUESTION, max_new_tokens=12, **WAYS[way])
+    assert result.token_ids == undisturbed(way)
+    assert len(result.metrics.events) == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["zeros", "nan", "before", "raise"])
+def test_a_vision_graph_that_fails_is_replaced_and_what_it_encoded_is_kept(
+    load: Callable[..., VLM], undisturbed: Callable[..., Any], backend: str, kind: str
+) -> None:
+    vlm = load(faulty.Fault("vision", backend, kind, at=3))  # the probe, a slice, and this one
+    result = vlm.generate(QUESTION, PICTURES, max_new_tokens=12, **WAYS["greedy"])
+    assert result.token_ids == undisturbed("greedy", 2)
+    assert where(vlm) == {"vision": f"{OTHER[backend]}:cpu", "decoder": f"{backend}:cpu"}
+    assert [(e.kind, e.graph) for e in result.metrics.events] == [("failed", "vision")]
+
+
+def test_pictures_are_encoded_anew_only_if_they_are_forgotten(
+    load: Callable[..., VLM], undisturbed: Callable[..., Any]
+) -> None:
+    for forgotten in (False, True):
+        vlm = load(faulty.Fault("decoder", "native", "raise", at=8), faulty.Fault("vision", "native", "none", at=99))
+        vlm.generate(QUESTION, PICTURES, max_new_tokens=4, **WAYS["greedy"])
+        if forgotten:
+            vlm._vision.forget()
+        # its prompt is in the KV cache, which goes with the device
+        result = vlm.generate(QUESTION, PICTURES, max_new_tokens=12, **WAYS["greedy"])
+        assert result.token_ids == undisturbed("greedy", 2)
+        assert [e.graph for e in result.metrics.events] == ["decoder"]
+
+
+@pytest.mark.parametrize("arguments", [{"on_failure": "error"}, {"target": "native:cpu"}], ids=["policy", "requested"])
+def test_a_failure_is_an_error_by_policy_or_where_the_target_was_requested(
+    load: Callable[..., VLM], arguments: dict[str, Any]
+) -> None:
+    for graph, at in (("decoder", 4), ("vision", 2)):
+        vlm = load(faulty.Fault(graph, "native", "raise", at=at), **arguments)
+        with pytest.raises(ExecutionError, match="the device was lost") as raised:
+            vlm.generate(QUESTION, PICTURES[:1], max_new_tokens=12)
+        assert type(raised.value) is ExecutionError
+        assert where(vlm)[graph] == "native:cpu" and vlm.events == ()
+
+
+def test_where_the_last_candidate_fails_its_failure_is_the_error(load: Callable[..., VLM]) -> None:
+    vlm = load(faulty.Fault("decoder", "native", "raise", at=6), faulty.Fault("decoder", "onnxruntime", "nan", at=3))
+    with pytest.raises(ExecutionError, match="decoder: logits hold nan"):
+        vlm.generate(QUESTION, max_new_tokens=12)
+    assert [(e.kind, e.target) for e in vlm.events] == [("failed", "native:cpu")]
+    broken = load(faulty.Fault("decoder", "native", "raise", at=6), faulty.Fault("decoder", "onnxruntime", "zeros"))
+    for begins in ("nothing runs on this machine", "decoder has failed and nothing takes its place"):
+        with pytest.raises(
+            LensError, match=rf"^{begins}.*native:cpu: the device was lost; onnxruntime:cpu: self-test failed"
+        ):
+            broken.generate(QUESTION, max_new_tokens=12)
+
+
+def test_two_streams_read_in_turns_both_go_on(load: Callable[..., VLM], undisturbed: Callable[..., Any]) -> None:
+    vlm = load(faulty.Fault("decoder", "native", "raise", at=9))
+    streams = [vlm.generate(QUESTION, max_new_tokens=12, stream=True, **WAYS["greedy"]) for _ in range(2)]
+    for _ in zip(*streams, strict=False):
+        pass
+    for stream in streams:
+        for _ in stream:
+            pass
+        assert stream.result.token_ids == undisturbed("greedy")
+    assert len(vlm.events) == 1, "the second finds what the first had loaded"
+
+
+@pytest.mark.parametrize(("graph", "at"), [("decoder", 5), ("vision", 3)])
+def test_graphs_that_take_turns_are_replaced_too(
+    load: Callable[..., VLM], undisturbed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, graph: str, at: int
+) -> None:
+    monkeypatch.setattr("lensc.runtime.sequential.WORK_BYTES", 1000)
+    # probes of graphs that are loaded again are runs, too
+    vlm = load(faulty.Fault(graph, "native", "raise", at=at), max_memory_bytes=13_000_000)
+    assert vlm._turns is not None
+    result = vlm.generate(QUESTION, PICTURES, max_new_tokens=12, **WAYS["greedy"])
+    assert result.token_ids == undisturbed("greedy", 2)
+    assert where(vlm)[graph] == "onnxruntime:cpu"
+    assert [(e.kind, e.graph) for e in result.metrics.events] == [("failed", graph)]
+
+
+def test_a_conversation_belongs_to_the_device_that_finished_it(
+    load: Callable[..., VLM], bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    vlm = load(faulty.Fault("decoder", "native", "raise", at=6))
+    asked = [{"role": "user", "content": QUESTION}]
+    said = [*asked, {"role": "assistant", "content": vlm.chat(asked, max_new_tokens=12).text}]
+    assert vlm.save(tmp_path / "talk", said) > 0
+    assert vlm.restore(tmp_path / "talk").cached_tokens > 0
+    monkeypatch.setattr(registry, "get", faulty.REAL)
+    with lensc.load(bundles["native"], target="onnxruntime:cpu") as same:
+        assert same.restore(tmp_path / "talk").cached_tokens > 0
+    with lensc.load(bundles["native"], target="native:cpu") as other:
+        restored = other.restore(tmp_path / "talk")
+        assert restored.cached_tokens == 0 and "on onnxruntime:cpu" in restored.notes[0]
+
+
+# --- when candidates are timed ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "lensc" / "placement"
+
+
+def never(*_: Any) -> Any:
+    raise AssertionError("nothing is to be timed")
+
+
+VISION_ONLY = {"target": "decoder=native:cpu", "threads": 1}
+
+
+def test_candidates_are_timed_once_and_remembered(
+    bundles: dict[str, Path], cache: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with lensc.load(bundles["native"], threads=1) as vlm:
+        assert [(e.kind, e.graph) for e in vlm.events] == [("measured", "vision"), ("measured", "decoder")]
+        assert vlm.plan is not None
+        for placed in vlm.plan.placements:
+            assert placed.requested is None and placed.measured is not None
+            others = json.loads(next(cache.iterdir()).read_text())["candidates"][placed.graph]
+            assert placed.measured.ms == min(entry["ms"] for entry in others.values())
+            unit = "per slice" if placed.graph == "vision" else "per request"
+            assert placed.reason.startswith("fastest, ") and placed.reason.count(f" ms {unit}") == 2
+        expected = where(vlm)
+    monkeypatch.setattr(trial, "tried", never)
+    with lensc.load(bundles["native"], threads=1) as vlm:
+        assert where(vlm) == expected and vlm.events == ()
+    shown = cli("run", bundles["native"], "What?", "--max-new-tokens", 2, "--threads", 1, "--json")
+    document = json.loads(shown.out)
+    assert {p["graph"]: p["target"] for p in document["plan"]} == expected and document["events"] == []
+    assert all(p["measured_ms"] > 0 and p["requested"] is None for p in document["plan"])
+    shown = cli("run", bundles["native"], "What?", "--max-new-tokens", 2, "--placement", "ranked", "--metrics")
+    assert "vision       native:cpu: best usable: runs here" in shown.err
+    with lensc.load(bundles["native"], target="native:cpu", threads=1) as vlm:
+        assert vlm.plan is not None and vlm.plan["vision"].reason.startswith("requested: ")
+    assert len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend", "problem"),
+    [
+        ("zeros", "onnxruntime", "self-test failed: vision on onnxruntime:cpu"),
+        ("raise", "native", "the device was lost"),
+        ("hang", "onnxruntime", "was stopped when it had taken 0 s"),
+        ("crash", "native", "ended the process that it was tried in (signal 6)"),
+    ],
+)
+def test_a_candidate_that_fails_costs_only_itself(
+    bundles: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch, kind: str, backend: str, problem: str
+) -> None:
+    monkeypatch.setattr(trial, "COMMAND", (sys.executable, "-P", str(SCRIPT)))
+    for name, value in faulty.in_environment(faulty.Fault("vision", backend, kind)).items():
+        monkeypatch.setenv(name, value)
+    if kind == "hang":
+        limits = {f"{backend}:cpu": HANGS_S}
+        monkeypatch.setattr(selftest, "limit_s", lambda artifact, state: limits.get(str(artifact.target), 60.0))
+    for again in (False, True):
+        if again:
+            monkeypatch.setattr(trial, "tried", never)
+        with lensc.load(bundles[backend], **VISION_ONLY) as vlm:
+            assert where(vlm)["vision"] == f"{OTHER[backend]}:cpu" and vlm.plan is not None
+            assert problem in vlm.plan["vision"].reason
+            out = [e for e in vlm.events if e.kind != "measured"]
+            assert [(e.kind, e.target) for e in out] == [
+                ("self-test" if kind == "zeros" else "refused", f"{backend}:cpu")
+            ]
+            assert problem in out[0].text and len(vlm.events) == (1 if again else 2)
+
+
+def test_a_wrong_answer_in_a_trial_is_dealt_with_by_policy(
+    bundles: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tried(bundle: Path, artifact: Artifact, state: str, threads: int | None) -> Any:
+        right = str(artifact.target) == "native:cpu"
+        return Timing(5.0, "5 ms per slice") if right else trial.Refusal("self-test", "it is wrong")
+
+    monkeypatch.setattr(trial, "tried", tried)
+    with pytest.raises(ParityError, match="it is wrong"):
+        lensc.load(bundles["onnxruntime"], selftest="error", **VISION_ONLY)
+    for policy in ("replace", "warn", "off"):
+        with lensc.load(bundles["onnxruntime"], selftest=policy, **VISION_ONLY) as vlm:
+            assert where(vlm)["vision"] == "native:cpu" and [e.kind for e in vlm.events][-1] == "self-test"
+    monkeypatch.setattr(trial, "tried", lambda *_: trial.Refusal("self-test", "it is wrong"))
+    shutil.rmtree(cache)
+    with pytest.raises(ParityError, match=r"onnxruntime:cpu: it is wrong; native:cpu: it is wrong"):
+        lensc.load(bundles["onnxruntime"], **VISION_ONLY)
+    monkeypatch.setattr(trial, "tried", lambda *_: trial.Refusal("refused", "it hangs"))
+    shutil.rmtree(cache)
+    with pytest.raises(UnavailableError, match=r"onnxruntime:cpu: it hangs; native:cpu: it hangs"):
+        lensc.load(bundles["onnxruntime"], **VISION_ONLY)
+
+
+@pytest.mark.parametrize("command", [("/nowhere/python",), (sys.executable, "-c", "raise SystemExit('no room')")])
+def test_where_no_process_can_be_started_candidates_are_ranked(
+    bundles: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(trial, "COMMAND", command)
+    with lensc.load(bundles["native"], **VISION_ONLY) as vlm:
+        assert [e.kind for e in vlm.events] == ["not measured"] and "taken by rank" in vlm.events[0].text
+        assert vlm.plan is not None and vlm.plan["vision"].reason.startswith("best usable: ")
+    assert not cache.exists()
+
+
+def _candidate(document: Any, **changes: Any) -> Any:
+    document["candidates"]["vision"]["native:cpu"] |= changes
+    return document
+
+
+DAMAGES: dict[str, Callable[[Any], Any]] = {
+    "cut": lambda d: json.dumps(d)[:-40],
+    "no object": lambda d: "[]",
+    "another key": lambda d: json.dumps(d | {"key": "0" * 64}),
+    "a newer format": lambda d: json.dumps(d | {"format": 2}),
+    "a candidate less": lambda d: json.dumps(d | {"candidates": {}}),
+    "no time": lambda d: json.dumps(_candidate(d, ms=-1.0)),
+    "not a number": lambda d: json.dumps(_candidate(d, ms=float("nan"))),
+    "text": lambda d: json.dumps(_candidate(d, ms="5")),
+}
+
+
+def test_a_damaged_or_foreign_file_is_a_note_and_candidates_are_timed_again(
+    bundles: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[str] = []
+
+    def tried(bundle: Path, artifact: Artifact, state: str, threads: int | None) -> Timing:
+        timed.append(str(artifact.target))
+        return Timing(5.0 if artifact.target.backend == "native" else 6.0, "some ms per slice")
+
+    monkeypatch.setattr(trial, "tried", tried)
+
+    def events() -> list[str]:
+        manifest = load_manifest(bundles["onnxruntime"])
+        asked = {"decoder": Target.parse("native:cpu")}
+        found = placement.measured(bundles["onnxruntime"], manifest, registry.probes(), asked, 1)
+        assert len(found.outcomes) == 2
+        return [event.kind for event in found.events]
+
+    assert events() == ["measured"] and events() == []
+    (path,) = cache.iterdir()
+    right = path.read_bytes()
+    for damage in DAMAGES.values():
+        path.write_text(damage(json.loads(right)))
+        timed.clear()
+        assert events() == ["not measured", "measured"] and len(timed) == 2
+        assert path.read_bytes() == right and events() == []
+    shutil.rmtree(cache)
+    with ThreadPoolExecutor(4) as pool:
+        assert [f.result() for f in [pool.submit(events) for _ in range(4)]]
+    assert path.read_bytes() == right and len(list(cache.iterdir())) == 1
+    shutil.rmtree(cache)
+    cache.write_text("in the way")
+    assert events() == ["not measured", "measured", "not measured"]
