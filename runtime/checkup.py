@@ -3,19 +3,15 @@
 A driver that hangs or ends its process is an outcome like any other. The child loads one graph after another, runs its
 golden probes, and where the bundle is the tiny model's compares the answer, too:
 
-    python -m lensc.runtime.checkup RESULTS JOBS
+    python -m lensc.runtime.checkup JOBS
 
-JOBS is a JSON list of [bundle, target, graph, ...], RESULTS the file that it writes: what vendors' libraries print does not
-get in the way.
+JOBS is a JSON list of [bundle, target, graph, ...].
 """
 
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,11 +23,12 @@ from lensc.backends.bundle import Manifest, load_manifest
 from lensc.backends.errors import ExecutionError, LensError, UnavailableError, UnsupportedError
 from lensc.export.graph import Graph
 
-from . import selftest, tiny
+from . import child, selftest, tiny
 
-LIMIT_S = 60.0
-SLOWEST_B_S = 20e6
-"""Of weights that are loaded and packed, on a slow machine: what a child may take beyond `LIMIT_S`."""
+COMMAND = child.python("lensc.runtime.checkup")
+"""What is started."""
+LIMIT_S = selftest.LEAST_S
+"""For small graphs."""
 
 FLOAT16_PROBE = 0.03
 """How far off outputs of the order of 1 may be where a float32 graph is computed in float16: five times what emulation was."""
@@ -61,38 +58,21 @@ def run(jobs: Sequence[Job], limit_s: float) -> list[Outcome]:
     """Do `jobs` in a child, which is stopped after `limit_s`. What it dies of is the outcome of the job that it was at, and
     of those behind it.
     """
-    with tempfile.TemporaryDirectory(prefix="lensc-") as place:
-        results = Path(place) / "results.json"
-        asked = [(str(job.bundle.absolute()), str(job.target), *job.graphs) for job in jobs]
-        started = time.monotonic()
-        command = [sys.executable, "-P", "-m", "lensc.runtime.checkup", str(results), json.dumps(asked)]
-        problem, kind = "", ""
-        try:
-            child = subprocess.run(command, capture_output=True, timeout=limit_s, check=False)
-            said = [line.strip() for line in child.stderr.decode(errors="replace").splitlines() if line.strip()]
-            last = said[-1][-300:] if said else "it said nothing"
-            problem, kind = f"ended the process it ran in ({_ending(child.returncode)}): {last}", "crash"
-        except subprocess.TimeoutExpired:
-            problem, kind = f"gave no answer within {limit_s:g} s and was stopped", "timeout"
-        seconds = time.monotonic() - started
-        done = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
-        outcomes = [Outcome(**json.loads(line)) for line in done[: len(jobs)]]
-        return outcomes + [Outcome(problem, kind, "", seconds)] * (len(jobs) - len(outcomes))
+    started = time.monotonic()
+    asked = [(str(job.bundle.absolute()), str(job.target), *job.graphs) for job in jobs]
+    try:
+        answers = child.ask([*COMMAND, json.dumps(asked)], limit_s)
+        said, problem, kind = answers.said, answers.problem, answers.kind
+    except ExecutionError as error:
+        said, problem, kind = (), str(error), "crash"
+    outcomes = [Outcome(**one) for one in said[: len(jobs)]]
+    return outcomes + [Outcome(problem, kind, "", time.monotonic() - started)] * (len(jobs) - len(outcomes))
 
 
 def limit_s(manifest: Manifest, target: Target, graphs: Sequence[str]) -> float:
     """The longest that a check of artifacts of this size may take."""
     artifacts = [a for a in manifest.artifacts if a.target == target and a.graph in graphs]
-    return LIMIT_S + sum(record.bytes for a in artifacts for record in a.files) / SLOWEST_B_S
-
-
-def _ending(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return signal.Signals(-code).name
-    except ValueError:
-        return f"signal {-code}"
+    return LIMIT_S + sum(record.bytes for a in artifacts for record in a.files) / selftest.BYTES_PER_S
 
 
 def check(bundle: Path, target: Target, graphs: Sequence[str]) -> str:
@@ -140,19 +120,16 @@ def _compile(bundle: Path, manifest: Manifest, name: str, target: Target) -> Art
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The child: write what `check` says or raises, a line for each job."""
-    results, asked = arguments
-    with open(results, "w", encoding="utf-8") as file:
-        for bundle, target, *graphs in json.loads(asked):
-            started = time.monotonic()
-            problem = kind = found = ""
-            try:
-                found = check(Path(bundle), Target.parse(target), graphs)
-            except LensError as error:
-                problem, kind = str(error), type(error).__name__
-            outcome = {"problem": problem, "kind": kind, "found": found, "seconds": time.monotonic() - started}
-            file.write(json.dumps(outcome) + "\n")
-            file.flush()
+    """The child: answer what `check` says or raises, a line for each job."""
+    answer = child.answering()
+    for bundle, target, *graphs in json.loads(arguments[0]):
+        started = time.monotonic()
+        problem = kind = found = ""
+        try:
+            found = check(Path(bundle), Target.parse(target), graphs)
+        except LensError as error:
+            problem, kind = str(error), type(error).__name__
+        answer({"problem": problem, "kind": kind, "found": found, "seconds": time.monotonic() - started})
     return 0
 
 

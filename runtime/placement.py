@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -88,8 +87,6 @@ def measured(
 
 
 def _tried(folder: Path, rivals: Sequence[Artifact], probes: Sequence[Probe], threads: int | None) -> Outcomes:
-    if getattr(sys, "frozen", False) or not sys.executable:
-        raise ExecutionError("this program is no Python that could start another")
     outcomes: Outcomes = {}
     for artifact in rivals:  # one at a time: each takes what memory and processor there are
         probe = probe_of(artifact.target, probes)

@@ -20,9 +20,9 @@ from lensc.backends.base import Array, Artifact, Session
 from lensc.backends.bundle import ProbeRecord
 from lensc.backends.errors import ExecutionError, LensError, ManifestError, ParityError
 
-LEAST_S, BYTES_PER_S, EMULATION = 30.0, 40e6, 40
-"""The longest that a probe, or the trial of a candidate, may take: so long, and a second for so many bytes of its artifact (a
-tenth of what the slowest engine took to load and answer at full size); an emulation this many times as long."""
+LEAST_S, BYTES_PER_S, EMULATION = 60.0, 20e6, 20
+"""The longest that a probe, or whatever a process of its own does with a graph, may take: so many seconds and one for so many
+bytes of its artifact, which is five times what the slowest engine takes to load 4 GB; an emulation so many times as long."""
 
 
 class SilentError(ParityError):

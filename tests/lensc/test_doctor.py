@@ -125,9 +125,9 @@ def test_a_child_that_dies_or_hangs_is_an_outcome(
     script: str, kind: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     child = tmp_path / "python"
-    child.write_text(f"#!/bin/sh\n{script}\n")
+    child.write_text(f"#!/bin/sh\necho '{{}}'\n{script}\n")
     child.chmod(0o755)
-    monkeypatch.setattr(checkup.sys, "executable", str(child))
+    monkeypatch.setattr(checkup, "COMMAND", (str(child),))
     job = checkup.Job(tmp_path, NATIVE, ("vision",))
     [outcome] = checkup.run([job], 0.3 if kind == "timeout" else 60)
     assert outcome.kind == kind and expected in outcome.problem
