@@ -191,8 +191,10 @@ def metrics_text(metrics: Metrics, vlm: VLM) -> str:
     encoded = [ms for ms in metrics.image_ms if ms > 0]
     each = f", {sum(encoded) / len(encoded):.0f} ms a slice" if encoded else ""
     reused = f", {metrics.reused_tokens} more were in the KV cache" if metrics.reused_tokens else ""
+    estimate_ms = metrics.ttft_estimate_ms
+    estimated = "" if estimate_ms is None else f", {estimate_ms:.0f} ms estimated"
     rows = [
-        ("first token", f"{metrics.ttft_ms:.0f} ms"),
+        ("first token", f"{metrics.ttft_ms:.0f} ms{estimated}"),
         ("prepare", f"{metrics.prepare_ms:.0f} ms"),
         *([("loading", f"{metrics.load_ms:.0f} ms, to save memory")] if metrics.load_ms else []),
         ("pictures", f"{len(metrics.image_ms)} slices, {metrics.slices_from_cache} from the cache{each}"),
@@ -221,6 +223,7 @@ def _arguments(options: argparse.Namespace) -> dict[str, Any]:
         "max_new_tokens",
         "seed",
         "prompt_lookup_num_tokens",
+        "max_ttft_ms",
     )
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 

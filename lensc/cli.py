@@ -181,6 +181,10 @@ def _generation(verb: Parser) -> None:
     how.add_argument("--num-beams", metavar="N", type=int)
     text = "most tokens guessed ahead where that pays, 0 to 7 (the default); changes the speed only"
     how.add_argument("--prompt-lookup-num-tokens", metavar="N", type=int, help=text)
+    text = (
+        "cut pictures as coarsely as it takes for the first token to come in N milliseconds, by what was measured here"
+    )
+    how.add_argument("--max-ttft-ms", metavar="N", type=float, help=text)
     how.add_argument("--seed", metavar="N", type=int, help="makes draws repeatable")
     verb.add_argument("-q", "--quiet", action="store_true", help="no notes on stderr")
 

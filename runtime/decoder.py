@@ -14,6 +14,7 @@ from lensc.backends.bundle import DecoderSpec
 from lensc.backends.errors import ExecutionError, GraphError, PromptError
 from lensc.export.graph import GraphSpec
 
+from .costs import Curve
 from .embedding import EmbeddingTable
 from .kv_cache import KVCache
 from .timeline import Timeline
@@ -41,7 +42,16 @@ SAMPLES = 16
 class Decoder:
     """State of one generation. `prompt_length` is where generated tokens begin, which is where beams differ."""
 
-    def __init__(self, session: Session, spec: DecoderSpec, table: EmbeddingTable, capacity: int) -> None:
+    def __init__(
+        self,
+        session: Session,
+        spec: DecoderSpec,
+        table: EmbeddingTable,
+        capacity: int,
+        prefill_ms: Curve | None = None,
+    ) -> None:
+        """`prefill_ms` is told what feeding so many tokens of one sequence took."""
+        self._prefill_ms = prefill_ms
         self._session = with_cache(session, spec)
         self._cache: Cache | None = None
         self._capacity = capacity
@@ -125,6 +135,8 @@ class Decoder:
             piece = embeds(start, end)
             started = time.perf_counter()
             logits = self.run(piece, np.array([end - start - 1]))[:, 0]
+            if self._prefill_ms is not None and len(piece) == 1:
+                self._prefill_ms.add(end - start, (time.perf_counter() - started) * 1e3)
             if timeline is not None:
                 timeline.add("decoder", f"feed {end - start} tokens", started, first=self.length - (end - start))
         return logits

@@ -44,6 +44,9 @@ class Request:
     prepare_ms: float
     timeline: Timeline = field(default_factory=Timeline)
     """What was done until now; the generation goes on with it."""
+    ttft_estimate_ms: float | None = None
+    slices_given_up: int = 0
+    """For the sake of `max_ttft_ms`; see `budget`."""
 
 
 class Generation:
@@ -237,6 +240,8 @@ class Generation:
             overlap_ms=self.timeline.both_ms("vision", "decoder"),
             ttft_ms=self._request.prepare_ms + first * 1e3,
             decode_tokens_per_s=(self._steps - 1) / decode_s if self._steps > 1 and decode_s > 0 else None,
+            ttft_estimate_ms=self._request.ttft_estimate_ms,
+            slices_given_up=self._request.slices_given_up,
             prompt_tokens=len(self._request.prompt.ids),
             reused_tokens=self._reused_tokens,
             new_tokens=len(self.token_ids),
@@ -309,7 +314,8 @@ class Generation:
                 guesses = self._speculation()
 
     def _begun(self) -> Decoder:
-        return Decoder(self._loaded.session, self._spec, self._table, self._capacity)
+        loaded = self._loaded
+        return Decoder(loaded.session, self._spec, self._table, self._capacity, loaded.prefill_ms)
 
     def _elsewhere(self, error: DecoderError, said: Sequence[Sequence[int]]) -> F32:
         """Go on with the decoder that is loaded in the place of one that failed; raise what it failed of if none is.

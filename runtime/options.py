@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from lensc.backends.bundle import GenerationSpec
 from lensc.backends.errors import UsageError
@@ -14,6 +14,21 @@ from .speculation import MOST_DRAFTED
 
 MAX_BEAMS = 64
 """Each beam holds its own copy of the KV cache, and a step feeds every beam."""
+
+
+class Parameters(TypedDict, total=False):
+    """What `VLM.generate` and `chat` take by name; None is as if it were left out."""
+
+    do_sample: bool | None
+    num_beams: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    repetition_penalty: float | None
+    max_new_tokens: int | None
+    seed: int | None
+    prompt_lookup_num_tokens: int | None
+    max_ttft_ms: float | None
 
 
 @dataclass(frozen=True)
@@ -29,6 +44,7 @@ class GenerationOptions:
     max_new_tokens: int
     seed: int | None
     prompt_lookup_num_tokens: int = 0
+    max_ttft_ms: float | None = None
     ignore_eos: bool = False
     """Go on behind a stop id: for measuring, where an answer has the length that was asked for."""
 
@@ -45,6 +61,7 @@ def resolve(
     max_new_tokens: int | None = None,
     seed: int | None = None,
     prompt_lookup_num_tokens: int | None = None,
+    max_ttft_ms: float | None = None,
     stream: bool = False,
 ) -> GenerationOptions:
     """Check the arguments and fill in what was left out (None).
@@ -63,6 +80,7 @@ def resolve(
         *_number("repetition_penalty", repetition_penalty, 0, math.inf, "1.0 is none"),
         *_integer("max_new_tokens", max_new_tokens, 1, None),
         *_integer("seed", seed, 0, None),
+        *_number("max_ttft_ms", max_ttft_ms, 0, math.inf),
         *_integer("prompt_lookup_num_tokens", prompt_lookup_num_tokens, 0, MOST_DRAFTED, "0 guesses no tokens"),
     ]
     if not problems:
@@ -98,6 +116,7 @@ def resolve(
         max_new_tokens=int(_or(max_new_tokens, spec.max_new_tokens)),
         seed=None if seed is None else int(seed),
         prompt_lookup_num_tokens=0 if (num_beams or 1) > 1 else int(_or(prompt_lookup_num_tokens, MOST_DRAFTED)),
+        max_ttft_ms=None if max_ttft_ms is None else float(max_ttft_ms),
     )
 
 

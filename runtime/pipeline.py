@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, Unpack, overload
 
 from lensc.backends.base import Array, Session
 from lensc.backends.bundle import ModelSpec
@@ -21,19 +21,20 @@ from lensc.backends.errors import ExecutionError, GraphError, InputError, LensEr
 from lensc.export.graph import GraphSpec
 
 from . import conversation, decoder, vision
+from .budget import Cuts, Fitted, Fitting, Graphs
 from .conversation import NOBODY, Identity, Restored
 from .decoder import DecoderError
 from .embedding import EmbeddingTable
 from .events import Event
 from .generation import Generation, Request
 from .loader import Loader
-from .options import GenerationOptions, resolve
+from .options import GenerationOptions, Parameters, resolve
 from .overlap import Overlap, decide
-from .picture import PictureSource, slice_picture
+from .picture import PictureSource, open_picture, slice_picture
 from .picture_cache import PictureCache
 from .plan import Plan
 from .prefix_cache import PREFIX_BYTES, Held, PrefixCache, rows_of
-from .prompt import Message, Tokenizer, build_prompt, parse_messages, pictures_of, user_messages
+from .prompt import Message, Prompt, Tokenizer, build_prompt, parse_messages, pictures_of, user_messages
 from .result import Metrics, Result
 from .sequential import Turns, one_in_turn
 from .sharing import CLOSED, LoadedDecoder, SharedSession, shared
@@ -95,6 +96,7 @@ class VLM:
             getattr(sessions["vision"], "ready", None),
             self._replan_vision,
         )
+        self._cuts = Cuts()
         self._prefix_cache_bytes = prefix_cache_bytes
         self._decoder = self._loaded(sessions["decoder"])
         self._identity = identity
@@ -116,18 +118,10 @@ class VLM:
         images: Sequence[PictureSource] = ...,
         *,
         system_prompt: str = ...,
-        do_sample: bool | None = ...,
-        num_beams: int | None = ...,
-        temperature: float | None = ...,
-        top_k: int | None = ...,
-        top_p: float | None = ...,
-        repetition_penalty: float | None = ...,
-        max_new_tokens: int | None = ...,
-        seed: int | None = ...,
-        prompt_lookup_num_tokens: int | None = ...,
         stream: Literal[False] = ...,
         strip_pad: bool | None = ...,
         should_stop: Callable[[], bool] | None = ...,
+        **parameters: Unpack[Parameters],
     ) -> Result: ...
 
     @overload
@@ -137,18 +131,10 @@ class VLM:
         images: Sequence[PictureSource] = ...,
         *,
         system_prompt: str = ...,
-        do_sample: bool | None = ...,
-        num_beams: int | None = ...,
-        temperature: float | None = ...,
-        top_k: int | None = ...,
-        top_p: float | None = ...,
-        repetition_penalty: float | None = ...,
-        max_new_tokens: int | None = ...,
-        seed: int | None = ...,
-        prompt_lookup_num_tokens: int | None = ...,
         stream: Literal[True],
         strip_pad: bool | None = ...,
         should_stop: Callable[[], bool] | None = ...,
+        **parameters: Unpack[Parameters],
     ) -> Stream: ...
 
     def generate(
@@ -166,6 +152,7 @@ class VLM:
         max_new_tokens: int | None = None,
         seed: int | None = None,
         prompt_lookup_num_tokens: int | None = None,
+        max_ttft_ms: float | None = None,
         stream: bool = False,
         strip_pad: bool | None = None,
         should_stop: Callable[[], bool] | None = None,
@@ -177,6 +164,8 @@ class VLM:
         sampling, with penalty 1.2. `seed` makes draws repeatable; `max_new_tokens` defaults to the model's 1024.
         `prompt_lookup_num_tokens`: the most tokens that are guessed ahead where that pays, 0 to 7 (the default); it
         changes the speed and no token, and nothing is guessed in a beam search.
+        `max_ttft_ms`: pictures are cut into as few slices as it takes for the first token to come within so many
+        milliseconds, by what this device took before; notes say what was given up, and if it cannot be kept.
 
         `stream=True` returns a `Stream` of pieces. `strip_pad` removes id 0, which is `!`, from the answer: by default,
         as officially, the whole answer has it removed and a stream keeps it. `should_stop` is asked between steps.
@@ -196,6 +185,7 @@ class VLM:
             max_new_tokens=max_new_tokens,
             seed=seed,
             prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+            max_ttft_ms=max_ttft_ms,
             stream=stream,
         )
         messages = user_messages(prompt, _pictures(images), system_prompt)
@@ -207,18 +197,10 @@ class VLM:
         messages: Sequence[Mapping[str, Any]],
         images: Sequence[PictureSource] = ...,
         *,
-        do_sample: bool | None = ...,
-        num_beams: int | None = ...,
-        temperature: float | None = ...,
-        top_k: int | None = ...,
-        top_p: float | None = ...,
-        repetition_penalty: float | None = ...,
-        max_new_tokens: int | None = ...,
-        seed: int | None = ...,
-        prompt_lookup_num_tokens: int | None = ...,
         stream: Literal[False] = ...,
         strip_pad: bool | None = ...,
         should_stop: Callable[[], bool] | None = ...,
+        **parameters: Unpack[Parameters],
     ) -> Result: ...
 
     @overload
@@ -227,18 +209,10 @@ class VLM:
         messages: Sequence[Mapping[str, Any]],
         images: Sequence[PictureSource] = ...,
         *,
-        do_sample: bool | None = ...,
-        num_beams: int | None = ...,
-        temperature: float | None = ...,
-        top_k: int | None = ...,
-        top_p: float | None = ...,
-        repetition_penalty: float | None = ...,
-        max_new_tokens: int | None = ...,
-        seed: int | None = ...,
-        prompt_lookup_num_tokens: int | None = ...,
         stream: Literal[True],
         strip_pad: bool | None = ...,
         should_stop: Callable[[], bool] | None = ...,
+        **parameters: Unpack[Parameters],
     ) -> Stream: ...
 
     def chat(
@@ -255,6 +229,7 @@ class VLM:
         max_new_tokens: int | None = None,
         seed: int | None = None,
         prompt_lookup_num_tokens: int | None = None,
+        max_ttft_ms: float | None = None,
         stream: bool = False,
         strip_pad: bool | None = None,
         should_stop: Callable[[], bool] | None = None,
@@ -275,18 +250,25 @@ class VLM:
             max_new_tokens=max_new_tokens,
             seed=seed,
             prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+            max_ttft_ms=max_ttft_ms,
             stream=stream,
         )
         return self._answer(parse_messages(messages, _pictures(images)), options, stream, strip_pad, should_stop)
 
-    def prepare(self, messages: Sequence[Message]) -> Request:
-        """Open and slice the pictures of `messages` and make the prompt; nothing runs on an engine."""
+    def prepare(self, messages: Sequence[Message], max_ttft_ms: float | None = None) -> Request:
+        """Open and slice the pictures of `messages` and make the prompt. Nothing runs on an engine, unless there is a
+        `max_ttft_ms` and nothing was measured yet.
+        """
         started, timeline = time.perf_counter(), Timeline()
         timeline.titles = {p.graph: f"{p.graph} on {p.effective}" for p in (self.plan.placements if self.plan else ())}
-        sliced = []
-        for i, part in enumerate(pictures_of(messages), 1):
-            with timeline.span("host", f"open and cut picture {i}"):
-                sliced.append(slice_picture(part.source, self.spec.picture))
+        sliced, fitted = [], None
+        if max_ttft_ms is not None:
+            fitted = self._fitted(messages, max_ttft_ms, started, timeline)
+            sliced = fitted.sliced
+        else:
+            for i, part in enumerate(pictures_of(messages), 1):
+                with timeline.span("host", f"open and cut picture {i}"):
+                    sliced.append(slice_picture(part.source, self.spec.picture))
         with timeline.span("host", "make the prompt"):
             prompt = build_prompt(messages, [s.plan for s in sliced], self.tokenizer, self.spec.picture.query_num)
         context = self.spec.decoder.context_length
@@ -299,7 +281,41 @@ class VLM:
         notes = [f"picture {i}: {note}" for i, s in enumerate(sliced, 1) for note in s.notes]
         slices = tuple(pixels for s in sliced for pixels in s.pixels)
         counts = tuple(len(s.pixels) for s in sliced)
-        return Request(prompt, slices, counts, tuple(notes), (time.perf_counter() - started) * 1e3, timeline)
+        request = Request(prompt, slices, counts, tuple(notes), (time.perf_counter() - started) * 1e3, timeline)
+        if fitted is None:
+            return request
+        notes += fitted.notes
+        estimate_ms, given_up = fitted.estimate_ms, fitted.slices_given_up
+        return dataclasses.replace(request, notes=tuple(notes), ttft_estimate_ms=estimate_ms, slices_given_up=given_up)
+
+    def _fitted(self, messages: Sequence[Message], budget_ms: float, started_s: float, timeline: Timeline) -> Fitted:
+        """The pictures of `messages`, cut for a budget; see `budget`."""
+        loaded, turns = self._decoder, self._turns
+        chunk = decoder.Decoder(loaded.session, self.spec.decoder, self._table, 1).chunk
+        step_ms, load_ms = loaded.pace.plain_s * 1e3, turns.load_ms if turns else lambda encodes: 0.0
+        graphs = Graphs(self._vision, loaded.prefill_ms, step_ms, chunk, self.overlap.on, load_ms)
+        with timeline.span("host", "open and cut pictures"):
+            fitting = Fitting(
+                self.spec.picture,
+                self.tokenizer,
+                self._vision,
+                loaded.prefixes,
+                graphs,
+                self._cuts,
+                messages,
+                [open_picture(part.source) for part in pictures_of(messages)],
+                started_s,
+                turns is not None and not turns.caches_outlive_decoder,
+            )
+        if fitting.undecided and turns is None:
+            # What every cut begins with is encoded and fed, and found by the answer among earlier ones.
+            end = int(fitting.prompt.image_bounds[0, 1])
+            beginning = Prompt(fitting.prompt.ids[:end], fitting.prompt.image_bounds[:1])
+            request = Request(beginning, tuple(fitting.slices[:1]), (1,), (), 0.0, timeline)
+            for _ in self.begin(request, resolve(self.spec.generation, max_new_tokens=1)).tokens():
+                pass
+        with timeline.span("host", "choose how finely to cut"):
+            return fitting.fit(budget_ms)
 
     def begin(
         self, request: Request, options: GenerationOptions, should_stop: Callable[[], bool] | None = None
@@ -460,7 +476,7 @@ class VLM:
     ) -> Result | Stream:
         if self._closed:
             raise UsageError(CLOSED)
-        generation = self.begin(self.prepare(messages), options, should_stop)
+        generation = self.begin(self.prepare(messages, options.max_ttft_ms), options, should_stop)
         if stream:
             return Stream(generation, self.tokenizer.decode_stream(strip_pad or False))
         for _ in generation.tokens():

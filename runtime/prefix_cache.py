@@ -71,6 +71,12 @@ class PrefixCache:
         self._lock = threading.RLock()
         self._held: list[Held] = []
 
+    def longest(self, rows: Rows) -> int:
+        """Of how many of `rows` a cache would be found; nothing is taken."""
+        with self._lock:
+            found = max((min(common_length(held.rows, rows), len(rows) - 1) for held in self._held), default=0)
+        return found if found >= LEAST else 0
+
     def take(self, rows: Rows) -> Cache | None:
         """A cache that holds the longest known beginning of `rows`, and no more; its last row is left to be fed.
 

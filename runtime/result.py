@@ -30,6 +30,10 @@ class Metrics:
     """For how long pictures were encoded and the prompt was fed at the same time; see `overlap`."""
     ttft_ms: float
     """From the call to the first token. With beams, to the whole answer: none of its tokens is known before."""
+    ttft_estimate_ms: float | None
+    """What was estimated of it, where there is a `max_ttft_ms`; None without, or if nothing was measured."""
+    slices_given_up: int
+    """For the sake of `max_ttft_ms`: by so many fewer slices the pictures were cut."""
     decode_tokens_per_s: float | None
     """Tokens after the first, per beam; None if there are none."""
     prompt_tokens: int

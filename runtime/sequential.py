@@ -85,6 +85,7 @@ class Turns:
         self._open_graph = open_graph
         self._opened: tuple[str, Session] | None = None
         self._loads: list[Load] = []
+        self._load_ms: dict[str, float] = {}
         self._closed = False
 
     def opened(self, name: str) -> Session:
@@ -96,6 +97,7 @@ class Turns:
             started = time.perf_counter()
             self._opened = name, self._open_graph(name)
             self._loads.append(Load(name, started, time.perf_counter()))
+            self._load_ms[name] = self._loads[-1].ms
         return self._opened[1]
 
     def release(self) -> None:
@@ -106,6 +108,12 @@ class Turns:
                 self._opened = None
                 self.on_release(session)
                 session.close()
+
+    def load_ms(self, encodes: bool) -> float:
+        """What loading will take for an answer, as it took the last time; `encodes`: whether it needs vision, too."""
+        opened = None if self._opened is None else self._opened[0]
+        needed = {"vision", "decoder"} if encodes and opened != "vision" else {"decoder"} - {opened}
+        return sum(self._load_ms.get(name, 0.0) for name in needed)
 
     def loads(self) -> list[Load]:
         """What was loaded since this was last asked."""

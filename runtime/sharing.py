@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 from lensc.backends.base import Array, Cache, CachedSession, Session
 from lensc.backends.errors import ExecutionError, LensError, UsageError
 
+from .costs import Curve
 from .prefix_cache import PrefixCache
 from .speculation import Pace
 
@@ -79,8 +80,10 @@ def shared(session: Session) -> SharedSession:
 
 @dataclass(frozen=True, eq=False)
 class LoadedDecoder:
-    """A decoder on its device, and what belongs to it alone: KV caches of earlier answers, and how fast it steps."""
+    """A decoder on its device, and what belongs to it alone: KV caches of earlier answers, and how fast it is."""
 
     session: SharedSession
     prefixes: PrefixCache
     pace: Pace
+    prefill_ms: Curve = field(default_factory=Curve)
+    """Of a piece of a prompt, by its tokens."""

@@ -17,6 +17,7 @@ from lensc.backends.bundle import PictureSpec
 from lensc.backends.errors import ExecutionError, GraphError
 from lensc.export.graph import GraphSpec
 
+from .costs import Curve
 from .decoder import Cancelled
 from .picture import vision_feeds
 from .picture_cache import PictureCache
@@ -69,6 +70,8 @@ class VisionEncoder:
         self._replan = replan
         self._last: tuple[bytes, F32] | None = None
         """The slice that was encoded last, and its features."""
+        self.slice_ms = Curve()
+        """What encoding took, by the patches of a slice with its padding."""
         self._disk = disk
         self._ready = ready
         self._session = session
@@ -77,9 +80,12 @@ class VisionEncoder:
         self._lock = threading.Lock()
         self._cache: OrderedDict[bytes, F32] = OrderedDict()
 
-    def keys(self, slices: Sequence[U8]) -> list[bytes]:
-        """A SHA-256 for each of the slices of a call: of all that its features depend on."""
-        longest = self._longest(slices)
+    def keys(self, slices: Sequence[U8], longest: int = 0) -> list[bytes]:
+        """A SHA-256 for each of the slices of a call: of all that its features depend on.
+
+        `longest`: patches of the longest slice of the call, if that is not among them.
+        """
+        longest = max([longest, *map(self._patches, slices)])
         return [self._key(pixels, longest) for pixels in slices]
 
     def encode(self, slices: Sequence[U8]) -> Encoded:
@@ -117,9 +123,13 @@ class VisionEncoder:
             self._remember(key, features)
             if self._disk is not None:
                 self._disk.put(key, features)
+            beside = self._padded_to(pixels, longest)
+            patches = self._patches(pixels if beside is None else beside)
             if timeline is not None:
-                timeline.add("vision", f"slice {i + 1}", started, patches=self._patches(pixels))
-            yield EncodedSlice(features, (time.perf_counter() - started) * 1e3, False)
+                timeline.add("vision", f"slice {i + 1}", started, patches=patches)
+            ms = (time.perf_counter() - started) * 1e3
+            self.slice_ms.add(patches, ms)
+            yield EncodedSlice(features, ms, False)
 
     def notes(self) -> list[str]:
         """What the cache on disk has to say since this was last asked."""
@@ -154,10 +164,10 @@ class VisionEncoder:
         shorter = self._patches(pixels) < self._patches(longest)
         return longest if shorter and self._spec.vision_padding == "official" else None
 
-    def _key(self, pixels: U8, longest: U8) -> bytes:
+    def _key(self, pixels: U8, longest: int) -> bytes:
         """A hash of all that a slice's features depend on."""
-        beside = self._padded_to(pixels, longest)
-        patches = 0 if beside is None else self._patches(beside)
+        padded = self._spec.vision_padding == "official" and self._patches(pixels) < longest
+        patches = longest if padded else 0
         digest = hashlib.sha256(f"{pixels.shape} {patches}".encode())
         digest.update(np.ascontiguousarray(pixels).data)
         return digest.digest()
@@ -177,6 +187,7 @@ class VisionEncoder:
                 if self._replan is None:
                     raise
                 self._session = self._replan(session, error)
+                self.slice_ms = Curve()
 
     def _check(self, features: F32, key: bytes) -> None:
         """Raise ExecutionError for features that no slice has: not finite, all equal, or those of the slice before."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import lensc
 from lensc import answers, console
@@ -121,6 +122,26 @@ def test_run_streams_the_answer_to_stdout_alone(bundle: Path, picture: Path, cli
         "vision", "decoder",
     ]  # fmt: skip
     assert cli("run", bundle, "--image", picture, "Read the text.", "-q", *SHORT).err == ""
+
+
+def test_run_within_a_time_shows_what_it_gave_up_and_where_the_time_went(
+    bundle: Path, cli: Cli, tmp_path: Path
+) -> None:
+    Image.new("RGB", (900, 500), (90, 200, 30)).save(tmp_path / "large.png")
+    argv = ("run", bundle, "--image", tmp_path / "large.png", "What?", "--max-new-tokens", 2)
+    shown = cli(*argv, "--max-ttft-ms", 1, "--metrics", "--timeline", tmp_path / "trace.json")
+    assert shown.code == 0 and "ms estimated" in shown.err
+    assert "note: picture 1: 1 slice instead of 3, for max_ttft_ms: about " in shown.err
+    assert "note: max_ttft_ms=1 cannot be kept: the least is about " in shown.err
+    spans = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert [s["name"] for s in spans if s["ph"] == "X" and s["cat"] == "vision"] == ["slice 1"]
+    metrics = json.loads(cli(*argv, "--max-ttft-ms", 1e6, "--json").out)["metrics"]
+    assert (len(metrics["image_ms"]), metrics["slices_given_up"]) == (3, 0)
+    assert 0 < metrics["ttft_estimate_ms"] < 1e6
+    wrong = cli(*argv, "--max-ttft-ms", 0)
+    assert (wrong.code, wrong.out) == (2, "") and "max_ttft_ms=0.0: expected a number above 0" in wrong.err
+    lost = cli(*argv, "--timeline", tmp_path / "none" / "trace.json")
+    assert lost.code == 1 and "trace.json: not written" in lost.err and lost.out
 
 
 def test_run_with_several_pictures_a_system_prompt_and_a_draw(bundle: Path, picture: Path, cli: Cli, vlm: VLM) -> None:
