@@ -138,13 +138,20 @@ class NativeDecoderSession(NativeSession):
     """See `CachedSession`."""
 
     caches_outlive_session = True
-    prefill_chunk = 256
-    """Weights pass once for 128 tokens; more at once is a little better for attention and takes memory."""
 
     def __init__(
-        self, spec: GraphSpec, program: Program, folder: Path, kernels: Any, isa: str, threads: int, scheme: Scheme
+        self,
+        spec: GraphSpec,
+        program: Program,
+        folder: Path,
+        kernels: Any,
+        isa: str,
+        threads: int,
+        scheme: Scheme,
+        prefill_chunk: int,
     ) -> None:
         super().__init__(spec, program, folder, kernels, isa, threads, scheme)
+        self.prefill_chunk = prefill_chunk
         held = {8: np.int8, 16: np.float16}.get(scheme.kv_bits or 0)
         self._dtype = held or (np.float16 if scheme.activation_bits == 8 else np.float32)
         self._step_spec = spec.stateless

@@ -143,12 +143,9 @@ class OpenVINOCache:
 class OpenVINODecoderSession:
     """See `CachedSession`. `spec` is that of the portable graph; in the engine its states are no inputs."""
 
-    prefill_chunk = 2048
-    """How many tokens of a prompt to feed at once: attention to a past is ten times slower with several new tokens than
-    attention among them (40 against 300 GFLOP/s of a core), while memory grows by 0.4 MB a token at full size."""
-
-    def __init__(self, spec: GraphSpec, compiled: Any, weights: Weights, kv_precision: str) -> None:
+    def __init__(self, spec: GraphSpec, compiled: Any, weights: Weights, kv_precision: str, prefill_chunk: int) -> None:
         self.spec = spec
+        self.prefill_chunk = prefill_chunk
         self._compiled: Any = compiled
         self._weights = weights
         self._kv_precision = kv_precision

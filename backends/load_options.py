@@ -24,6 +24,14 @@ class LoadOptions:
 
 DEFAULTS = LoadOptions()
 
+PREFILL_CHUNK = "prefill_chunk"
+"""The setting of an engine that keeps the KV cache: `CachedSession.prefill_chunk`."""
+
+
+def chunks(usual: int, *others: int) -> tuple[str, ...]:
+    """The values of `PREFILL_CHUNK`."""
+    return tuple(map(str, (usual, *others)))
+
 
 def settings_of(options: LoadOptions, choices: Choices, backend: str) -> dict[str, str]:
     """Every setting of `choices` with its value. Raises UsageError for one that there is not, with those that there are."""

@@ -33,7 +33,7 @@ from .base import (
     only_on_cpu,
 )
 from .errors import ExecutionError, UnavailableError, UnsupportedError
-from .load_options import DEFAULTS, LoadOptions, settings_of
+from .load_options import DEFAULTS, PREFILL_CHUNK, Choices, LoadOptions, chunks, settings_of
 
 _log = logging.getLogger("lensc")
 
@@ -47,6 +47,10 @@ SLOW = "numpy computes, many times slower"
 
 PROGRAM = {"native program": str(FORMAT)}
 """What an artifact needs of the version of lensc that loads it. It runs on every CPU."""
+
+
+DECODER_CHOICES = {PREFILL_CHUNK: chunks(256, 64, 128, 512, 1024)}
+"""Weights pass once for 128 tokens; more at once is a little better for attention and takes memory."""
 
 
 class Native:
@@ -99,9 +103,13 @@ class Native:
             placement={"CPU": len(program.steps)},
         )
 
+    def choices(self, artifact: Artifact) -> Choices:
+        """See `TunableBackend.choices`."""
+        return DECODER_CHOICES if artifact.graph == "decoder" else {}
+
     def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, options: LoadOptions = DEFAULTS) -> Session:
         """Map a program's files and plan it for this CPU."""
-        settings_of(options, {}, NAME)
+        chosen = settings_of(options, self.choices(artifact), NAME)
         program, path = opened(artifact, spec, bundle, PROGRAM)
         scheme = Scheme.parse(artifact.scheme)
         kernels = _kernels()
@@ -112,8 +120,10 @@ class Native:
             except OSError as error:
                 raise ExecutionError(f"{path}: its data cannot be mapped: {error.strerror or error}") from error
         count = probe.machine().cores if options.threads is None else options.threads
-        kind = NativeDecoderSession if spec.states else NativeSession
-        return kind(spec, program, path.parent, kernels, _isa(kernels), count, scheme)
+        if not spec.states:
+            return NativeSession(spec, program, path.parent, kernels, _isa(kernels), count, scheme)
+        chunk = int(chosen[PREFILL_CHUNK])
+        return NativeDecoderSession(spec, program, path.parent, kernels, _isa(kernels), count, scheme, chunk)
 
 
 def _no_kernel(scheme: Scheme) -> str | None:

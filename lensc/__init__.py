@@ -47,6 +47,7 @@ def load(
     on_failure: str = "replan",
     placement: str = "measured",
     overlap: bool | None = None,
+    tuned: bool = True,
 ) -> VLM:
     """Open the bundle in folder `path`.
 
@@ -68,6 +69,9 @@ def load(
     Pictures are encoded while what stands before them in the prompt is fed, if the two graphs run on different processors;
     `overlap` says otherwise, and `vlm.overlap` what it came to, and why.
 
+    What `lensc tune` has kept for a graph on this machine is used, and stands in `vlm.plan`; `tuned=False` leaves it out, and
+    `threads`, and a number of tokens to guess that a call names, go before it.
+
     Raises ManifestError, UnavailableError, CompatibilityError, ParityError or UsageError, each with what to do.
     """
     from lensc.runtime.load import load as load_bundle
@@ -83,6 +87,7 @@ def load(
         on_failure,
         placement,
         overlap,
+        tuned,
     )
 
 

@@ -244,6 +244,7 @@ def _load(options: argparse.Namespace) -> VLM:
             overlap=options.overlap,
             on_failure=options.on_failure,
             placement=options.placement,
+            tuned=options.tuned,
         )
     if not options.quiet:
         _print_notes([event.text for event in vlm.events])

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from lensc.backends.errors import LensError, UsageError
 
-from . import aihub, benching, building, console, doctor, planning
+from . import aihub, benching, building, console, doctor, planning, tune
 
 INTERRUPTED, PIPE_CLOSED = 130, 141
 
@@ -124,6 +124,8 @@ def parser() -> argparse.ArgumentParser:
 
     more = "A request is a picture and a prompt of random tokens; decoding goes on behind stop ids, and nothing is guessed ahead."
     benching.add_bench(verb("bench", benching.bench, "measure how fast a bundle is here", more))
+    more = "Threads, tokens fed at once, settings of the engine, guesses; what is kept, lensc run and all others begin with."
+    tune.add_tune(verb("tune", tune.tune, "search the settings with which a bundle is fastest here", more))
     more = "Runs a tiny model on every engine, and with a bundle its golden probes. Ends with 1 if the essential fails."
     doctor.add_doctor(verb("doctor", doctor.doctor, "say what works here, what is missing and what would help", more))
 
@@ -171,6 +173,8 @@ def _generation(verb: Parser) -> None:
     where.add_argument("--no-selftest", dest="selftest", action="store_const", const="off", help="--selftest off")
     text = "a device fails while it answers: replan (the default), which goes on elsewhere, or error"
     where.add_argument("--on-failure", metavar="POLICY", default="replan", help=text)
+    text = "do not use what lensc tune has kept for this bundle on this machine"
+    where.add_argument("--no-tuned", dest="tuned", action="store_false", help=text)
     how = verb.add_argument_group("how it answers", "Greedy unless told otherwise; named as in transformers.")
     how.add_argument("--max-new-tokens", metavar="N", type=int)
     how.add_argument("--do-sample", action="store_true", default=None, help="draw with the model's defaults below")

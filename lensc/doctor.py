@@ -15,13 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lensc.backends.base import Probe, Target
 from lensc.backends.errors import LensError, UsageError
 
 from . import console, installation
 from .installation import Line
 
 if TYPE_CHECKING:
+    from lensc.backends.base import Probe
     from lensc.runtime.checkup import Outcome
 
 COMPILED_HERE = {
@@ -114,6 +114,7 @@ def engines(timeout_s: float | None, report: Callable[[str], None]) -> list[Line
 
 def _engine(probe: Probe, bundles: Mapping[str, Path], timeout_s: float | None) -> Line:
     """What came of the tiny model in each scheme."""
+    from lensc.backends.base import Target
     from lensc.backends.bundle import load_manifest
     from lensc.runtime import checkup
 

@@ -207,6 +207,7 @@ def folders() -> Iterator[Line]:
     """The user's cache and profile."""
     yield _cache()
     yield _profile()
+    yield _tuned()
 
 
 def _cache() -> Line:
@@ -255,3 +256,13 @@ def _profile() -> Line:
     if title != here:
         return Line("folders", "profile", "wrong", f"{path}: of {title}, this is {here}", "lensc profile")
     return Line("folders", "profile", "ok", str(path))
+
+
+def _tuned() -> Line:
+    from lensc.runtime import tuned
+
+    folder = tuned.folder()
+    count = 0 if folder is None else len(list(folder.glob("*.json")))
+    if not count:
+        return Line("folders", "tuned", "missing", "no bundle was tuned here", "lensc tune BUNDLE")
+    return Line("folders", "tuned", "ok", f"{folder}: {count} graphs")

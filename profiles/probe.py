@@ -99,6 +99,18 @@ def free_memory(root: Path = ROOT) -> tuple[int | None, int | None]:
     return sizes.get("MemAvailable"), swapped
 
 
+def busy_s(root: Path = ROOT) -> float | None:
+    """Seconds that all processors together were busy since the system started, or taken by other machines on the same
+    hardware; None where the system does not say.
+    """
+    for line in _read(root / "proc/stat").splitlines():
+        name, *ticks = line.split()
+        if name == "cpu" and len(ticks) >= 8:
+            user, nice, system, _idle, _wait, irq, softirq, steal = map(int, ticks[:8])
+            return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return None
+
+
 def device_profile(found: Machine) -> DeviceProfile:
     """`found` as the profile of a device with one processor, its speed unknown."""
     flags = set(found.isa)

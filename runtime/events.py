@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["measured", "not measured", "refused", "self-test", "failed"]
-"""Candidates were timed; they could not be, or what was known of them was unusable; an engine did not load its artifact, or a
+Kind = Literal["measured", "not measured", "tuned", "refused", "self-test", "failed"]
+"""Candidates were timed; they could not be, or what was known of them was unusable; a graph
+runs as `lensc tune` found best, or what it kept is unusable; an engine did not load its artifact, or a
 trial of it failed; a golden probe failed; a device failed in the middle of an answer.
 """
 

@@ -35,6 +35,7 @@ def load(
     on_failure: str = "replan",
     placement: str = "measured",
     overlap: bool | None = None,
+    tuned: bool = True,
 ) -> VLM:
     """Open a bundle; see `lensc.load`."""
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
@@ -61,7 +62,7 @@ def load(
 
     probes = _probes(manifest)
     found = measured(folder, manifest, probes, requested, threads) if placement == "measured" else None
-    loader = Loader(folder, manifest, probes, requested, threads, policy, max_memory_bytes, found)
+    loader = Loader(folder, manifest, probes, requested, threads, policy, max_memory_bytes, found, tuned)
     turns = Turns(loader.open) if loader.takes_turns else None
     try:
         specs = {name: record.spec for name, record in manifest.graphs.items()}

@@ -5,6 +5,7 @@ What was requested by name is never replaced: there a failure is an error. Every
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -24,15 +25,16 @@ from lensc.backends.errors import (
     UnavailableError,
     UsageError,
 )
-from lensc.backends.load_options import LoadOptions
 
 from . import selftest as golden
+from . import tuned as kept
 from .conversation import Identity
 from .events import Event
 from .placement import Found
-from .plan import Placement, Plan, Timing, plan
+from .plan import Placement, Plan, Timing, plan, probe_of
 from .sequential import fits_at_once
 from .trial import Refusal
+from .tuned import Settings
 
 SelfTest = Literal["replace", "error", "warn", "off"]
 OnFailure = Literal["replan", "error"]
@@ -73,8 +75,9 @@ class Loader:
         policy: Policy | None = None,
         max_memory_bytes: int | None = None,
         found: Found | None = None,
+        tuned: bool = True,
     ) -> None:
-        """`found`: what is known of candidates. Raises UnavailableError, ParityError where golden probes are to blame, or
+        """`found`: what is known of candidates; `tuned`: use what `lensc tune` has kept. Raises UnavailableError, ParityError where golden probes are to blame, or
         MemoryLimitError if the plan does not fit.
         """
         found = found or Found()
@@ -84,6 +87,9 @@ class Loader:
         self._probes = probes
         self._requested = requested
         self._threads = threads
+        self._tuned = tuned
+        self._settings: dict[tuple[str, Target], Settings] = {}
+        """What `lensc tune` found for candidates that were planned."""
         self._policy = policy or Policy()
         self._limit_bytes = max_memory_bytes
         self._timings = {key: o for key, o in found.outcomes.items() if isinstance(o, Timing)}
@@ -124,7 +130,8 @@ class Loader:
             backend = registry.get(placement.effective.backend)
             spec = self._manifest.graphs[graph].spec
             try:
-                session = backend.load(placement.artifact, spec, self._folder, LoadOptions(self._threads))
+                settings = self.settings(placement)
+                session = backend.load(placement.artifact, spec, self._folder, settings.options)
             except (CompatibilityError, UnavailableError, ExecutionError) as error:
                 may = self._policy.on_failure == "replan" or not isinstance(error, ExecutionError)
                 self._refuse(placement, "refused", error, may)
@@ -146,6 +153,11 @@ class Loader:
             if not isinstance(failure, golden.SilentError):  # else something is still running in it
                 session.close()
             self._refuse(placement, "self-test", failure, self._policy.selftest == "replace")
+
+    def settings(self, placement: Placement) -> Settings:
+        """How a graph runs: as `lensc tune` found best, but with the threads that were asked for."""
+        found = self._settings.get((placement.graph, placement.effective), Settings())
+        return found if self._threads is None else dataclasses.replace(found, threads=self._threads)
 
     def give_up(self, graph: str, error: ExecutionError) -> str:
         """A device failed in the middle of an answer: plan the graph elsewhere; return what is to be said about it.
@@ -169,7 +181,21 @@ class Loader:
         return Identity(self._manifest.provenance.checkpoint_sha256, made_by)
 
     def _planned(self) -> Plan:
-        return plan(self._manifest, self._probes, self._requested, self._refused, self._timings)
+        chosen = plan(self._manifest, self._probes, self._requested, self._refused, self._timings)
+        return Plan(tuple(self._with_tuned(p) for p in chosen.placements)) if self._tuned else chosen
+
+    def _with_tuned(self, placement: Placement) -> Placement:
+        """`placement`, whose reason says how it was tuned; looked up, and an event, once."""
+        graph, target = key = placement.graph, placement.effective
+        if key not in self._settings:
+            self._settings[key], problem = kept.settings_for(placement.artifact, probe_of(target, self._probes))
+            told = self._settings[key]
+            if problem or told != Settings():
+                text = problem or f"{graph} on {target} runs as lensc tune found best here: {told}"
+                self.events.append(Event("tuned", graph, str(target), text))
+        if self._settings[key] == Settings():
+            return placement
+        return dataclasses.replace(placement, reason=f"{placement.reason}; tuned: {self.settings(placement)}")
 
     def _refuse(
         self, placement: Placement, kind: Literal["refused", "self-test", "failed"], error: LensError, may_replace: bool

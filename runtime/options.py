@@ -63,12 +63,13 @@ def resolve(
     prompt_lookup_num_tokens: int | None = None,
     max_ttft_ms: float | None = None,
     stream: bool = False,
+    most_drafted: int = MOST_DRAFTED,
 ) -> GenerationOptions:
     """Check the arguments and fill in what was left out (None).
 
     Nothing given: greedy, one beam, no penalty. With `do_sample=True` the rest comes from the model (officially
-    temperature 0.7, top-k 100, top-p 0.8, penalty 1.05); with `num_beams > 1` the penalty does (officially 1.2).
-    Raises UsageError that lists every problem.
+    temperature 0.7, top-k 100, top-p 0.8, penalty 1.05); with `num_beams > 1` the penalty does (officially 1.2). `most_drafted`
+    tokens are guessed where nothing is said. Raises UsageError that lists every problem.
     """
     problems = [
         *_flag("do_sample", do_sample),
@@ -115,7 +116,7 @@ def resolve(
         repetition_penalty=float(_or(repetition_penalty, penalty)),
         max_new_tokens=int(_or(max_new_tokens, spec.max_new_tokens)),
         seed=None if seed is None else int(seed),
-        prompt_lookup_num_tokens=0 if (num_beams or 1) > 1 else int(_or(prompt_lookup_num_tokens, MOST_DRAFTED)),
+        prompt_lookup_num_tokens=0 if (num_beams or 1) > 1 else int(_or(prompt_lookup_num_tokens, most_drafted)),
         max_ttft_ms=None if max_ttft_ms is None else float(max_ttft_ms),
     )
 

@@ -38,7 +38,7 @@ from .prompt import Message, Prompt, Tokenizer, build_prompt, parse_messages, pi
 from .result import Metrics, Result
 from .sequential import Turns, one_in_turn
 from .sharing import CLOSED, LoadedDecoder, SharedSession, shared
-from .speculation import Pace
+from .speculation import MOST_DRAFTED, Pace
 from .stream import Stream
 from .timeline import Timeline
 from .vision import VisionEncoder
@@ -187,6 +187,7 @@ class VLM:
             prompt_lookup_num_tokens=prompt_lookup_num_tokens,
             max_ttft_ms=max_ttft_ms,
             stream=stream,
+            most_drafted=self._most_drafted,
         )
         messages = user_messages(prompt, _pictures(images), system_prompt)
         return self._answer(messages, options, stream, strip_pad, should_stop)
@@ -252,6 +253,7 @@ class VLM:
             prompt_lookup_num_tokens=prompt_lookup_num_tokens,
             max_ttft_ms=max_ttft_ms,
             stream=stream,
+            most_drafted=self._most_drafted,
         )
         return self._answer(parse_messages(messages, _pictures(images)), options, stream, strip_pad, should_stop)
 
@@ -418,6 +420,12 @@ class VLM:
     def events(self) -> tuple[Event, ...]:
         """What happened to graphs and devices since the model was loaded, and while it was."""
         return tuple(self._events)
+
+    @property
+    def _most_drafted(self) -> int:
+        """How many tokens are guessed at most where a call does not say."""
+        found = None if self._loader is None else self._loader.settings(self._loader.plan["decoder"]).drafted
+        return MOST_DRAFTED if found is None else found
 
     def _loaded(self, session: Session) -> LoadedDecoder:
         return LoadedDecoder(shared(session), PrefixCache(self._prefix_cache_bytes), Pace())

@@ -59,7 +59,14 @@ LAYERS = {
     "lensc": Layer(EVERYTHING, in_functions=frozenset({"numpy", "PIL", "tokenizers", "packaging"})),
     "runtime": Layer(
         (
-            *("backends.base", "backends.bundle", "backends.errors", "backends.load_options", "backends.registry"),
+            *(
+                "backends.base",
+                "backends.bundle",
+                "backends.codec",
+                "backends.errors",
+                "backends.load_options",
+                "backends.registry",
+            ),
             "export.graph",
             "profiles",
         ),

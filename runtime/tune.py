@@ -1,0 +1,491 @@
+"""Searches the settings with which a graph of a bundle is fastest on this machine.
+
+What is timed is a graph's part of a request: for vision one slice of whole size, for the decoder `PROMPT_SLICES` slices and
+`PROMPT_TEXT` tokens of prompt and `NEW_TOKENS` of answer, reckoned from a prefill and steps as long as the budget has room for.
+
+The search goes along one coordinate at a time (tokens fed at once, threads, each setting of the engine), from the settings that
+are best so far, and round again while something was gained. Numbers are climbed from where they stand, first down, then up;
+of words each is tried. A candidate is loaded beside the incumbent and both are run in turn, in pairs whose order alternates: what else
+the machine does hits both. The figure is the median of the pairs' ratios, its interval two standard errors of a median to
+either side, by the median deviation, and at least `LEAST_ERROR`. Pairs end as soon as the interval lies above `GAIN` (the candidate is
+the new incumbent) or below it, or after `SOME_PAIRS` its median is below (nothing gained): after `LEAST_PAIRS` at least and
+`MOST_PAIRS` at most, or when time is up.
+
+Of many candidates some look better by luck. So at the end the best are run beside the defaults once more, in pairs of their
+own, and are kept only if their interval is above `GAIN` again.
+
+A candidate that computes something else than the defaults, by its golden probes or by the outputs of the work itself, is
+refused: the tolerance is that of the probes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import Literal, Protocol, Self
+
+import numpy as np
+
+from lensc.backends import registry
+from lensc.backends.base import PROBE_TOLERANCE, Array, Artifact, CachedSession, Session, TunableBackend
+from lensc.backends.bundle import Manifest
+from lensc.backends.errors import LensError, ParityError
+from lensc.backends.load_options import PREFILL_CHUNK, Choices
+from lensc.profiles import probe
+
+from . import selftest
+from .decoder import Decoder
+from .embedding import EmbeddingTable
+from .picture import vision_feeds
+from .speculation import GAIN as GUESS_GAIN
+from .speculation import MOST_DRAFTED, SIZES
+from .tuned import Settings
+
+PROMPT_SLICES, PROMPT_TEXT, NEW_TOKENS = 10, 32, 64
+GAIN = 1.01
+LEAST_ERROR = 0.002
+LEAST_PAIRS, SOME_PAIRS, MOST_PAIRS, LAST_PAIRS = 3, 5, 12, 8
+ROUNDS = 3
+RESERVE = 0.25
+"""The share of the budget that is left for the comparison at the end."""
+LEAST_RUN_S = 0.02
+"""A run that is shorter says more of the clock than of the graph."""
+RUN_SHARE = 0.01
+"""Of the budget: what a run may take of prefill, and again of steps. Some fifty runs fit."""
+LOADED = 1.2
+"""Times the bytes of an artifact's files: the memory that a session takes."""
+RIGHT = 0.85
+"""How often guesses are right on text that repeats itself."""
+
+Verdict = Literal["kept", "no gain", "refused", "not tried"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate. `times`: how many times as fast as what it was run beside; None where it was not."""
+
+    graph: str
+    settings: str
+    verdict: Verdict
+    times: float | None = None
+    interval: tuple[float, float] | None = None
+    pairs: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best settings of a graph, and what they brought beside the defaults; `settings` are the defaults if nothing did."""
+
+    graph: str
+    target: str
+    settings: Settings
+    default_ms: float
+    times: float
+    interval: tuple[float, float]
+    pairs: int
+    work: str
+
+
+class Work(Protocol):
+    """What is timed."""
+
+    text: str
+
+    def run(self, session: Session, chunk: int | None) -> tuple[float, Array]:
+        """Do it once: milliseconds of a request, and an output to compare."""
+        ...
+
+
+class VisionWork:
+    """One slice of whole size."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        spec = manifest.model.picture
+        side = spec.scale_resolution
+        pixels = np.random.default_rng(1).integers(0, 256, (side, side, 3), np.uint8)
+        self._feeds = vision_feeds([pixels], spec, manifest.model.decoder.hidden_size)[0].feeds
+        self._runs = 1
+        self.text = f"a slice of {side} x {side}"
+
+    def run(self, session: Session, chunk: int | None) -> tuple[float, Array]:
+        """See `Work`. Runs that are too short are repeated."""
+        started = time.perf_counter()
+        for _ in range(self._runs):
+            made = session.run(self._feeds)["image_embeds"]
+        took_s = time.perf_counter() - started
+        if took_s < LEAST_RUN_S:
+            self._runs = 1 + int(self._runs * LEAST_RUN_S / max(took_s, 1e-6))
+        return took_s * 1e3 / self._runs, made
+
+
+class DecoderWork:
+    """A prefill and steps of one token, as long as the budget has room for."""
+
+    def __init__(self, manifest: Manifest, table: EmbeddingTable, session: Session, budget_s: float) -> None:
+        self._spec = manifest.model.decoder
+        self._table = table
+        context = self._spec.context_length
+        request = min(PROMPT_SLICES * manifest.model.picture.query_num + PROMPT_TEXT, context - NEW_TOKENS - 1)
+        self._request = max(1, request)
+        drawn = np.random.default_rng(1).integers(0, self._spec.vocab_size, self._request)
+        self._embeds = table.gather(drawn)
+        self._prompt, self._steps = min(16, self._request), 2
+        self._timed(session, None)  # engines prepare for a graph as it is first run
+        while True:  # as much as there is time for
+            prefill_s, step_s = self._timed(session, None)[:2]
+            if 2 * prefill_s > RUN_SHARE * budget_s or self._prompt == self._request:
+                break
+            self._prompt = min(2 * self._prompt, self._request)
+        self._steps = max(4, min(NEW_TOKENS, int(max(RUN_SHARE * budget_s, LEAST_RUN_S) / step_s)))
+        self.text = (
+            f"{self._request} tokens of prompt and {NEW_TOKENS} of answer, from {self._prompt} and {self._steps}"
+        )
+
+    @property
+    def prompt(self) -> int:
+        """How many tokens are fed: a larger chunk than that is not seen."""
+        return self._prompt
+
+    def run(self, session: Session, chunk: int | None) -> tuple[float, Array]:
+        """See `Work`."""
+        prefill_s, step_s, logits = self._timed(session, chunk)
+        return 1e3 * (prefill_s * self._request / self._prompt + step_s * NEW_TOKENS), logits
+
+    def step_s(self, session: Session, tokens: int) -> float | None:
+        """Of a step of so many tokens behind the prompt: the median of some. None if the graph or its context has no room."""
+        steps = min(self._steps, (self._spec.context_length - self._prompt) // tokens - 1)
+        state = Decoder(session, self._spec, self._table, self._prompt + (max(steps, 0) + 1) * tokens)
+        if steps < 1 or tokens > state.most_rows:
+            return None
+        state.prefill(self._prompt, self._fed)
+        ids, times = np.arange(tokens), []
+        for _ in range(steps + 1):
+            started = time.perf_counter()
+            state.decode_tokens(ids)
+            times.append(time.perf_counter() - started)
+        return median(times[1:])
+
+    def _fed(self, start: int, end: int) -> Array:
+        return self._embeds[start:end]
+
+    def _timed(self, session: Session, chunk: int | None) -> tuple[float, float, Array]:
+        chunked = session if chunk is None or not isinstance(session, CachedSession) else Chunked(session, chunk)
+        state = Decoder(chunked, self._spec, self._table, self._prompt + self._steps)
+        started = time.perf_counter()
+        logits = state.prefill(self._prompt, self._fed).copy()
+        fed = time.perf_counter()
+        for i in range(self._steps):
+            state.decode_one_token(np.array([i % self._spec.vocab_size]))
+        return fed - started, (time.perf_counter() - fed) / self._steps, logits
+
+
+class Chunked:
+    """A session whose prompts are fed in other pieces."""
+
+    def __init__(self, session: CachedSession, prefill_chunk: int) -> None:
+        self.spec, self.prefill_chunk = session.spec, prefill_chunk
+        self.run, self.new_cache, self.step = session.run, session.new_cache, session.step
+
+    def close(self) -> None:
+        """Nothing: the session is its owner's."""
+
+
+class Clock:
+    """A budget."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+        self.seconds = seconds
+
+    def left_s(self) -> float:
+        """Until it is spent; negative afterwards."""
+        return self._end - time.monotonic()
+
+
+class Search:
+    """The search for one graph. Use it as a context manager, which closes what it has loaded."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        folder: Path,
+        artifact: Artifact,
+        table: EmbeddingTable,
+        budget_s: float,
+        report: Callable[[Trial], None] = lambda trial: None,
+    ) -> None:
+        """Loads the graph with its defaults and times it; runs are as long as `budget_s` in all has room for.
+
+        Raises what `Backend.load` does, and ParityError.
+        """
+        self._manifest, self._folder, self._artifact = manifest, folder, artifact
+        self._graph = artifact.graph
+        self._report = report
+        self._backend = registry.get(artifact.target.backend)
+        self.choices: Choices = self._backend.choices(artifact) if isinstance(self._backend, TunableBackend) else {}
+        self._tolerance = _tolerance(manifest, artifact)
+        self._loaded: dict[tuple[int | None, tuple[tuple[str, str], ...]], Session] = {}
+        self._load_s = 0.0
+        self._clock = Clock(0.0)
+        self._tried = [Settings()]
+        """What is behind: an incumbent is only ever followed by a faster one."""
+        self.spent = False
+        """Whether the budget ended the search."""
+        try:
+            first = self._session(Settings())
+            vision = self._graph == "vision"
+            self._work = VisionWork(manifest) if vision else DecoderWork(manifest, table, first, budget_s)
+            self._expected = self._run(Settings())[1]
+            self.default_ms, _ = self._run(Settings())
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all sessions."""
+        for session in self._loaded.values():
+            session.close()
+        self._loaded.clear()
+
+    def best(self, seconds: float) -> Found:
+        """Search until nothing is gained or so much time is spent."""
+        best, self._clock = Settings(), Clock(seconds)
+        for _ in range(ROUNDS):
+            before = best
+            for name, values in self._coordinates().items():
+                best = self._along(best, name, values)
+            if best == before:
+                break
+        found = self._confirmed(best)
+        drafted = None if self._graph == "vision" else self._drafted(found.settings)
+        return replace(found, settings=replace(found.settings, drafted=drafted))
+
+    def _coordinates(self) -> dict[str, Sequence[str]]:
+        """What is searched, and the values, those of numbers in order."""
+        found: dict[str, Sequence[str]] = {}
+        for name, values in self.choices.items():
+            found[name] = sorted(values, key=int) if all(value.isdigit() for value in values) else list(values)
+        if isinstance(self._work, DecoderWork) and PREFILL_CHUNK in found:
+            prompt, usual = self._work.prompt, int(self.choices[PREFILL_CHUNK][0])
+            found[PREFILL_CHUNK] = [v for v in found[PREFILL_CHUNK] if int(v) < prompt or int(v) == usual]
+        if self._artifact.target.processor == "cpu":
+            found["threads"] = _thread_counts()
+        return found
+
+    def _along(self, best: Settings, name: str, values: Sequence[str]) -> Settings:
+        """The best of `best` with other values of one coordinate."""
+        now = self._value(best, name)
+        if not all(value.isdigit() for value in values):
+            for value in values:
+                if value != now and self._is_better(best, changed := self._with(best, name, value)):
+                    best, now = changed, value
+            return best
+        for step in (-1, 1):
+            at, climbed = values.index(now), False
+            while 0 <= at + step < len(values):
+                changed = self._with(best, name, values[at + step])
+                if not self._is_better(best, changed):
+                    break
+                best, at, climbed = changed, at + step, True
+            if climbed:
+                break
+        return best
+
+    def _value(self, settings: Settings, name: str) -> str:
+        if name == "threads":
+            return str(settings.threads or probe.machine().cores)
+        return settings.engine.get(name, self.choices[name][0])
+
+    def _with(self, settings: Settings, name: str, value: str) -> Settings:
+        """`settings` with another value; a default is not named."""
+        if name == "threads":
+            return replace(settings, threads=None if int(value) == probe.machine().cores else int(value))
+        engine = {**settings.engine, name: value}
+        return replace(settings, engine={n: v for n, v in engine.items() if v != self.choices[n][0]})
+
+    def _is_better(self, incumbent: Settings, candidate: Settings) -> bool:
+        """Whether a candidate is faster beyond noise; says what came of it."""
+        if self.spent or candidate in self._tried:
+            return False
+        made = partial(Trial, self._graph, str(candidate))
+        left_s = self._clock.left_s() - RESERVE * self._clock.seconds
+        if self._load_s + 2 * LEAST_PAIRS * self.default_ms / 1e3 > left_s:
+            self._report(made("not tried", reason="the budget is spent"))
+            self.spent = True
+            return False
+        self._tried.append(candidate)
+        missing = self._no_room(candidate)
+        if missing:
+            self._report(made("not tried", reason=missing))
+            return False
+        try:
+            self._check(candidate)
+            ratios = list(self._pairs(incumbent, candidate, MOST_PAIRS, left_s))
+        except LensError as error:
+            self._report(made("refused", reason=str(error)))
+            return False
+        interval = interval_of(ratios)
+        verdict: Verdict = "kept" if interval[0] > GAIN else "no gain"
+        self._report(made(verdict, median(ratios), interval, len(ratios)))
+        self._release({self._key(Settings()), self._key(candidate if verdict == "kept" else incumbent)})
+        return verdict == "kept"
+
+    def _confirmed(self, best: Settings) -> Found:
+        """The best beside the defaults once more; the defaults where that does not hold."""
+        found = partial(
+            Found, self._graph, str(self._artifact.target), default_ms=self.default_ms, work=self._work.text
+        )
+        if best == Settings():
+            return found(best, times=1.0, interval=(1.0, 1.0), pairs=0)
+        try:
+            ratios = list(self._pairs(Settings(), best, LAST_PAIRS, self._clock.left_s(), to_the_end=True))
+        except LensError as error:
+            self._report(Trial(self._graph, str(best), "refused", reason=str(error)))
+            return found(Settings(), times=1.0, interval=(1.0, 1.0), pairs=0)
+        interval = interval_of(ratios)
+        kept = interval[0] > GAIN
+        reason = "beside the defaults, once more" if kept else "beside the defaults, once more: it was luck"
+        verdict: Verdict = "kept" if kept else "no gain"
+        self._report(Trial(self._graph, str(best), verdict, median(ratios), interval, len(ratios), reason))
+        return found(best if kept else Settings(), times=median(ratios), interval=interval, pairs=len(ratios))
+
+    def _drafted(self, settings: Settings) -> int | None:
+        """How many tokens to guess at most; None for the default. Reckoned: what a step of n tokens takes, and how many it
+        brings on text that repeats itself.
+        """
+        assert isinstance(self._work, DecoderWork)
+        session = self._session(settings)
+        try:
+            plain_s = self._work.step_s(session, 1)
+            steps_s = {size: self._work.step_s(session, size) for size in SIZES}
+        except LensError as error:
+            self._report(Trial(self._graph, "draft", "refused", reason=str(error)))
+            return None
+        ratios = {size: step_s / plain_s for size, step_s in steps_s.items() if step_s and plain_s}
+        if not ratios:
+            return None
+        times = {size: (1 - RIGHT**size) / (1 - RIGHT) / ratio for size, ratio in ratios.items()}
+        best = max(times, key=lambda size: times[size])
+        for size, ratio in ratios.items():
+            verdict: Verdict = "kept" if size == best and times[best] > GUESS_GAIN else "no gain"
+            reason = f"reckoned: a step of {size} tokens takes {ratio:.2f} of one, {100 * RIGHT:.0f} % of guesses right"
+            self._report(Trial(self._graph, f"draft {size - 1}", verdict, times[size], reason=reason))
+        if times[best] <= GUESS_GAIN:
+            return 0
+        return None if best - 1 == MOST_DRAFTED else best - 1
+
+    # --- running ------------------------------------------------------------------------------------------------------
+
+    def _pairs(
+        self, one: Settings, other: Settings, most: int, limit_s: float, to_the_end: bool = False
+    ) -> Iterator[float]:
+        """Times of `one` over times of `other`, until they say enough."""
+        started = time.monotonic()
+        ratios: list[float] = []
+        self._run(one), self._run(other)
+        while len(ratios) < most and (len(ratios) < LEAST_PAIRS or time.monotonic() - started < limit_s):
+            order = (one, other) if len(ratios) % 2 else (other, one)
+            times = {id(settings): self._run(settings)[0] for settings in order}
+            ratios.append(times[id(one)] / times[id(other)])
+            yield ratios[-1]
+            low, high = interval_of(ratios)
+            says_no = high < GAIN or (len(ratios) >= SOME_PAIRS and median(ratios) < GAIN)
+            if len(ratios) >= LEAST_PAIRS and not to_the_end and (low > GAIN or says_no):
+                return
+
+    def _run(self, settings: Settings) -> tuple[float, Array]:
+        chunk = settings.engine.get(PREFILL_CHUNK)
+        return self._work.run(self._session(settings), None if chunk is None else int(chunk))
+
+    def _check(self, candidate: Settings) -> None:
+        """Raise ParityError if a candidate computes something else than the defaults."""
+        session = self._session(candidate)
+        results = selftest.run_selftest(
+            self._manifest.probes, {self._graph: session}, self._folder, {self._graph: self._tolerance}
+        )
+        selftest.check(results, {self._graph: f"{self._artifact.target} with {candidate}"})
+        difference = float(np.max(np.abs(self._run(candidate)[1].astype(np.float64) - self._expected)))
+        if not difference <= self._tolerance:
+            raise ParityError(f"outputs differ by {difference:.3g}, tolerance {self._tolerance:.3g}")
+
+    def _session(self, settings: Settings) -> Session:
+        """The session of `settings`, loaded if it is not. How a prompt is cut needs none of its own."""
+        key = self._key(settings)
+        if key not in self._loaded:
+            engine = {name: value for name, value in settings.engine.items() if name != PREFILL_CHUNK}
+            started = time.monotonic()
+            spec = self._manifest.graphs[self._graph].spec
+            options = replace(settings, engine=engine).options
+            self._loaded[key] = self._backend.load(self._artifact, spec, self._folder, options)
+            self._load_s = time.monotonic() - started
+        return self._loaded[key]
+
+    def _key(self, settings: Settings) -> tuple[int | None, tuple[tuple[str, str], ...]]:
+        return settings.threads, tuple(sorted((n, v) for n, v in settings.engine.items() if n != PREFILL_CHUNK))
+
+    def _release(self, keep: set[tuple[int | None, tuple[tuple[str, str], ...]]]) -> None:
+        """Close the sessions that are not needed any more."""
+        for key in [key for key in self._loaded if key not in keep]:
+            self._loaded.pop(key).close()
+
+    def _no_room(self, candidate: Settings) -> str:
+        """Why one more session does not fit into memory, or nothing."""
+        if self._key(candidate) in self._loaded or self._artifact.target.processor != "cpu":
+            return ""
+        needed = LOADED * sum(record.bytes for record in self._artifact.files)
+        available = probe.free_memory()[0]
+        if available is None or needed < available:
+            return ""
+        return f"one more session takes about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are available"
+
+
+def interval_of(ratios: Sequence[float]) -> tuple[float, float]:
+    """Two standard errors to either side of the median, which are 1.2533 · 1.4826 · MAD / √n for normal noise."""
+    middle = median(ratios)
+    deviation = median(abs(ratio - middle) for ratio in ratios)
+    error = max(2 * 1.2533 * 1.4826 * deviation / len(ratios) ** 0.5, LEAST_ERROR)
+    return middle - error, middle + error
+
+
+def _thread_counts() -> list[str]:
+    """Numbers of threads to try, in order: all of few, halves and quarters of many."""
+    machine = probe.machine()
+    cores, threads = machine.cores, machine.threads
+    if threads <= 4:
+        return [str(n) for n in range(1, threads + 1)]
+    counts = {1, cores // 4, cores // 2, 3 * cores // 4, cores - 1, cores, threads}
+    return [str(n) for n in sorted(counts) if n]
+
+
+def _tolerance(manifest: Manifest, artifact: Artifact) -> float:
+    """How far off outputs may be: what the golden probe of the artifact may show."""
+    if PROBE_TOLERANCE in artifact.parity:
+        return float(artifact.parity[PROBE_TOLERANCE])
+    tolerances = [p.tolerance for p in manifest.probes if p.graph == artifact.graph]
+    if not tolerances:
+        raise ParityError(
+            f"no golden probe of {artifact.graph}: what a setting changes cannot be judged; build it again"
+        )
+    return min(tolerances)
+
+
+def shares(default_ms: Mapping[str, float]) -> dict[str, float]:
+    """The share of the budget of each graph: as of a request of ten slices, but at least a quarter of an equal one."""
+    times = {graph: ms * (PROMPT_SLICES if graph == "vision" else 1) for graph, ms in default_ms.items()}
+    floor = 0.25 / len(times)
+    total = sum(times.values())
+    return {graph: floor + (1 - floor * len(times)) * ms / total for graph, ms in times.items()}
