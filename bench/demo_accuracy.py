@@ -20,6 +20,7 @@ from PIL import Image
 
 import lensc
 from lensc.backends.errors import LensError
+from lensc.compare_text import wilson
 from lensc.export.demo.evaluate import Outcome, evaluate, score
 from lensc.export.demo.samples import TASKS, Sample, held_out_samples
 from lensc.runtime.pipeline import VLM
@@ -31,14 +32,6 @@ GOALS = {"line": ("exact match", 95.0), "page": ("character error rate", 5.0), "
 """Exact match should be at least, the character error rate at most this many percent."""
 
 MAX_NEW_TOKENS = 256
-
-
-def wilson(hits: int, total: int) -> tuple[float, float]:
-    """95 % interval of a share, in percent (Wilson score interval)."""
-    z = 1.96
-    centre = (hits + z * z / 2) / (total + z * z)
-    half = z / (total + z * z) * math.sqrt(hits * (total - hits) / total + z * z / 4)
-    return 100 * (centre - half), 100 * (centre + half)
 
 
 def rows_of(outcomes: list[Outcome]) -> list[record.Row]:

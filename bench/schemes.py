@@ -30,11 +30,12 @@ import lensc
 from lensc.backends.base import Array
 from lensc.backends.errors import LensError, UnsupportedError
 from lensc.backends.load_options import LoadOptions
+from lensc.compare_text import wilson
 from lensc.export.demo.evaluate import evaluate, score
 from lensc.export.demo.samples import TASKS, Sample, held_out_samples
 
 from . import record
-from .demo_accuracy import GOALS, MAX_NEW_TOKENS, wilson
+from .demo_accuracy import GOALS, MAX_NEW_TOKENS
 
 BASELINE = "f32"
 FIGURES = "figures.json"

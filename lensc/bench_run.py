@@ -23,7 +23,7 @@ from lensc.profiles import probe
 from lensc.profiles.profile import Figure as Known
 from lensc.profiles.profile import Processor
 from lensc.runtime.measure import Measured, Values, Work, prompt_of, summed_up
-from lensc.runtime.picture import SlicePlan, plan_slices, slice_picture
+from lensc.runtime.picture import SlicePlan, open_picture, plan_slices
 from lensc.runtime.plan import parse_devices
 from lensc.runtime.prompt import Tokenizer
 from lensc.runtime.result import Metrics
@@ -83,7 +83,8 @@ def cut(name: str, manifest: Manifest) -> SlicePlan | None:
         return None
     if (size := measured.size_of(name)) is not None:
         return plan_slices(*size, spec, name)
-    return slice_picture(name, spec).plan
+    picture = open_picture(name)
+    return plan_slices(*picture.size, spec, picture.name)
 
 
 def image_of(name: str) -> Image:
@@ -224,8 +225,10 @@ def measure(
     prompt_lookup_num_tokens: int,
     report: Report,
     lenient: bool,
+    afterwards: Callable[[Subject], None] = lambda subject: None,
 ) -> bool:
-    """Fill in the `runs` of the subjects; return whether they took turns.
+    """Fill in the `runs` of the subjects; return whether they took turns. `afterwards` may ask each for more, while its
+    process is there.
 
     Raises LensError for one that cannot be loaded and was asked for by name (not `lenient`).
     """
@@ -247,6 +250,9 @@ def measure(
                             continue
                         if number >= warmup:
                             subject.runs.setdefault(case, []).append(run)
+            for subject in group:
+                if not subject.failed:
+                    afterwards(subject)
     return in_turn
 
 

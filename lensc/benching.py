@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
     from lensc.backends.bundle import Manifest
 
-    from .bench_record import Record, Settings
+    from .bench_record import Record, Row, Settings
     from .bench_run import Case, Report
 
 PROMPT_TOKENS, NEW_TOKENS, REPETITIONS, WARMUP = "128", "32", 5, 1
@@ -65,7 +64,7 @@ def bench(options: argparse.Namespace) -> int:
     """Measure, print the record or its comparison with another one. Returns 1 if a graph failed or a figure is worse."""
     if options.json and options.format not in (None, "json"):
         raise UsageError(f"--json with -o {options.format}: choose one")
-    output = None if options.output is None else _output(options.output)
+    output = None if options.output is None else console.writable(options.output, "--output", "bench.json")
     if options.verify is not None:
         return _verify(options, output)
     if options.tolerance is not None:
@@ -80,15 +79,15 @@ def bench(options: argparse.Namespace) -> int:
     manifest = load_manifest(folder)
     side = manifest.model.picture.scale_resolution
     images = options.image or [f"{side}x{side}"]
-    devices, lenient = _devices(options.device, manifest, folder)
+    devices, lenient = devices_of(options.device, manifest, folder)
     settings = bench_record.Settings(
         images=tuple(map(bench_run.image_of, dict.fromkeys(images))),
-        prompt_tokens=_counts("-p", options.prompt_tokens or PROMPT_TOKENS),
-        new_tokens=_counts("-n", options.new_tokens or NEW_TOKENS),
-        repetitions=_count("-r", options.repetitions, REPETITIONS, 1, MOST_RUNS),
-        warmup=_count("--warmup", options.warmup, WARMUP, 0, MOST_RUNS),
-        threads=_threads(options.threads),
-        prompt_lookup_num_tokens=_count("--prompt-lookup-num-tokens", options.prompt_lookup, 0, 0, 7),
+        prompt_tokens=counts("-p", options.prompt_tokens or PROMPT_TOKENS),
+        new_tokens=counts("-n", options.new_tokens or NEW_TOKENS),
+        repetitions=count("-r", options.repetitions, REPETITIONS, 1, MOST_RUNS),
+        warmup=count("--warmup", options.warmup, WARMUP, 0, MOST_RUNS),
+        threads=threads_of(options.threads),
+        prompt_lookup_num_tokens=count("--prompt-lookup-num-tokens", options.prompt_lookup, 0, 0, 7),
         devices=tuple(devices),
         profile=options.profile,
     )
@@ -102,7 +101,7 @@ def bench(options: argparse.Namespace) -> int:
         print(bench_tables.FORMATS[options.format or "md"](record), flush=True)
     if output is not None:
         bench_record.write(output, record)
-    return _failed(record)
+    return failed(record.rows)
 
 
 def measured(
@@ -216,10 +215,10 @@ def _verify(options: argparse.Namespace, output: Path | None) -> int:
         print(bench_tables.compared(made, different, percent / 100), flush=True)
     if output is not None:
         bench_record.write(output, new)
-    return int(worse or _failed(new))
+    return int(worse or failed(new.rows))
 
 
-def _devices(asked: Sequence[str], manifest: Manifest, folder: Path) -> tuple[list[str], bool]:
+def devices_of(asked: Sequence[str], manifest: Manifest, folder: Path) -> tuple[list[str], bool]:
     """What is measured: all targets of the bundle, those that cannot run here too, or those that were asked for, all of which
     must. Raises UsageError for one that the bundle was not built for.
     """
@@ -234,7 +233,7 @@ def _devices(asked: Sequence[str], manifest: Manifest, folder: Path) -> tuple[li
     return list(dict.fromkeys(asked)), False
 
 
-def _counts(flag: str, text: str) -> tuple[int, ...]:
+def counts(flag: str, text: str) -> tuple[int, ...]:
     """The numbers of a list like 128,1024. Raises UsageError."""
     parts = [part.strip() for part in text.split(",")]
     numbers = [int(part) for part in parts if part.isascii() and part.isdigit() and len(part) < 9]
@@ -243,29 +242,20 @@ def _counts(flag: str, text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(numbers))
 
 
-def _count(flag: str, value: int | None, usual: int, least: int, most: int) -> int:
+def count(flag: str, value: int | None, usual: int, least: int, most: int) -> int:
+    """`value`, or what is usual where it was left out. Raises UsageError."""
     if value is not None and not least <= value <= most:
         raise UsageError(f"{flag} {value}: expected {least} to {most}")
     return usual if value is None else value
 
 
-def _threads(value: int | None) -> int:
+def threads_of(value: int | None) -> int:
+    """How many threads: by default one for each physical core. Raises UsageError."""
     from lensc.profiles import probe
 
-    return _count("--threads", value, probe.machine().cores, 1, MOST_THREADS)
+    return count("--threads", value, probe.machine().cores, 1, MOST_THREADS)
 
 
-def _output(text: str) -> Path:
-    """Where the record goes. Raises UsageError for a place that nothing can be written to, before anything is measured."""
-    path = Path(text)
-    special = path.exists() and not path.is_file()
-    if special or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        what = "is no plain file" if special else f"{path.parent} is no folder that can be written to"
-        raise UsageError(f"--output {text}: {what}; expected a file, e.g. bench.json")
-    return path
-
-
-def _failed(record: Record) -> int:
+def failed(rows: Sequence[Row]) -> int:
     """1 if a row has no figures though it should, or none has any."""
-    failed = any(row.failed and not row.skipped for row in record.rows)
-    return int(failed or all(row.failed for row in record.rows))
+    return int(any(row.failed and not row.skipped for row in rows) or all(row.failed for row in rows))

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from lensc.backends.errors import LensError, UsageError
 
-from . import aihub, benching, building, console, doctor, planning, tune
+from . import aihub, benching, building, comparing, console, doctor, planning, tune
 
 INTERRUPTED, PIPE_CLOSED = 130, 141
 
@@ -128,6 +128,9 @@ def parser() -> argparse.ArgumentParser:
     tune.add_tune(verb("tune", tune.tune, "search the settings with which a bundle is fastest here", more))
     more = "Runs a tiny model on every engine, and with a bundle its golden probes. Ends with 1 if the essential fails."
     doctor.add_doctor(verb("doctor", doctor.doctor, "say what works here, what is missing and what would help", more))
+
+    more = "Speed and memory as lensc bench measures them; answers to questions about pictures; a page with charts."
+    comparing.add_compare(verb("compare", comparing.compare, "hold backends and schemes of a model side by side", more))
 
     text = "compile, time and check the vision graph on a phone that Qualcomm AI Hub hosts"
     hosted = verbs.add_parser(

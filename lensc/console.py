@@ -1,15 +1,19 @@
-"""What the command line shows: a progress line on a terminal, tables, sizes, JSON. Imports the standard library only."""
+"""What the command line shows: a progress line on a terminal, tables, sizes, JSON. Imports next to nothing."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
+
+from lensc.backends.errors import UsageError
 
 BAR = 20
 TICK_S = 0.2
@@ -109,6 +113,16 @@ def size(nbytes: int) -> str:
 def printable(text: str) -> str:
     """`text` on one line, control characters escaped, so that a file's contents cannot move the cursor."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def writable(text: str, flag: str, example: str) -> Path:
+    """Where a result will go, looked at before there is one. Raises UsageError, which begins with `flag`."""
+    path = Path(text)
+    special = path.exists() and not path.is_file()
+    if special or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        what = "is no plain file" if special else f"{path.parent} is no folder that can be written to"
+        raise UsageError(f"{flag} {text}: {what}; expected a file, e.g. {example}")
+    return path
 
 
 def print_json(value: Any, stream: TextIO | None = None) -> None:
