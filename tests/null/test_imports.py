@@ -35,6 +35,7 @@ VERBS = (
     "profile",
     "plan",
     "bench",
+    "compare",
     "devices",
     "aihub",
     "aihub compile",
