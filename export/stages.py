@@ -32,6 +32,7 @@ from lensc.backends.base import FileRecord
 from lensc.backends.bundle import PARTIAL, StageRecord, load_manifest, sha256_file
 from lensc.backends.codec import decode, encode
 from lensc.backends.errors import IntegrityError, ManifestError, StorageError, UsageError
+from lensc.backends.progress import listening
 
 from .memory import Limit
 
@@ -46,10 +47,12 @@ LOCK, JOURNAL, TREE, OLD = "lock", "journal.jsonl", "tree", "old"
 
 @dataclass(frozen=True)
 class StageEvent:
-    """What is reported of a stage: it starts, it is done, or its former result is kept. `index` counts from 1."""
+    """What is reported of a stage: it starts, it is in a part of its work, which `stage` then names, too, it is done, or its
+    former result is kept. `index` counts from 1.
+    """
 
     stage: str
-    state: Literal["start", "done", "kept"]
+    state: Literal["start", "part", "done", "kept"]
     index: int
     total: int
     seconds: float = 0.0
@@ -190,7 +193,7 @@ class Staging:
         with storage_errors(self.folder):
             for record in before.files if before is not None else ():
                 (self.folder / record.path).unlink(missing_ok=True)
-            with self.limit.stage(name):
+            with self.limit.stage(name), listening(lambda part: self._report_part(name, part)):
                 result, paths = make()
             files = tuple(self._record(path) for path in paths)
             seconds = round(time.perf_counter() - started, 2)
@@ -201,6 +204,9 @@ class Staging:
         self.records.append(StageRecord(name, seconds, finished.peak_bytes))
         self._report(StageEvent(name, "done", self._index, self._total, time.perf_counter() - started))
         return result
+
+    def _report_part(self, name: str, part: str) -> None:
+        self._report(StageEvent(f"{name}: {part}", "part", self._index, self._total))
 
     def publish(self, finish: Callable[[Path], T]) -> T:
         """Let `finish` complete the tree (the manifest, last), then put it in the place of `out`; return its result."""

@@ -147,7 +147,7 @@ def _show(options: argparse.Namespace, folder: str, manifest: Manifest, text: Ca
 
 def _reporter(progress: console.Progress) -> Report:
     def report(event: Any) -> None:
-        if event.state == "start":
+        if event.state in ("start", "part"):
             progress.show(event.stage, None if event.total == 1 else (event.index, event.total))
         else:
             progress.line(f"  {event.stage}: " + ("kept" if event.state == "kept" else f"{event.seconds:.1f} s"))

@@ -230,7 +230,7 @@ def _parsed(targets: list[str]) -> list[Target | tuple[str, Target]]:
 
 def _reporter(progress: console.Progress) -> Callable[[StageEvent], None]:
     def report(event: StageEvent) -> None:
-        if event.state == "start":
+        if event.state in ("start", "part"):
             progress.show(event.stage, (event.index, event.total))
         else:
             progress.line(f"  {event.stage}: " + ("kept" if event.state == "kept" else f"{event.seconds:.1f} s"))

@@ -24,6 +24,7 @@ from lensc.backends.bundle import (
     write_manifest,
 )
 from lensc.backends.errors import StorageError, UsageError
+from lensc.backends.progress import report_part
 from lensc.export.stages import StageEvent, Staging, check_replaceable
 
 HALF = (0.5, 0.5, 0.5)
@@ -151,6 +152,26 @@ def test_killed_at_every_event_in_turn(old: bool, tmp_path: Path) -> None:
     again()
     assert contents(out) == expected("new")
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("out")] == ["out"]
+
+
+def test_what_a_compiler_reports_is_reported_of_its_stage(tmp_path: Path) -> None:
+    """By any thread of it, while the stage runs, and by nobody afterwards."""
+    events: list[StageEvent] = []
+
+    def make() -> tuple[Length, list[Path]]:
+        thread = threading.Thread(target=report_part, args=("Building 1/6",))
+        thread.start()
+        thread.join()
+        return Length(1), []
+
+    with Staging(tmp_path / "out", total=2, report=events.append) as staging:
+        staging.stage("compile", {}, Length, make)
+        report_part("nobody listens")
+    assert [(e.state, e.stage, e.index) for e in events] == [
+        ("start", "compile", 1),
+        ("part", "compile: Building 1/6", 1),
+        ("done", "compile", 1),
+    ]
 
 
 def test_rerun_keeps_what_is_finished(tmp_path: Path) -> None:
