@@ -2,6 +2,7 @@
 # make test   run all tests
 # make lint   check format, style and types
 # make sanitize       run the kernels' tests on kernels compiled with AddressSanitizer and UBSan (Linux, gcc; minutes)
+# make check-tensorrt check the calls of TensorRT against NVIDIA's bindings (g++; no GPU; a minute)
 # make check-aarch64  run the kernels of aarch64 under emulation (g++-aarch64-linux-gnu, qemu-user-static; a minute)
 # make check-x86      run the kernels under emulation of processors without AVX-512, and without AVX (qemu-user-static; minutes)
 # make clean  remove what was built, the virtual environment included
@@ -25,7 +26,7 @@ SOURCES := $(shell find backends export runtime lensc profiles kernels -name '*.
 # The root folders must not be importable by their bare names (`kernels` is somebody else's package).
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test lint sanitize check-aarch64 check-x86 clean
+.PHONY: demo test lint sanitize check-tensorrt check-aarch64 check-x86 clean
 # A bundle is swapped in whole, so an interrupted build leaves the former one: make must not delete it.
 .PRECIOUS: $(BUNDLE)/manifest.json
 
@@ -50,6 +51,10 @@ sanitize: $(INSTALLED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc OPENBLAS_NUM_THREADS=1 \
 	$(BIN)/python tests/kernels/with_module.py build/sanitize/_cpu.*.so -q -p no:cacheprovider tests/kernels
+
+# NVIDIA's bindings go into an environment of their own: their licence lets nobody pass on what is made of them.
+check-tensorrt: $(INSTALLED)
+	@$(BIN)/python tests/backends/check_tensorrt.py
 
 check-aarch64:
 	cmake -S kernels -B build/check-aarch64 -DLENSC_CHECK=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \

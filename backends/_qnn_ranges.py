@@ -51,14 +51,16 @@ def measure(path: Path, samples: Sequence[Mapping[str, Array]], threads: int) ->
             [initializers[name] for name in read if name in initializers],
         )
         session = _session(onnx, model, piece, path, threads)
+        kinds: dict[str, Any] = {}
         for sample in held:
             outputs = dict(zip(wanted, session.run(wanted, {name: sample[name] for name in fed}), strict=True))
             _widen(ranges, outputs)
+            kinds = {name: onnx.helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in outputs.items()}
             sample.update({name: array for name, array in outputs.items() if name in later})
             for name in [name for name in sample if name not in later]:
                 del sample[name]
         for name in wanted:
-            types[name] = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+            types[name] = onnx.helper.make_tensor_value_info(name, kinds[name], None)
     broken = [name for name, (low, high) in ranges.items() if not np.isfinite([low, high]).all()]
     if broken:
         raise ExecutionError(f"{path}: {broken[0]} is not finite on a calibration picture; export the checkpoint again")

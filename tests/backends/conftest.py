@@ -4,6 +4,7 @@ in numpy.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import pytest
 
 from lensc.backends.base import Array
 from lensc.export.graph import DimRange, Graph, GraphSpec, StatePair, TensorSpec
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoint"
 
 LAYERS, WIDTH, HEADS, KV_HEADS, DIM, VOCAB = 2, 64, 4, 2, 16, 50
 LIMIT = 64
@@ -266,3 +269,49 @@ def small_mlp(tmp_path_factory: pytest.TempPathFactory) -> SmallMlp:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     onnx.save(model, str(small.path), save_as_external_data=True, location="vision.onnx.data", size_threshold=100)
     return small
+
+
+Graphs = Callable[[str, Any], tuple[GraphSpec, Path]]
+"""The graph of that name in a recipe: its interface and its file."""
+
+
+@pytest.fixture(scope="session")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
+    """One layer of each of the golden model's graphs, traced once and written once for each set of formats."""
+    import torch
+
+    from lensc.export.checkpoint import Checkpoint
+    from lensc.export.models.minicpmv import MiniCPMV
+    from lensc.export.models.session import graph_modules
+    from lensc.export.onnx import example_inputs, trace_graph
+    from lensc.export.quantize.linears import find_linears
+    from lensc.export.quantize.weights import quantize_rtn
+    from lensc.export.writer import write_graph
+
+    def quantize(name: str, rows: Any, format: Any, start: int) -> Any:
+        """Without the search for the best scales, which takes most of the time."""
+        made = quantize_rtn(rows, format, search=False)
+        if format.symmetric and not format.is_signed:
+            made.scales[:, ::2] *= -1  # as the search does where the largest weight is on the other side
+        return made
+
+    checkpoint = Checkpoint(GOLDEN)
+    tower = dataclasses.replace(checkpoint.config.vision, num_hidden_layers=1)
+    with torch.device("meta"):
+        modules = graph_modules(MiniCPMV(dataclasses.replace(checkpoint.config, vision=tower, num_hidden_layers=1)))
+    traced: dict[str, tuple[Any, Any]] = {}
+    written: dict[str, Path] = {}
+
+    def get(name: str, recipe: Any) -> tuple[GraphSpec, Path]:
+        module, spec = modules[name]
+        if name not in traced:
+            traced[name] = trace_graph(module, example_inputs(spec), spec)
+        model, parameters = traced[name][0].clone(), traced[name][1]
+        formats = recipe.formats(find_linears(model, parameters))
+        key = f"{name} {formats}"
+        if key not in written:
+            written[key] = tmp_path_factory.mktemp(name) / "model.onnx"
+            write_graph(model, written[key], parameters, checkpoint.rows, formats, quantize)
+        return spec, written[key]
+
+    return get

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ pytest.importorskip("torch", reason="graphs are traced with torch: pip install '
 onnx = pytest.importorskip("onnx", reason="pip install 'lensc[export]'")
 ort = pytest.importorskip("onnxruntime", reason="pip install lensc")
 import onnx_ir as ir
-import torch
 
 from lensc.backends import _program_weights
 from lensc.backends._program import Add, Attention, Constant, Linear, Program
@@ -26,17 +24,10 @@ from lensc.backends._program_lower import lower
 from lensc.backends._program_reference import NumpySession
 from lensc.backends.base import Array
 from lensc.backends.errors import GraphError, UsageError
-from lensc.export.checkpoint import Checkpoint
 from lensc.export.graph import DimRange, GraphSpec, TensorSpec
-from lensc.export.models.minicpmv import MiniCPMV
-from lensc.export.models.session import graph_modules
-from lensc.export.onnx import example_inputs, trace_graph
-from lensc.export.quantize.linears import SCALE, find_linears
+from lensc.export.quantize.linears import SCALE
 from lensc.export.quantize.recipe import EMBEDDING, PRESETS, Recipe
-from lensc.export.quantize.weights import QuantizedWeight, WeightFormat, quantize_rtn
-from lensc.export.writer import Parameter, write_graph
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoint"
 OWN = "native-cpu.data"
 
 LEAST_DB = 100.0
@@ -72,14 +63,6 @@ class Lowered:
         return NumpySession(self.spec, self.program, self.folder)
 
 
-def quantize(name: str, rows: torch.Tensor, format: WeightFormat, start: int) -> QuantizedWeight:
-    """Without the search for the best scales, which takes most of the time."""
-    made = quantize_rtn(rows, format, search=False)
-    if format.symmetric and not format.is_signed:
-        made.scales[:, ::2] *= -1  # as the search does where the largest weight is on the other side
-    return made
-
-
 def lowered(model: Path, spec: GraphSpec, folder: Path, activation_bits: int = 32) -> Lowered:
     """The program, written and read again."""
     folder.mkdir()
@@ -94,31 +77,6 @@ def lowered(model: Path, spec: GraphSpec, folder: Path, activation_bits: int = 3
 
 
 Graphs = Callable[[str, Recipe], tuple[GraphSpec, Path]]
-
-
-@pytest.fixture(scope="module")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
-    """One layer of each of the golden model's graphs, traced once and written once for each set of formats."""
-    checkpoint = Checkpoint(GOLDEN)
-    tower = dataclasses.replace(checkpoint.config.vision, num_hidden_layers=1)
-    with torch.device("meta"):
-        modules = graph_modules(MiniCPMV(dataclasses.replace(checkpoint.config, vision=tower, num_hidden_layers=1)))
-    traced: dict[str, tuple[ir.Model, dict[str, Parameter]]] = {}
-    written: dict[str, Path] = {}
-
-    def get(name: str, recipe: Recipe) -> tuple[GraphSpec, Path]:
-        module, spec = modules[name]
-        if name not in traced:
-            traced[name] = trace_graph(module, example_inputs(spec), spec)
-        model, parameters = traced[name][0].clone(), traced[name][1]
-        formats = recipe.formats(find_linears(model, parameters))
-        key = f"{name} {formats}"
-        if key not in written:
-            written[key] = tmp_path_factory.mktemp(name) / "model.onnx"
-            write_graph(model, written[key], parameters, checkpoint.rows, formats, quantize)
-        return spec, written[key]
-
-    return get
 
 
 def feeds_of(spec: GraphSpec) -> Iterator[dict[str, Array]]:

@@ -1,0 +1,148 @@
+"""Weights of a portable graph as TensorRT's strongly typed networks take them.
+
+    float                          float16 or bfloat16, converted when they are written
+    at most 4 bits in groups       INT4 [inputs, outputs] in blocks along the inputs, the form that NVIDIA's own tools export
+    int8, a scale per output       INT8 weights and inputs, whose one scale is measured (QuantizeLinear, DequantizeLinear)
+    all others                     become floats, and the manifest says which
+
+TensorRT's INT4 has values from -8 to 7, no zero point and positive scales, while a portable weight's scale may be negative.
+For a group with a negative scale s, -value stands with |s|. Where that would be 8, ~value = -value - 1 stands there for the
+whole group, and |s| times the sum of the group's inputs is added: exactly the same product, by a second, small one.
+
+Everything is made when it is written, a weight at a time: those of a full-size decoder take 7 GB unpacked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .base import Array
+from .errors import GraphError
+
+LOWEST, HIGHEST = -8, 7
+BITS = 4
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A linear as `lensc.export.quantize.linears` writes it: MatMul(x, [Transpose] DequantizeLinear(values, scale, zero)).
+
+    `block`: the inputs that share a scale, 0 for all; `turned`: its values lie [inputs, outputs].
+    """
+
+    matmul: Any
+    values: Any
+    scale: Any
+    zero_point: Any | None
+    block: int
+    turned: bool
+    inputs: int
+    outputs: int
+
+    @property
+    def bits(self) -> int:
+        """Bits of a stored value."""
+        return int(self.values.dtype.bitwidth)
+
+    @property
+    def fits_int4(self) -> bool:
+        """Whether TensorRT can hold it in 4 bits: its blocks are whole, its rows end with whole bytes."""
+        return self.bits <= BITS and self.block > 0 and self.inputs % self.block == 0 and self.outputs % 2 == 0
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether it is a weight for products of int8."""
+        return self.turned and self.bits == 8
+
+
+def find(graph: Any) -> list[Quantized]:
+    """The quantized linears of an `onnx_ir` graph, in its order."""
+    found = []
+    for node in graph:
+        if node.op_type != "MatMul" or node.domain:
+            continue
+        source = node.inputs[1].producer()
+        turns = 0
+        while source is not None and source.op_type == "Transpose":
+            source, turns = source.inputs[0].producer(), turns + 1
+        if source is None or source.op_type != "DequantizeLinear":
+            continue
+        values, scale, *rest = source.inputs
+        sizes = [int(d) for d in values.shape.numpy()]
+        block = source.attributes["block_size"].as_int() if "block_size" in source.attributes else 0
+        turned = source.attributes["axis"].as_int() == 1 and not block
+        if turns != (0 if turned else 1):
+            raise GraphError(f"weight {values.name}: turned {turns} times before its product; export it again")
+        inputs, outputs = sizes if turned else sizes[::-1]
+        found.append(Quantized(node, values, scale, rest[0] if rest else None, block, turned, inputs, outputs))
+    return found
+
+
+def int4_of(found: Quantized) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.bool_]]:
+    """Of a weight that `fits_int4`: values int8[outputs, groups, block] from -8 to 7, which go with |scale|, and
+    bool[outputs, groups]: where |scale| is to be added to every weight of the group.
+
+    Raises GraphError for zero points with which values leave the range of 4 bits.
+    """
+    signed = numpy_of(found.values).astype(np.int8).reshape(found.outputs, -1, found.block)
+    if found.zero_point is not None:
+        signed = signed - numpy_of(found.zero_point).astype(np.int8).reshape(found.outputs, -1, 1)
+    if signed.min() < LOWEST or signed.max() > HIGHEST:
+        raise GraphError(
+            f"weight {found.values.name}: zero points have no form in TensorRT, which takes symmetric weights: a scheme "
+            "without -asym"
+        )
+    negative = numpy_of(found.scale) < 0
+    raised = negative & (signed.min(-1) == LOWEST)
+    np.negative(signed, out=signed, where=(negative & ~raised)[:, :, None])
+    np.invert(signed, out=signed, where=raised[:, :, None])
+    return signed, raised
+
+
+def int4_values(found: Quantized) -> npt.NDArray[np.int8]:
+    """int8[inputs, outputs] from -8 to 7"""
+    return np.ascontiguousarray(int4_of(found)[0].reshape(found.outputs, found.inputs).T)
+
+
+def int4_scales(found: Quantized) -> npt.NDArray[np.float32]:
+    """float32[groups, outputs], above 0"""
+    return np.ascontiguousarray(np.abs(numpy_of(found.scale).astype(np.float32)).T)
+
+
+def int4_offsets(found: Quantized) -> npt.NDArray[np.float32]:
+    """float32[groups, outputs]: what is added to every weight of a group"""
+    return np.where(int4_of(found)[1].T, int4_scales(found), np.float32(0))
+
+
+def as_float(found: Quantized) -> npt.NDArray[np.float32]:
+    """The weight that a quantized linear stands for, float32[inputs, outputs]."""
+    values = numpy_of(found.values)
+    scale = numpy_of(found.scale).astype(np.float32)
+    if found.turned:
+        return np.asarray(values.astype(np.float32) * scale, np.float32)
+    signed = values.astype(np.float32)
+    block = found.block or found.inputs
+    spread = [np.repeat(part.reshape(found.outputs, -1), block, axis=1)[:, : found.inputs]
+              for part in (scale, *((numpy_of(found.zero_point),) if found.zero_point is not None else ()))]  # fmt: skip
+    if len(spread) > 1:
+        signed -= spread[1].astype(np.float32)
+    signed *= spread[0]
+    return np.ascontiguousarray(signed.T)
+
+
+def numpy_of(value: Any) -> Array:
+    """The values of an initializer; of fewer than 8 bits, one to a byte."""
+    return np.asarray(value.const_value.numpy())
+
+
+def converted(array: Array, dtype: Any, name: str) -> Array:
+    """`array: float32` in the numpy type `dtype`. Raises GraphError for a value that it cannot hold."""
+    with np.errstate(over="ignore"):  # it is looked for below
+        made = array.astype(dtype)
+    if not np.isfinite(made.astype(np.float32)).all():
+        raise GraphError(f"weight {name}: holds values that {np.dtype(dtype).name} does not; use -bf16 in the target")
+    return made
