@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -61,7 +62,7 @@ class Decoder:
         self._last = np.zeros(1, np.int64)
         self._logits: F32 | None = None
         self._rows: dict[int, F32] = {}
-        self._seen: tuple[int, F32] | None = None
+        self._seen: tuple[int, bytes] | None = None
         """How many tokens were fed, and some of the logits behind them."""
         tokens = session.spec.dims.get("tokens")
         chunk = self._session.prefill_chunk
@@ -211,16 +212,16 @@ class Decoder:
         That is all that can be seen at the price of one maximum; wrong numbers that look like logits are not found.
         """
         for row in logits:
-            largest = row.max()
-            if not np.isfinite(largest):
+            largest = float(row.max())
+            if not math.isfinite(largest):
                 at = int(row.argmax())
                 raise ExecutionError(f"decoder: logits hold {row[at]} at id {at}, expected finite numbers")
-            if row[0] == row[-1] == largest == row.min():
-                raise ExecutionError(f"decoder: all logits are {row[0]}, expected one for each id")
+            if row[0] == largest == row[-1] and row.min() == largest:
+                raise ExecutionError(f"decoder: all logits are {largest}, expected one for each id")
         if not len(logits):
             return
-        sample = logits[-1, :: max(1, logits.shape[1] // SAMPLES)].copy()
-        if self._seen is not None and self._seen[0] != length and np.array_equal(self._seen[1], sample):
+        sample = logits[-1, :: max(1, logits.shape[1] // SAMPLES)].tobytes()
+        if self._seen is not None and self._seen[0] != length and self._seen[1] == sample:
             raise ExecutionError("decoder: the logits are those of the step before, expected others for another token")
         self._seen = length, sample
 
