@@ -61,7 +61,7 @@ def load(
     table = open_table(folder, manifest.tables)
 
     probes = _probes(manifest)
-    found = measured(folder, manifest, probes, requested, threads) if placement == "measured" else None
+    found = measured(folder, manifest, probes, requested, threads, tuned) if placement == "measured" else None
     loader = Loader(folder, manifest, probes, requested, threads, policy, max_memory_bytes, found, tuned)
     turns = Turns(loader.open) if loader.takes_turns else None
     try:

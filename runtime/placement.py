@@ -3,7 +3,7 @@
     <cache>/placement/<key>.json      what each candidate took, or why it is out
 
 The key is all that the figures depend on: machine, versions of the engines and of lensc, what the drivers say, the artifacts
-by their hashes, threads. A file that is damaged or says something else than it should is a note, and is written anew;
+by their hashes, threads and settings. A file that is damaged or says something else than it should is a note, and is written anew;
 processes may share the folder: a file appears whole. It may be deleted at any time.
 """
 
@@ -25,6 +25,7 @@ from typing import Any
 from lensc.backends.base import Artifact, Probe, Target
 from lensc.backends.bundle import Manifest
 from lensc.backends.errors import ExecutionError
+from lensc.backends.load_options import LoadOptions
 from lensc.profiles import probe as machine
 from lensc.profiles.folders import cache_folder
 
@@ -32,6 +33,7 @@ from . import trial
 from .events import Event
 from .plan import Timing, contenders, probe_of
 from .trial import Refusal
+from .tuned import settings_for
 
 FOLDER = "placement"
 FORMAT = 1
@@ -53,8 +55,10 @@ def measured(
     probes: Sequence[Probe],
     requested: Mapping[str, Target] | None = None,
     threads: int | None = None,
+    tuned: bool = True,
 ) -> Found:
-    """What each of several candidates takes, from what was kept or by a trial of one after the other.
+    """What each of several candidates takes, from what was kept or by a trial of one after the other; each as it will be
+    loaded, with so many threads and, if they are wanted, the settings that `lensc tune` found best for it.
 
     Where no process can be started to try them in, nothing is known, and an event says why. That a candidate is out is an
     event each time.
@@ -63,13 +67,14 @@ def measured(
     rivals = [artifact for several in contenders(manifest, probes, requested).values() for artifact in several]
     if not rivals:
         return found
-    key = _key(rivals, probes, threads)
+    options = [_options(artifact, probes, threads, tuned) for artifact in rivals]
+    key = _key(rivals, probes, options)
     path = _path(key)
     kept = None if path is None else _kept(path, key, rivals, found.events)
     if kept is None:
         started = time.perf_counter()
         try:
-            kept = _tried(folder, rivals, probes, threads)
+            kept = _tried(folder, rivals, probes, options)
         except ExecutionError as error:
             text = f"candidates were not timed: {error}; they are taken by rank"
             found.events.append(Event("not measured", "", "", text))
@@ -86,12 +91,21 @@ def measured(
     return found
 
 
-def _tried(folder: Path, rivals: Sequence[Artifact], probes: Sequence[Probe], threads: int | None) -> Outcomes:
+def _options(artifact: Artifact, probes: Sequence[Probe], threads: int | None, tuned: bool) -> LoadOptions:
+    found = settings_for(artifact, probe_of(artifact.target, probes))[0].options if tuned else LoadOptions()
+    return found if threads is None else dataclasses.replace(found, threads=threads)
+
+
+def _tried(
+    folder: Path, rivals: Sequence[Artifact], probes: Sequence[Probe], options: Sequence[LoadOptions]
+) -> Outcomes:
     outcomes: Outcomes = {}
-    for artifact in rivals:  # one at a time: each takes what memory and processor there are
+    for artifact, told in zip(
+        rivals, options, strict=True
+    ):  # one at a time: each takes the memory and processor there are
         probe = probe_of(artifact.target, probes)
         state = "" if probe is None else probe.state
-        outcomes[artifact.graph, artifact.target] = trial.tried(folder, artifact, state, threads)
+        outcomes[artifact.graph, artifact.target] = trial.tried(folder, artifact, state, told)
     return outcomes
 
 
@@ -110,7 +124,7 @@ def _told(outcomes: Outcomes, seconds: float) -> list[Event]:
 # --- what is kept -------------------------------------------------------------------------------------------------
 
 
-def _key(rivals: Sequence[Artifact], probes: Sequence[Probe], threads: int | None) -> str:
+def _key(rivals: Sequence[Artifact], probes: Sequence[Probe], options: Sequence[LoadOptions]) -> str:
     """A hash of all that the figures depend on."""
     here = machine.machine()
     told = [probe_of(artifact.target, probes) for artifact in rivals]
@@ -120,7 +134,7 @@ def _key(rivals: Sequence[Artifact], probes: Sequence[Probe], threads: int | Non
         "versions": machine.versions(),
         "probes": sorted({f"{p.backend}:{p.processor} {p.reason}" for p in told if p is not None}),
         "artifacts": [dataclasses.asdict(artifact) for artifact in rivals],
-        "threads": threads,
+        "options": [[told.threads, sorted(told.engine.items())] for told in options],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -5,11 +5,14 @@ the graph does. The request: a question of 32 tokens about a picture of 1344 x 1
 of 64 tokens. For vision the figure is one slice of whole size, since the others take as long. For the decoder it is the whole
 request, reckoned from a prefill of 64 tokens and some steps: a prompt of ten slices and 32 tokens at that rate, and 64 steps.
 
-    python -m lensc.runtime.trial BUNDLE GRAPH TARGET [THREADS]     a line of JSON: {"ms": …, "text": …} or {"kind": …, "error": …}
+    python -m lensc.runtime.trial BUNDLE GRAPH TARGET OPTIONS      a line of JSON: {"ms": …, "text": …} or {"kind": …, "error": …}
+
+OPTIONS are those of `LoadOptions`, as JSON.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -53,9 +56,10 @@ class Refusal:
     text: str
 
 
-def tried(bundle: Path, artifact: Artifact, state: str, threads: int | None) -> Timing | Refusal:
+def tried(bundle: Path, artifact: Artifact, state: str, options: LoadOptions) -> Timing | Refusal:
     """What a candidate takes, or why it is out. Raises ExecutionError if no process can be started that would tell."""
-    words = [str(bundle.absolute()), artifact.graph, str(artifact.target), *([] if threads is None else [str(threads)])]
+    told = json.dumps({"threads": options.threads, "engine": dict(options.engine)})
+    words = [str(bundle.absolute()), artifact.graph, str(artifact.target), told]
     answers = child.ask([*COMMAND, *words], golden.limit_s(artifact, state))
     answer = answers.said[-1] if answers.said else {}
     if "ms" in answer:
@@ -70,10 +74,10 @@ def tried(bundle: Path, artifact: Artifact, state: str, threads: int | None) -> 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Try the candidate of the command line."""
-    folder, graph, target, *threads = sys.argv[1:] if arguments is None else arguments
+    folder, graph, target, options = sys.argv[1:] if arguments is None else arguments
     answer = child.answering()
     try:
-        timing = time_candidate(Path(folder), graph, Target.parse(target), int(threads[0]) if threads else None)
+        timing = time_candidate(Path(folder), graph, Target.parse(target), LoadOptions(**json.loads(options)))
         answer({"ms": timing.ms, "text": timing.text})
     except ParityError as error:
         answer({"kind": "self-test", "error": str(error)})
@@ -82,12 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def time_candidate(folder: Path, graph: str, target: Target, threads: int | None) -> Timing:
+def time_candidate(folder: Path, graph: str, target: Target, options: LoadOptions) -> Timing:
     """Load, check and time a graph in this process. Raises ParityError, and what engines raise."""
     manifest = load_manifest(folder)
     artifact = next(a for a in manifest.artifacts if (a.graph, a.target) == (graph, target))
     backend = registry.get(target.backend)
-    session = backend.load(artifact, manifest.graphs[graph].spec, folder, LoadOptions(threads))
+    session = backend.load(artifact, manifest.graphs[graph].spec, folder, options)
     try:
         tolerance = artifact.parity.get(PROBE_TOLERANCE)
         tolerances = {} if tolerance is None else {graph: float(tolerance)}

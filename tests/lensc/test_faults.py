@@ -24,10 +24,12 @@ from lensc.backends import registry
 from lensc.backends.base import Artifact, Target
 from lensc.backends.bundle import load_manifest, write_manifest
 from lensc.backends.errors import ExecutionError, LensError, ParityError, UnavailableError, UsageError
+from lensc.backends.load_options import LoadOptions
 from lensc.cli import main
 from lensc.runtime import placement, selftest, trial
 from lensc.runtime.pipeline import VLM
 from lensc.runtime.plan import Timing
+from lensc.runtime.tuned import Settings
 
 SCRIPT = Path(__file__).with_name("faulty.py")
 faulty: Any = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("faulty", SCRIPT))  # type: ignore[arg-type]
@@ -372,7 +374,7 @@ def test_a_candidate_that_fails_costs_only_itself(
 def test_a_wrong_answer_in_a_trial_is_dealt_with_by_policy(
     bundles: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def tried(bundle: Path, artifact: Artifact, state: str, threads: int | None) -> Any:
+    def tried(bundle: Path, artifact: Artifact, state: str, options: LoadOptions) -> Any:
         right = str(artifact.target) == "native:cpu"
         return Timing(5.0, "5 ms per slice") if right else trial.Refusal("self-test", "it is wrong")
 
@@ -408,6 +410,25 @@ def _candidate(document: Any, **changes: Any) -> Any:
     return document
 
 
+def test_candidates_are_timed_as_they_will_run(
+    bundles: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[LoadOptions] = []
+
+    def tried(bundle: Path, artifact: Artifact, state: str, options: LoadOptions) -> Timing:
+        told.append(options)
+        return Timing(5.0, "5 ms per slice")
+
+    monkeypatch.setattr(trial, "tried", tried)
+    monkeypatch.setattr(placement, "settings_for", lambda *_: (Settings(2, {"spin": "no"}), ""))
+    manifest, asked = load_manifest(bundles["native"]), {"decoder": Target.parse("native:cpu")}
+    for threads, tuned in ((None, True), (None, False), (1, True)):
+        placement.measured(bundles["native"], manifest, registry.probes(), asked, threads, tuned)
+    tuned_settings = {"spin": "no"}
+    expected = [LoadOptions(2, tuned_settings), LoadOptions(), LoadOptions(1, tuned_settings)]
+    assert told == [options for options in expected for _ in range(2)], "none is taken for another"
+
+
 DAMAGES: dict[str, Callable[[Any], Any]] = {
     "cut": lambda d: json.dumps(d)[:-40],
     "no object": lambda d: "[]",
@@ -425,7 +446,7 @@ def test_a_damaged_or_foreign_file_is_a_note_and_candidates_are_timed_again(
 ) -> None:
     timed: list[str] = []
 
-    def tried(bundle: Path, artifact: Artifact, state: str, threads: int | None) -> Timing:
+    def tried(bundle: Path, artifact: Artifact, state: str, options: LoadOptions) -> Timing:
         timed.append(str(artifact.target))
         return Timing(5.0 if artifact.target.backend == "native" else 6.0, "some ms per slice")
 
