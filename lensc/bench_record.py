@@ -84,14 +84,17 @@ class BundleId:
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for. `devices` are as they were named, none for the plan's choice; `profile` is empty for none."""
+    """What was asked for. `devices` are as they were named, none for the plan's choice; `threads` is None for one per physical
+    core, or what `lensc tune` has kept, which is used if `tuned`; `profile` is empty for none.
+    """
 
     images: tuple[Image, ...]
     prompt_tokens: tuple[int, ...]
     new_tokens: tuple[int, ...]
     repetitions: int
     warmup: int
-    threads: int
+    threads: int | None
+    tuned: bool
     prompt_lookup_num_tokens: int
     devices: tuple[str, ...]
     profile: str
@@ -201,7 +204,7 @@ def _problems(record: Record) -> Iterator[str]:
     settings = record.settings
     if not record.rows or not settings.images or not settings.prompt_tokens or not settings.new_tokens:
         yield "it holds no measurement"
-    if min((*settings.prompt_tokens, *settings.new_tokens, settings.repetitions, settings.threads, 1)) < 1:
+    if min((*settings.prompt_tokens, *settings.new_tokens, settings.repetitions, settings.threads or 1)) < 1:
         yield "settings: expected counts of at least 1"
     if settings.warmup < 0 or settings.prompt_lookup_num_tokens < 0:
         yield "settings: expected warmup and prompt_lookup_num_tokens of at least 0"

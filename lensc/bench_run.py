@@ -35,8 +35,10 @@ from .contender import Contender
 
 Report = Callable[[str, tuple[int, int] | None], None]
 
-PROBE_BYTES = 1 << 30
-"""The most that is read to see how fast the machine reads: several times what the largest cache of a server's share holds."""
+LEAST_PROBE_BYTES, PROBE_BYTES = 16 << 20, 1 << 30
+"""What is read to see how fast the machine reads: enough that starting threads does not count, and at most several times what
+the largest cache of a server's share holds.
+"""
 CACHED_BYTES = 256 << 20
 """Weights of fewer bytes may lie in a cache, which is faster than the memory that a profile describes."""
 BESIDE_BYTES = 300 << 20
@@ -140,7 +142,8 @@ class Subject:
     bundle: Path
     manifest: Manifest
     device: str
-    threads: int
+    threads: int | None = None
+    tuned: bool = True
     contender: Contender | None = None
     plan: tuple[Placed, ...] = ()
     load_ms: float | None = None
@@ -155,7 +158,9 @@ class Subject:
         is allowed (`lenient`). Raises LensError otherwise.
         """
         try:
-            contender = measured.start(self.device or "lensc", self.bundle, self.device or None, self.threads)
+            contender = measured.start(
+                self.device or "lensc", self.bundle, self.device or None, self.threads, self.tuned
+            )
         except LensError as error:
             wrong = isinstance(error, ParityError | ExecutionError)
             if not (wrong or lenient):
@@ -335,14 +340,18 @@ def _present(values: Mapping[str, float | None]) -> dict[str, float]:
     return {name: value for name, value in values.items() if value}
 
 
+def _probe_bytes(read_by_a_token: int) -> int:
+    return min(PROBE_BYTES, max(LEAST_PROBE_BYTES, read_by_a_token)) // 8 * 8
+
+
 def probed(bundle: Path, threads: int) -> dict[str, float]:
-    """What the machine reaches right now: it reads as many bytes as a token of the model does, at most 1 GiB, and multiplies
+    """What the machine reaches right now: it reads as many bytes as a token of the model does, 16 MiB to 1 GiB, and multiplies
     in registers. Under a second.
     """
     import numpy as np
 
     model, (stored,), _, _ = planning.model_of(str(bundle), [])
-    nbytes = min(PROBE_BYTES, max(1 << 20, stored.decoder_bytes(model))) // 8 * 8
+    nbytes = _probe_bytes(stored.decoder_bytes(model))
     data = rates.random_bytes(nbytes).view(np.int64)
     ways = (0, *(rates.STREAMS if rates.kernels() else ()))
     found = {"bandwidth_gb_s": max(rates.read_gb_s(data, threads, streams) for streams in ways)}
@@ -357,9 +366,9 @@ def roof_of(
 ) -> Roof:
     """The limits that `reached` before and after says, and those of a profile where it goes further."""
     model, (stored,), _, _ = planning.model_of(str(bundle), [])
-    nbytes = min(PROBE_BYTES, stored.decoder_bytes(model))
+    nbytes = _probe_bytes(stored.decoder_bytes(model))
     with_threads = f"{threads} thread{'s' * (threads > 1)}, in this run"
-    how = {"bandwidth_gb_s": f"a read of {max(1, nbytes >> 20)} MiB again and again, {with_threads}"}
+    how = {"bandwidth_gb_s": f"a read of {nbytes >> 20} MiB again and again, {with_threads}"}
     best = {
         name: Known(
             float(f"{max(pair):.4g}"), "measured", how.get(name, f"multiplications in registers, {with_threads}")

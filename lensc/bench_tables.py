@@ -20,6 +20,10 @@ ROOFED = ("image_ms", "prefill_tokens_s", "decode_tokens_s")
 """The figures that have a limit."""
 
 
+TUNED = "; tuned: "
+"""How the reason of a placement goes on that runs with what `lensc tune` has kept."""
+
+
 # --- one record ---------------------------------------------------------------------------------------------------
 
 
@@ -135,6 +139,13 @@ def notes(record: Record) -> Iterator[str]:
     yield "golden probes passed where there are figures; first token: from the call on, the picture included"
     emulated = {(p.graph, p.target) for row in record.rows for p in row.plan if p.state == "emulated"}
     yield from (f"{graph} on {target} is emulated: its times are none of the device's" for graph, target in emulated)
+    tuned = dict.fromkeys(
+        f"{p.graph} on {p.target} {p.reason[p.reason.index(TUNED) + 2 :]}"
+        for row in record.rows
+        for p in row.plan
+        if TUNED in p.reason
+    )
+    yield from tuned
     untested = {(p.graph, p.target) for row in record.rows for p in row.plan if p.state == "untested"}
     yield from (f"{graph} on {target} is untested" for graph, target in untested)
     if record.limits:
@@ -144,7 +155,12 @@ def notes(record: Record) -> Iterator[str]:
         f"{image_name(row.image)}: {note.removeprefix('picture 1: ')}" for row in told for note in row.notes
     )
     packages = ", ".join(f"{name} {version}" for name, version in record.versions.items())
-    yield f"{machine.cpu}, {machine.cores} cores, {settings.threads} threads, {machine.system}; {packages}"
+    yield f"{machine.cpu}, {machine.cores} cores, {threads_text(settings.threads)}, {machine.system}; {packages}"
+
+
+def threads_text(threads: int | None) -> str:
+    """How many threads were asked for, in words."""
+    return "default threads" if threads is None else f"{threads} thread{'s' * (threads > 1)}"
 
 
 def _known(named: tuple[str, Known]) -> str:

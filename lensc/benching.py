@@ -23,8 +23,20 @@ PROMPT_TOKENS, NEW_TOKENS, REPETITIONS, WARMUP = "128", "32", 5, 1
 FORMATS = ("md", "csv", "json", "jsonl")
 MOST_TOKENS, MOST_RUNS, MOST_THREADS = 1 << 20, 10_000, 1024
 ALL = "all"
-OF_A_RECORD = ("prompt_tokens", "new_tokens", "repetitions", "warmup", "image", "device", "threads", "prompt_lookup")
+OF_A_RECORD = (
+    "prompt_tokens",
+    "new_tokens",
+    "repetitions",
+    "warmup",
+    "image",
+    "device",
+    "threads",
+    "tuned",
+    "prompt_lookup",
+)
 """What `--verify` takes from the record."""
+NAMED = {"tuned": "no_tuned", "prompt_lookup": "prompt_lookup_num_tokens"}
+"""Flags by where argparse puts them, where that is not the same."""
 
 
 def add_bench(verb: argparse.ArgumentParser) -> None:
@@ -43,7 +55,7 @@ def add_bench(verb: argparse.ArgumentParser) -> None:
     where = verb.add_argument_group("where it runs")
     text = "as for lensc run; repeat for several, or all for every target of the bundle, in turn (default: the best usable one)"
     where.add_argument("--device", "--target", metavar="DEVICE", action="append", default=[], dest="device", help=text)
-    where.add_argument("--threads", metavar="N", type=int, help="default: one per physical core")
+    add_tuning(where)
     how = verb.add_argument_group("how often, beside what")
     how.add_argument("-r", "--repetitions", metavar="N", type=int, help=f"runs that count (default: {REPETITIONS})")
     how.add_argument("--warmup", metavar="N", type=int, help=f"runs before that do not (default: {WARMUP})")
@@ -58,6 +70,14 @@ def add_bench(verb: argparse.ArgumentParser) -> None:
     out.add_argument("--verify", metavar="RECORD", help=text)
     text = "percent that medians may move from one record to the next (default: 5)"
     out.add_argument("--tolerance", metavar="PERCENT", type=float, help=text)
+
+
+def add_tuning(where: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """The arguments that say with which settings a bundle is measured."""
+    text = "default: one per physical core, or as lensc tune has found best"
+    where.add_argument("--threads", metavar="N", type=int, help=text)
+    text = "do not use what lensc tune has kept for this machine"
+    where.add_argument("--no-tuned", dest="tuned", action="store_false", help=text)
 
 
 def bench(options: argparse.Namespace) -> int:
@@ -87,6 +107,7 @@ def bench(options: argparse.Namespace) -> int:
         repetitions=count("-r", options.repetitions, REPETITIONS, 1, MOST_RUNS),
         warmup=count("--warmup", options.warmup, WARMUP, 0, MOST_RUNS),
         threads=threads_of(options.threads),
+        tuned=options.tuned,
         prompt_lookup_num_tokens=count("--prompt-lookup-num-tokens", options.prompt_lookup, 0, 0, 7),
         devices=tuple(devices),
         profile=options.profile,
@@ -122,11 +143,15 @@ def measured(
     from . import bench_record, bench_run
     from .contender import ending_with_us
 
-    profile = bench_run.profile_of(settings.profile, settings.threads)
-    subjects = [bench_run.Subject(folder, manifest, device, settings.threads) for device in settings.devices or ("",)]
+    threads = settings.threads or probe.machine().cores
+    profile = bench_run.profile_of(settings.profile, threads)
+    subjects = [
+        bench_run.Subject(folder, manifest, device, settings.threads, settings.tuned)
+        for device in settings.devices or ("",)
+    ]
     with ending_with_us():
         report("what the machine reaches", None)
-        before = bench_run.probed(folder, settings.threads)
+        before = bench_run.probed(folder, threads)
         in_turn = bench_run.measure(
             subjects,
             cases,
@@ -137,9 +162,9 @@ def measured(
             lenient,
         )
         report("what the machine reaches", None)
-        after = bench_run.probed(folder, settings.threads)
+        after = bench_run.probed(folder, threads)
     reached = {name: (value, after[name]) for name, value in before.items()}
-    roof = bench_run.roof_of(folder, settings.threads, reached, profile)
+    roof = bench_run.roof_of(folder, threads, reached, profile)
     return bench_record.Record(
         lensc_bench=bench_record.FORMAT,
         command=command,
@@ -163,9 +188,9 @@ def _verify(options: argparse.Namespace, output: Path | None) -> int:
 
     from . import bench_record, bench_run, bench_tables
 
-    given = [name for name in OF_A_RECORD if getattr(options, name) not in (None, [])]
+    given = [name for name in OF_A_RECORD if getattr(options, name) not in (None, [], True)]
     if given or options.format not in (None, "md", "json"):
-        which = f"--{given[0].replace('_', '-')}" if given else f"-o {options.format}"
+        which = f"--{NAMED.get(given[0], given[0]).replace('_', '-')}" if given else f"-o {options.format}"
         raise UsageError(f"--verify {options.verify} with {which}: the settings are those of the record; leave it out")
     percent = 100 * bench_record.TOLERANCE if options.tolerance is None else options.tolerance
     if not 0 <= percent <= 1000:
@@ -249,11 +274,9 @@ def count(flag: str, value: int | None, usual: int, least: int, most: int) -> in
     return usual if value is None else value
 
 
-def threads_of(value: int | None) -> int:
-    """How many threads: by default one for each physical core. Raises UsageError."""
-    from lensc.profiles import probe
-
-    return count("--threads", value, probe.machine().cores, 1, MOST_THREADS)
+def threads_of(value: int | None) -> int | None:
+    """`value`, if it is a number of threads. Raises UsageError."""
+    return None if value is None else count("--threads", value, 1, 1, MOST_THREADS)
 
 
 def failed(rows: Sequence[Row]) -> int:

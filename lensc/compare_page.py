@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import console
-from .bench_tables import cell
+from .bench_tables import cell, threads_text
 from .compare_run import Asked, Column, Comparison
 from .compare_text import beside, notes, parity_of, share, wilson
 
@@ -92,7 +92,7 @@ def page(made: Comparison) -> str:
     schemes = ", ".join(dict.fromkeys(bundle.scheme for bundle in made.bundles))
     title = f"{model}: {len(made.columns)} placements compared"
     drawn = [chart for chart in charts(made) if any(bar.value is not None for bar in chart.bars)]
-    what = f"{schemes} on {made.machine.cpu}, {made.threads} threads; {made.created}"
+    what = f"{schemes} on {made.machine.cpu}, {threads_text(made.threads)}; {made.created}"
     bars = "Bars are medians; lines reach from the worst run to the best, or over the 95 % interval of a share."
     body = [
         f"<h1>{_text(title)}</h1>",

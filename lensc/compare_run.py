@@ -41,7 +41,8 @@ class Settings:
     """What was asked for; no devices are all."""
 
     devices: tuple[str, ...]
-    threads: int
+    threads: int | None
+    tuned: bool
     repetitions: int
     prompt_tokens: int
     new_tokens: int
@@ -87,7 +88,7 @@ class Comparison:
     bundles: tuple[BundleId, ...]
     pictures: str
     repetitions: int
-    threads: int
+    threads: int | None
     in_turn: bool
     limits: dict[str, Known]
     baseline: str
@@ -99,8 +100,8 @@ def compared(
     bundles: Bundles, settings: Settings, source: str, items: Sequence[Item], command: str, report: bench_run.Report
 ) -> Comparison:
     """Measure the bundles on every placement, and ask each about all `items`, which are from `source`."""
-    threads, repetitions = settings.threads, settings.repetitions
-    subjects, lenient = _subjects(settings.devices, bundles, threads)
+    threads = settings.threads or probe.machine().cores
+    subjects, lenient = _subjects(settings, bundles)
     first, manifest = bundles[0]
     largest = max(items, key=lambda item: _slices(item, manifest))
     (case,) = bench_run.cases_of(
@@ -126,7 +127,7 @@ def compared(
         report("what the machine reaches", None)
         before = {folder: bench_run.probed(folder, threads) for folder, _ in bundles}
         profile = bench_run.profile_of("", threads)
-        in_turn = bench_run.measure([*subjects], [case], repetitions, WARMUP, 0, report, lenient, ask)
+        in_turn = bench_run.measure([*subjects], [case], settings.repetitions, WARMUP, 0, report, lenient, ask)
     roofs = {
         folder: bench_run.roof_of(folder, threads, {name: (v, v) for name, v in found.items()}, profile)
         for folder, found in before.items()
@@ -148,8 +149,8 @@ def compared(
         versions=probe.versions(),
         bundles=tuple(bench_run.bundle_id(folder, manifest) for folder, manifest in bundles),
         pictures=source,
-        repetitions=repetitions,
-        threads=threads,
+        repetitions=settings.repetitions,
+        threads=settings.threads,
         in_turn=in_turn,
         limits=roofs[first].known(),
         baseline=names[base],
@@ -175,12 +176,12 @@ def _slices(item: Item, manifest: Manifest) -> int:
     return 0 if plan is None else len(plan.sizes)
 
 
-def _subjects(asked: Sequence[str], bundles: Bundles, threads: int) -> tuple[list[bench_run.Subject], bool]:
-    found = []
+def _subjects(settings: Settings, bundles: Bundles) -> tuple[list[bench_run.Subject], bool]:
+    asked, found = settings.devices, list[bench_run.Subject]()
     lenient = not asked or benching.ALL in asked
     for folder, manifest in bundles:
         devices, _ = benching.devices_of(asked or [benching.ALL], manifest, folder)
-        found += [bench_run.Subject(folder, manifest, device, threads) for device in devices]
+        found += [bench_run.Subject(folder, manifest, device, settings.threads, settings.tuned) for device in devices]
     if not found:
         raise UsageError(f"{bundles[0][0]}: holds no compiled graph, nothing to compare; see lensc compile")
     return found, lenient

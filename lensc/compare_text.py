@@ -6,7 +6,7 @@ import math
 
 from . import console
 from .bench_record import NAMES
-from .bench_tables import UNITS, cell, ratio_text, table
+from .bench_tables import UNITS, cell, ratio_text, table, threads_text
 from .compare_run import WARMUP, Column, Comparison
 
 
@@ -71,7 +71,12 @@ def notes(made: Comparison) -> list[str]:
     failed = [f"{c.name}: no figures: {c.row.failed}" for c in made.columns if c.row.failed]
     machine = made.machine
     versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
-    return [*found, *emulated, *failed, f"{machine.cpu}, {machine.cores} cores, {made.threads} threads; {versions}"]
+    return [
+        *found,
+        *emulated,
+        *failed,
+        f"{machine.cpu}, {machine.cores} cores, {threads_text(made.threads)}; {versions}",
+    ]
 
 
 def table_of(made: Comparison) -> str:

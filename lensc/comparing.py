@@ -23,7 +23,7 @@ def add_compare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--max-new-tokens", metavar="N", type=int, default=MAX_NEW_TOKENS, help=text)
     text = "as for lensc run; repeat for several (default: every target of each bundle)"
     verb.add_argument("--device", "--target", metavar="DEVICE", action="append", default=[], dest="device", help=text)
-    verb.add_argument("--threads", metavar="N", type=int, help="default: one per physical core")
+    benching.add_tuning(verb)
     speed = verb.add_argument_group("speed", "Of a request about the picture with the most slices.")
     text = f"tokens of text behind the picture (default: {PROMPT_TOKENS})"
     speed.add_argument("-p", "--prompt-tokens", metavar="N", type=int, help=text)
@@ -47,6 +47,7 @@ def compare(options: argparse.Namespace) -> int:
     settings = compare_run.Settings(
         devices=tuple(options.device),
         threads=benching.threads_of(options.threads),
+        tuned=options.tuned,
         repetitions=benching.count("-r", options.repetitions, REPETITIONS, 1, benching.MOST_RUNS),
         prompt_tokens=benching.count("-p", options.prompt_tokens, PROMPT_TOKENS, 1, most),
         new_tokens=benching.count("-n", options.new_tokens, NEW_TOKENS, 1, most),

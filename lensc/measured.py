@@ -34,12 +34,12 @@ NO_PICTURE = "none"
 """What stands for the picture of a request without one."""
 
 
-def start(name: str, bundle: Path, device: str | None, threads: int | None) -> Contender:
+def start(name: str, bundle: Path, device: str | None, threads: int | None, tuned: bool = True) -> Contender:
     """A process that holds `bundle` on `device`. `ready` of it: where each graph is (`plan`), and `peak_bytes` until then.
 
     Raises what `lensc.load` does, ExecutionError if the process ends instead.
     """
-    asked = json.dumps({"bundle": str(bundle), "device": device, "threads": threads})
+    asked = json.dumps({"bundle": str(bundle), "device": device, "threads": threads, "tuned": tuned})
     return Contender(name, [sys.executable, "-P", "-m", "lensc.measured", asked])
 
 
@@ -71,7 +71,7 @@ def states(plan: Plan) -> dict[str, str]:
     return found
 
 
-def serve(bundle: str, device: str | None, threads: int | None) -> None:
+def serve(bundle: str, device: str | None, threads: int | None, tuned: bool) -> None:
     """Load the bundle, say so, and answer the lines of stdin."""
     import time
 
@@ -79,7 +79,7 @@ def serve(bundle: str, device: str | None, threads: int | None) -> None:
 
     started = time.perf_counter()
     # nothing takes the place of what fails: it would be measured in its name
-    with load(bundle, target=device, threads=threads, selftest="error", on_failure="error") as vlm:
+    with load(bundle, device, threads, selftest="error", on_failure="error", tuned=tuned) as vlm:
         plan = vlm.plan
         assert plan is not None
         _check_requested(plan)

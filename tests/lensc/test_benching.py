@@ -185,6 +185,10 @@ def test_placements_stand_beside_the_first(record: Record) -> None:
     first = replace(record.rows[0], figures={"ttft_ms": Figure((10.0, 20.0, 30.0))})
     plan = tuple(replace(p, target="native:cpu") for p in first.plan)
     other = replace(first, device="native:cpu", plan=plan, figures={"ttft_ms": Figure((5.0, 5.0, 30.0))})
+    tuned = (replace(plan[0], reason="best usable: runs here; tuned: 1 thread"), plan[1])
+    assert "vision on native:cpu tuned: 1 thread" in bench_tables.markdown(
+        replace(record, rows=(replace(other, plan=tuned),))
+    )
     text = bench_tables.markdown(replace(record, rows=(first, other)))
     assert "native:cpu : onnxruntime:cpu" in text and "2.00 (1.00 to 4.00)" in text and "placements took turns" in text
 
@@ -284,6 +288,7 @@ def test_what_differs_is_named(record: Record) -> None:
         (("--output", "nowhere/b.json"), 2, ("nowhere is no folder that can be written to",)),
         (("--output", "/dev/null"), 2, ("/dev/null: is no plain file",)),
         (("--profile", "sm8651"), 2, ("'sm8651' is not known",)),
+        (("--verify", "old.json", "--no-tuned"), 2, ("with --no-tuned: the settings are those of the record",)),
         (("--tolerance", 5), 2, ("--tolerance is for --verify",)),
     ],
 )
