@@ -7,9 +7,9 @@ The search goes along one coordinate at a time (tokens fed at once, threads, eac
 are best so far, and round again while something was gained. Numbers are climbed from where they stand, first down, then up;
 of words each is tried. A candidate is loaded beside the incumbent and both are run in turn, in pairs whose order alternates: what else
 the machine does hits both. The figure is the median of the pairs' ratios, its interval two standard errors of a median to
-either side, by the median deviation, and at least `LEAST_ERROR`. Pairs end as soon as the interval lies above `GAIN` (the candidate is
-the new incumbent) or below it, or after `SOME_PAIRS` its median is below (nothing gained): after `LEAST_PAIRS` at least and
-`MOST_PAIRS` at most, or when time is up.
+either side, by the median deviation, and at least `LEAST_ERROR`. Pairs end after `LEAST_PAIRS` if the interval lies below `GAIN`
+(nothing gained), after `SOME_PAIRS` if it lies above (the candidate is the new incumbent) or its median below, else after
+`MOST_PAIRS`, or when time is up.
 
 Of many candidates some look better by luck. So at the end the best are run beside the defaults once more, in pairs of their
 own, and are kept only if their interval is above `GAIN` again.
@@ -57,10 +57,15 @@ LEAST_RUN_S = 0.02
 """A run that is shorter says more of the clock than of the graph."""
 RUN_SHARE = 0.01
 """Of the budget: what a run may take of prefill, and again of steps. Some fifty runs fit."""
+CHECKING = 4
+"""Runs that a candidate takes before its pairs: golden probes, its outputs, the first of both."""
 LOADED = 1.2
 """Times the bytes of an artifact's files: the memory that a session takes."""
-RIGHT = 0.85
-"""How often guesses are right on text that repeats itself."""
+BLOCK = 3
+"""Steps of a size in a row, of which the fastest counts: the first may have to be prepared for."""
+RIGHT = 0.95
+"""How often guesses are right where text is copied, which is where most pay. Where fewer are right, an answer takes fewer by
+itself (`speculation`): a smaller limit would only stand in its way."""
 
 Verdict = Literal["kept", "no gain", "refused", "not tried"]
 
@@ -157,19 +162,33 @@ class DecoderWork:
         prefill_s, step_s, logits = self._timed(session, chunk)
         return 1e3 * (prefill_s * self._request / self._prompt + step_s * NEW_TOKENS), logits
 
-    def step_s(self, session: Session, tokens: int) -> float | None:
-        """Of a step of so many tokens behind the prompt: the median of some. None if the graph or its context has no room."""
-        steps = min(self._steps, (self._spec.context_length - self._prompt) // tokens - 1)
-        state = Decoder(session, self._spec, self._table, self._prompt + (max(steps, 0) + 1) * tokens)
-        if steps < 1 or tokens > state.most_rows:
+    def step_ratios(self, session: Session, left_s: float) -> dict[int, list[float]] | None:
+        """How many times as long as a step of one token those of `SIZES` take, in each of some rounds. None if the graph, its
+        context or the time that is left has no room for `LEAST_PAIRS`.
+        """
+        sizes = (1, *SIZES)
+        state = Decoder(session, self._spec, self._table, self._spec.context_length)
+        rounds = min(LAST_PAIRS, (self._spec.context_length - self._prompt) // (BLOCK * sum(sizes)) - 1)
+        if rounds < LEAST_PAIRS or state.most_rows < sizes[-1]:
             return None
+        started = time.monotonic()
         state.prefill(self._prompt, self._fed)
-        ids, times = np.arange(tokens), []
-        for _ in range(steps + 1):
-            started = time.perf_counter()
-            state.decode_tokens(ids)
-            times.append(time.perf_counter() - started)
-        return median(times[1:])
+        found: dict[int, list[float]] = {size: [] for size in SIZES}
+        for number in range(rounds + 1):  # the first prepares
+            took = {size: min(self._stepped(state, size) for _ in range(BLOCK)) for size in sizes}
+            round_s = (time.monotonic() - started) / (number + 1)
+            for size in SIZES if number else ():
+                found[size].append(took[size] / took[1])
+            if number < LEAST_PAIRS and round_s * (LEAST_PAIRS - number) > left_s - (time.monotonic() - started):
+                return None
+            if time.monotonic() - started > left_s:
+                break
+        return found
+
+    def _stepped(self, state: Decoder, tokens: int) -> float:
+        started = time.perf_counter()
+        state.decode_tokens(np.arange(tokens) % self._spec.vocab_size)
+        return time.perf_counter() - started
 
     def _fed(self, start: int, end: int) -> Array:
         return self._embeds[start:end]
@@ -242,7 +261,9 @@ class Search:
             vision = self._graph == "vision"
             self._work = VisionWork(manifest) if vision else DecoderWork(manifest, table, first, budget_s)
             self._expected = self._run(Settings())[1]
+            started = time.monotonic()
             self.default_ms, _ = self._run(Settings())
+            self._run_s = time.monotonic() - started
         except BaseException:
             self.close()
             raise
@@ -323,7 +344,7 @@ class Search:
             return False
         made = partial(Trial, self._graph, str(candidate))
         left_s = self._clock.left_s() - RESERVE * self._clock.seconds
-        if self._load_s + 2 * LEAST_PAIRS * self.default_ms / 1e3 > left_s:
+        if self._load_s + (2 * LEAST_PAIRS + CHECKING) * self._run_s > left_s:
             self._report(made("not tried", reason="the budget is spent"))
             self.spent = True
             return False
@@ -370,23 +391,31 @@ class Search:
         assert isinstance(self._work, DecoderWork)
         session = self._session(settings)
         try:
-            plain_s = self._work.step_s(session, 1)
-            steps_s = {size: self._work.step_s(session, size) for size in SIZES}
+            ratios = self._work.step_ratios(session, max(0.0, self._clock.left_s()))
         except LensError as error:
             self._report(Trial(self._graph, "draft", "refused", reason=str(error)))
             return None
-        ratios = {size: step_s / plain_s for size, step_s in steps_s.items() if step_s and plain_s}
-        if not ratios:
+        if ratios is None:
+            self._report(
+                Trial(self._graph, "draft", "not tried", reason="no room in the context, or the budget is spent")
+            )
             return None
-        times = {size: (1 - RIGHT**size) / (1 - RIGHT) / ratio for size, ratio in ratios.items()}
-        best = max(times, key=lambda size: times[size])
-        for size, ratio in ratios.items():
-            verdict: Verdict = "kept" if size == best and times[best] > GUESS_GAIN else "no gain"
-            reason = f"reckoned: a step of {size} tokens takes {ratio:.2f} of one, {100 * RIGHT:.0f} % of guesses right"
-            self._report(Trial(self._graph, f"draft {size - 1}", verdict, times[size], reason=reason))
-        if times[best] <= GUESS_GAIN:
-            return 0
-        return None if best - 1 == MOST_DRAFTED else best - 1
+        brings = {size: (1 - RIGHT**size) / (1 - RIGHT) for size in SIZES}
+        times = {size: [brings[size] / ratio for ratio in of_size] for size, of_size in ratios.items()}
+        usual = MOST_DRAFTED + 1
+        best = max(times, key=lambda size: median(times[size]))
+        if all(interval_of(of_size)[1] < GUESS_GAIN for of_size in times.values()):
+            best = 1
+        elif interval_of([a / b for a, b in zip(times[best], times[usual], strict=True)])[0] < GAIN:
+            best = usual
+        for size, of_size in times.items():
+            verdict: Verdict = "kept" if size == best else "no gain"
+            reason = (
+                f"reckoned: {size} tokens take {median(ratios[size]):.2f} of one, {100 * RIGHT:.0f} % of guesses right"
+            )
+            made = Trial(self._graph, f"draft {size - 1}", verdict, median(of_size), interval_of(of_size), len(of_size))
+            self._report(replace(made, reason=reason))
+        return None if best == usual else best - 1
 
     # --- running ------------------------------------------------------------------------------------------------------
 
@@ -403,8 +432,8 @@ class Search:
             ratios.append(times[id(one)] / times[id(other)])
             yield ratios[-1]
             low, high = interval_of(ratios)
-            says_no = high < GAIN or (len(ratios) >= SOME_PAIRS and median(ratios) < GAIN)
-            if len(ratios) >= LEAST_PAIRS and not to_the_end and (low > GAIN or says_no):
+            clear = len(ratios) >= SOME_PAIRS and (low > GAIN or median(ratios) < GAIN)
+            if not to_the_end and (clear or (len(ratios) >= LEAST_PAIRS and high < GAIN)):
                 return
 
     def _run(self, settings: Settings) -> tuple[float, Array]:
