@@ -194,7 +194,8 @@ class Generation:
         loads = turns.loads()
         self._load_ms = sum(load.ms for load in loads)
         self._notes += [f"{load.graph} was loaded in {load.ms:.0f} ms, to save memory" for load in loads]
-        self.timeline.spans += [Span("host", f"load {load.graph}", load.start_s, load.end_s) for load in loads]
+        for load in loads:
+            self.timeline.note(Span("host", f"load {load.graph}", load.start_s, load.end_s))
 
     def _note_reused(self) -> None:
         """Which slices were not encoded, and what the cache on disk has to say."""

@@ -100,7 +100,7 @@ def test_a_piece_is_fed_once_its_slices_are_there(tiny: Any, overlap: bool) -> N
     assert (pieces[0].start_s < slices[4].end_s) == overlap
     assert overlap or pieces[0].start_s >= slices[-1].end_s
     for piece in pieces:
-        end = dict(piece.details)["first"] + int(piece.name.split()[1])
+        end = int(piece.details["first"]) + int(piece.name.split()[1])
         assert all(s.end_s <= piece.start_s for s, start in zip(slices, starts, strict=True) if start < end)
 
 
@@ -262,7 +262,7 @@ def test_both_ms() -> None:
         ("decoder", 7, 8),
         ("host", 0, 9),
     ):
-        timeline.spans.append(Span(track, "x", start_s, end_s))
+        timeline.note(Span(track, "x", start_s, end_s))
     assert timeline.both_ms("vision", "decoder") == 2e3
     assert timeline.both_ms("decoder", "vision") == 2e3
     assert Timeline().both_ms("vision", "decoder") == 0
