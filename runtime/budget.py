@@ -17,37 +17,45 @@ import hashlib
 import itertools
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lensc.backends.bundle import PictureSpec
 
-from .costs import Curve
-from .overlap import CHUNK
+from .overlap import MARKS
 from .picture import PictureSlices, RGBPicture, SlicePlan, plan_slices, slice_picture
-from .prefix_cache import PrefixCache, rows_of
+from .prefix_cache import rows_of
 from .prompt import Message, Prompt, Tokenizer, build_prompt
+from .sequential import Turns
+from .sharing import LoadedDecoder
 from .vision import U8, VisionEncoder
 
 REMEMBERED = 256
 """Pictures whose cut is remembered."""
 
-MARKS = 2
-"""Tokens around the embeddings of a slice."""
-
 
 @dataclass(frozen=True)
 class Graphs:
-    """What an estimate is made of. `step_ms`: a pass over the decoder's weights, which no piece of a prompt undercuts;
-    `load_ms(encodes)`: what loading takes, where graphs take turns.
+    """What an estimate is made of: where the time goes. `chunk`: most tokens that are fed at once, `piece`: where
+    pictures are encoded beside them.
     """
 
     vision: VisionEncoder
-    prefill_ms: Curve
-    step_ms: float
+    decoder: LoadedDecoder
     chunk: int
+    piece: int
     overlap: bool
-    load_ms: Callable[[bool], float] = lambda encodes: 0.0
+    turns: Turns | None = None
+
+    @property
+    def measured(self) -> bool:
+        """Whether both graphs have worked since they were loaded."""
+        return self.vision.slice_ms.at(1) is not None and self.decoder.prefill_ms.at(1) is not None
+
+    @property
+    def forgetful(self) -> bool:
+        """Whether KV caches of earlier answers do not outlive the encoding of a slice."""
+        return self.turns is not None and not self.turns.caches_outlive_decoder
 
     def first_token_ms(self, slices: Sequence[tuple[int, int]], tokens: int) -> float | None:
         """Of encoding `slices`, each with its first token among those that are fed and its patches, and of feeding `tokens`.
@@ -62,16 +70,18 @@ class Graphs:
             encoded_ms += ms
             ready.append(encoded_ms)
         beside = self.overlap and bool(slices)
-        chunk = min(self.chunk, CHUNK) if beside else self.chunk
-        now_ms = self.load_ms(bool(slices)) + (0.0 if beside else encoded_ms)
+        chunk = min(self.chunk, self.piece) if beside else self.chunk
+        now_ms = 0.0 if beside else encoded_ms
+        now_ms += self.turns.load_ms(bool(slices)) if self.turns else 0.0
+        step_ms = self.decoder.pace.plain_s * 1e3  # a pass over the weights, which no piece undercuts
         for start in range(0, tokens, chunk):
             end = min(start + chunk, tokens)
-            ms = self.prefill_ms.at(end - start)
+            ms = self.decoder.prefill_ms.at(end - start)
             if ms is None:
                 return None
             if beside:
                 now_ms = max(now_ms, ready[sum(first < end for first, _ in slices)])
-            now_ms += max(ms, self.step_ms)
+            now_ms += max(ms, step_ms)
         return now_ms
 
 
@@ -110,20 +120,15 @@ class Fitting:
         self,
         spec: PictureSpec,
         tokenizer: Tokenizer,
-        vision: VisionEncoder,
-        prefixes: PrefixCache,
         graphs: Graphs,
         cuts: Cuts,
         messages: Sequence[Message],
         pictures: Sequence[RGBPicture],
         started_s: float,
-        forgetful: bool = False,
     ) -> None:
-        """Cut `pictures` as finely as the model does, or as they were cut before if that is remembered. `forgetful`: what
-        `prefixes` hold does not outlive the encoding of a slice.
-        """
-        self._forgetful = forgetful
-        self._spec, self._vision, self._prefixes, self._graphs, self._cuts = spec, vision, prefixes, graphs, cuts
+        """Cut `pictures` as finely as the model does, or as they were cut before if that is remembered."""
+        self._spec, self._graphs, self._cuts = spec, graphs, cuts
+        self._vision = vision = graphs.vision
         self._pictures = pictures
         self._started_s = started_s
         self._digests = [hashlib.sha256(repr(p.size).encode() + p.image.tobytes()).digest() for p in pictures]
@@ -143,10 +148,11 @@ class Fitting:
 
     @property
     def undecided(self) -> bool:
-        """Whether there is something to decide, and nothing was measured to decide it by."""
-        new = any(len(plans) > 1 for plans in self._all) and not self._vision.knows(self._keys)
-        graphs = self._graphs
-        return new and (self._vision.slice_ms.at(1) is None or graphs.prefill_ms.at(1) is None)
+        """Whether there is something to decide, and nothing was measured to decide it by; never where graphs take turns,
+        which a measurement would have loaded twice.
+        """
+        choice = any(len(plans) > 1 for plans in self._all) and not self._vision.knows(self._keys)
+        return choice and not self._graphs.measured and self._graphs.turns is None
 
     def fit(self, budget_ms: float) -> Fitted:
         """Cut as finely as the budget allows; where none does, as what takes the least."""
@@ -204,7 +210,7 @@ class Fitting:
         longest = max((_patches(size, spec) for plan in plans for size in plan.sizes), default=0)
         keys = vision.keys(self.slices, longest) if self.slices else []
         starts, bounds = self._first_slices(), self.prompt.image_bounds[:, 0].tolist()
-        reused = self._prefixes.longest(self._rows)
+        reused = self._graphs.decoder.prefixes.longest(self._rows)
         shift, again_ms = 0, 0.0
         unknown: list[tuple[int, int]] = []
         for i, plan in enumerate(plans):
@@ -225,7 +231,7 @@ class Fitting:
         def not_fed(reused: int) -> list[tuple[int, int]]:
             return [(at - reused, longest if padded else n) for at, n in unknown if at + spec.query_num > reused]
 
-        if self._forgetful and not_fed(reused):
+        if self._graphs.forgetful and not_fed(reused):
             reused = 0
         new = not_fed(reused)
         ms = self._graphs.first_token_ms(new, len(self.prompt.ids) + shift - reused)

@@ -21,7 +21,7 @@ from .decoder import I64, Cancelled, Decoder, DecoderError, scatter
 from .embedding import EmbeddingTable
 from .events import Event
 from .options import GenerationOptions
-from .overlap import CHUNK, Pictures
+from .overlap import Pictures, piece_tokens
 from .prefix_cache import Rows, rows_of, token_rows
 from .prompt import Prompt
 from .result import FinishReason, Metrics, Result, peak_memory_bytes
@@ -90,6 +90,7 @@ class Generation:
         self._max_memory_bytes = max_memory_bytes
         self._should_stop = should_stop
         self._overlap = overlap
+        self._piece = piece_tokens(spec.picture.query_num)
         self._cancelled = False
         self._notes = list(request.notes)
         self._encoded: list[EncodedSlice] = []
@@ -175,7 +176,7 @@ class Generation:
                 self._load(self._turns)
             started, waited_s = time.perf_counter(), pictures.waited_s
             try:
-                logits = self.decoder.prefill(tokens, embeds, self._stop, CHUNK if ahead else None, timeline)
+                logits = self.decoder.prefill(tokens, embeds, self._stop, self._piece if ahead else None, timeline)
             finally:
                 self._fed = self.decoder.length
                 self._prefill_ms = (time.perf_counter() - started - (pictures.waited_s - waited_s)) * 1e3
@@ -185,7 +186,7 @@ class Generation:
     def _worth_a_thread(self, bounds: I64, keys: Sequence[bytes], tokens: int) -> bool:
         """Whether a piece of the prompt can be fed before the last slice that is not known is encoded."""
         new = [start for (start, _), key in zip(bounds.tolist(), keys, strict=True) if not self._vision.knows([key])]
-        return bool(new) and min(CHUNK, self.decoder.chunk, tokens) <= new[-1]
+        return bool(new) and min(self._piece, self.decoder.chunk, tokens) <= new[-1]
 
     def _load(self, turns: Turns) -> None:
         """Load the decoder in the place of vision, and say what had to be loaded for this answer."""

@@ -2,7 +2,7 @@
 
 Where the two graphs run on different processors, a thread encodes slice after slice, and the prompt is fed in pieces whose
 bounds depend on nothing but the prompt: a piece waits for the slices that reach into it. So an answer does not depend on
-which of the two is faster, and on an engine whose pieces are CHUNK tokens anyway it is the same to the bit.
+which of the two is faster, and on an engine whose pieces are as long anyway it is the same to the bit.
 """
 
 from __future__ import annotations
@@ -20,12 +20,21 @@ from .plan import Plan
 from .timeline import Timeline
 from .vision import EncodedSlice
 
-CHUNK = 128
-"""Tokens of a piece: large enough that weights pass once for many, small enough that little is left behind the last slice,
-which is 98 tokens at full size."""
+ROUND = 32
+"""Tokens by which pieces grow: of fewer than 32, a piece would take about as long."""
+
+MARKS = 2
+"""Tokens around the embeddings of a slice."""
 
 POLL_S = 0.02
 """How often the caller is asked, while a slice is waited for, whether the answer is still wanted."""
+
+
+def piece_tokens(query_num: int) -> int:
+    """Of a piece of the prompt: those of a slice, rounded up, 128 at full size. More would leave more behind the last slice;
+    fewer would have the weights pass more often.
+    """
+    return -(-(query_num + MARKS) // ROUND) * ROUND
 
 
 @dataclass(frozen=True)

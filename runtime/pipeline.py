@@ -29,7 +29,7 @@ from .events import Event
 from .generation import Generation, Request
 from .loader import Loader
 from .options import GenerationOptions, Parameters, resolve
-from .overlap import Overlap, decide
+from .overlap import Overlap, decide, piece_tokens
 from .picture import PictureSource, open_picture, slice_picture
 from .picture_cache import PictureCache
 from .plan import Plan
@@ -292,24 +292,13 @@ class VLM:
 
     def _fitted(self, messages: Sequence[Message], budget_ms: float, started_s: float, timeline: Timeline) -> Fitted:
         """The pictures of `messages`, cut for a budget; see `budget`."""
-        loaded, turns = self._decoder, self._turns
-        chunk = decoder.Decoder(loaded.session, self.spec.decoder, self._table, 1).chunk
-        step_ms, load_ms = loaded.pace.plain_s * 1e3, turns.load_ms if turns else lambda encodes: 0.0
-        graphs = Graphs(self._vision, loaded.prefill_ms, step_ms, chunk, self.overlap.on, load_ms)
+        decoding = decoder.Decoder(self._decoder.session, self.spec.decoder, self._table, 1)
+        piece = piece_tokens(self.spec.picture.query_num)
+        graphs = Graphs(self._vision, self._decoder, decoding.chunk, piece, self.overlap.on, self._turns)
         with timeline.span("host", "open and cut pictures"):
-            fitting = Fitting(
-                self.spec.picture,
-                self.tokenizer,
-                self._vision,
-                loaded.prefixes,
-                graphs,
-                self._cuts,
-                messages,
-                [open_picture(part.source) for part in pictures_of(messages)],
-                started_s,
-                turns is not None and not turns.caches_outlive_decoder,
-            )
-        if fitting.undecided and turns is None:
+            pictures = [open_picture(part.source) for part in pictures_of(messages)]
+            fitting = Fitting(self.spec.picture, self.tokenizer, graphs, self._cuts, messages, pictures, started_s)
+        if fitting.undecided:
             # What every cut begins with is encoded and fed, and found by the answer among earlier ones.
             end = int(fitting.prompt.image_bounds[0, 1])
             beginning = Prompt(fitting.prompt.ids[:end], fitting.prompt.image_bounds[:1])

@@ -22,7 +22,6 @@ from lensc.export.models.config import ModelConfig
 from lensc.export.models.minicpmv import MiniCPMV
 from lensc.export.models.session import graph_modules
 from lensc.export.onnx import example_inputs, export_graph
-from lensc.runtime import generation
 from lensc.runtime.decoder import with_cache
 from lensc.runtime.generation import Generation, Request
 from lensc.runtime.options import resolve
@@ -229,7 +228,7 @@ def test_pictures_encoded_beside_the_prompt_change_nothing(
     sessions: dict[str, Session], beams: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same tokens and logits; slices of three sizes, so that "official" pads two of them."""
-    monkeypatch.setattr(generation, "CHUNK", 16)
+    monkeypatch.setattr("lensc.runtime.overlap.ROUND", 16)
     parts = [TEXT[:20], picture(1), picture(2, 42), TEXT[20:24], picture(3, 28), picture(4), TEXT[30:40]]
     found = []
     for overlap in (True, False):

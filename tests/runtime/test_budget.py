@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from lensc.backends.errors import UsageError
-from lensc.runtime import generation as generation_module
 from lensc.runtime.budget import Cuts, Fitting, Graphs
 from lensc.runtime.costs import Curve
 from lensc.runtime.picture import open_picture, plan_slices
@@ -79,16 +78,15 @@ SLICES = [(4, 9), (12, 9), (20, 9)]
     ],
 )  # fmt: skip
 def test_the_estimate_does_as_the_answer_does(
-    tiny: Any, overlap: bool, slice_ms: float, slices: Any, expected: float, monkeypatch: pytest.MonkeyPatch
+    tiny: Any, overlap: bool, slice_ms: float, slices: Any, expected: float
 ) -> None:
-    monkeypatch.setattr("lensc.runtime.budget.CHUNK", 8)
-    vision = made(tiny)[0]._vision
-    vision.slice_ms = Fixed(all_ms=slice_ms)
-    graphs = Graphs(vision, Fixed(1.0), 5.0, 8, overlap)
+    vlm, _, _ = made(tiny)
+    vlm._vision.slice_ms = Fixed(all_ms=slice_ms)
+    loaded = dataclasses.replace(vlm._decoder, prefill_ms=Fixed(1.0))
+    loaded.pace.plain_s = 0.005
     # 40 tokens in five pieces, and a last one of one token that costs a pass over the weights
+    graphs = Graphs(vlm._vision, loaded, 8, 32, overlap)
     assert graphs.first_token_ms(slices, 41) == pytest.approx(expected)
-    waits = dataclasses.replace(graphs, load_ms=lambda encodes: 7.0 if encodes else 3.0)
-    assert waits.first_token_ms([], 8) == 3 + 8
 
 
 # --- cuts ---------------------------------------------------------------------------------------------------------
@@ -242,8 +240,7 @@ def test_a_budget_that_is_none_is_refused(tiny: Any, value: Any) -> None:
 
 def test_the_estimate_follows_the_overlap(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of ten slices at 100 ms each and a prompt that takes as long, only the end is behind the last slice."""
-    monkeypatch.setattr(generation_module, "CHUNK", 8)
-    monkeypatch.setattr("lensc.runtime.budget.CHUNK", 8)
+    monkeypatch.setattr("lensc.runtime.overlap.ROUND", 8)
     images = [tiny.picture(84, 84)]
     one, other = (
         made(tiny, overlap=overlap)[0].prepare(user_messages(QUESTION, images), 60_000).ttft_estimate_ms
@@ -265,15 +262,13 @@ def test_a_prompt_as_it_is_estimated_is_the_prompt_that_is_made(tiny: Any) -> No
     """Rows of cells have a newline between them, and a cut picture two marks of its own."""
     for size in ((84, 84), (140, 56), (30, 200), (28, 28)):
         vlm, _, _ = made(tiny)
-        graphs = Graphs(vlm._vision, Fixed(TOKEN_MS), 0.0, 8, False)
+        graphs = Graphs(vlm._vision, vlm._decoder, 8, 8, False)
         messages = user_messages(QUESTION, [tiny.picture(*size)])
-        fitting = Fitting(
-            vlm.spec.picture, vlm.tokenizer, vlm._vision, vlm._decoder.prefixes, graphs, Cuts(), messages,
-            [open_picture(tiny.picture(*size))], 0.0,
-        )  # fmt: skip
+        pictures = [open_picture(tiny.picture(*size))]
+        fitting = Fitting(vlm.spec.picture, vlm.tokenizer, graphs, Cuts(), messages, pictures, 0.0)
         for most, plan in fitting._all[0]:
             tokens: list[int] = []
-            object.__setattr__(fitting, "_graphs", Recorder(tokens))
+            fitting._graphs = Recorder(vlm._decoder, tokens)  # type: ignore[assignment]
             fitting._estimate_ms([plan])
             assert tokens == [len(made(tiny, most)[0].prepare(messages).prompt.ids)]
 
@@ -281,7 +276,10 @@ def test_a_prompt_as_it_is_estimated_is_the_prompt_that_is_made(tiny: Any) -> No
 class Recorder:
     """In the place of `Graphs`: keeps how many tokens are fed."""
 
-    def __init__(self, tokens: list[int]) -> None:
+    forgetful = False
+
+    def __init__(self, decoder: Any, tokens: list[int]) -> None:
+        self.decoder = decoder
         self.tokens = tokens
 
     def first_token_ms(self, slices: Any, tokens: int) -> float:

@@ -15,7 +15,6 @@ import pytest
 
 from lensc.backends.base import Target
 from lensc.backends.errors import ExecutionError, StorageError
-from lensc.runtime import generation as generation_module
 from lensc.runtime.options import resolve
 from lensc.runtime.overlap import decide
 from lensc.runtime.pipeline import VLM
@@ -30,7 +29,7 @@ WAIT_S = 20.0
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation_module, "CHUNK", 8)
+    monkeypatch.setattr("lensc.runtime.overlap.ROUND", 8)
 
 
 def make(tiny: Any, overlap: bool | None, padding: Any = "official", meet: bool = True) -> tuple[VLM, Any, Any]:

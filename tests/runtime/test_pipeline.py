@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from lensc.runtime.embedding import EmbeddingTable
 from lensc.runtime.options import resolve
 from lensc.runtime.pipeline import VLM
 from lensc.runtime.prompt import user_messages
+from lensc.runtime.sequential import Turns
+from lensc.runtime.sequential import in_turn as graphs_in_turn
 
 QUESTION = "What is it?"
 
@@ -60,6 +63,41 @@ def test_prefill_in_chunks_gives_the_same(tiny: Any, chunk: int, monkeypatch: py
     prompt = result.metrics.prompt_tokens
     most = min(chunk, 64)  # the graph takes at most 64 tokens
     assert decoder.tokens == [most] * (prompt // most) + ([prompt % most] if prompt % most else []) + [1] * 11
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("in_turn", [False, True], ids=["all loaded", "in turn"])
+def test_nothing_is_fed_in_pieces_larger_than_a_chunk(
+    tiny: Any, in_turn: bool, overlap: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a prompt, nor what a turn adds, nor behind a conversation that was restored, for one sequence or several."""
+    monkeypatch.setattr(decoder_module, "PREFILL_CHUNK", 7)
+    vision, decoder = tiny.FakeVision(), tiny.FakeDecoder()
+    sessions: dict[str, Any] = {"vision": vision, "decoder": decoder}
+    turns = Turns(sessions.__getitem__) if in_turn else None
+    specs = {name: session.spec for name, session in sessions.items()}
+    opened = sessions if turns is None else graphs_in_turn(turns, specs)
+    vlm = VLM(tiny.SPEC, tiny.TOKENIZER, opened, tiny.TABLE, turns=turns, overlap=overlap)
+    content = [{"type": "image", "image": tiny.picture(56, 56)}, QUESTION]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    fed = []
+
+    def ask(**options: Any) -> None:
+        decoder.tokens.clear()
+        metrics = vlm.chat(messages, max_new_tokens=4, **options).metrics
+        assert max(decoder.tokens) <= 7
+        prompt = [n for n in decoder.tokens if n > 1]
+        fed.append((sum(prompt) + 1, metrics.prompt_tokens - metrics.reused_tokens))
+
+    ask()
+    messages += [{"role": "assistant", "content": "a"}, {"role": "user", "content": "And now? " * 6}]
+    vlm.save(tmp_path / "said", messages)
+    ask(num_beams=3)
+    vlm.forget()
+    vlm.restore(tmp_path / "said")
+    messages += [{"role": "assistant", "content": "b"}, {"role": "user", "content": "And else? " * 5}]
+    ask(do_sample=True, seed=1)
+    assert all(seen >= new > 10 for seen, new in fed) and fed[2][1] < fed[0][1] + fed[1][1]
 
 
 def test_pictures_change_the_answer_and_their_order_matters(tiny: Any) -> None:
