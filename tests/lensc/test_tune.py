@@ -57,7 +57,7 @@ def test_it_shows_each_trial_and_keeps_the_best(
     assert "vision on native:cpu: a slice of 56 x 56" in outcome.out
     assert "decoder on native:cpu: 72 tokens of prompt and 64 of answer" in outcome.out
     assert "1.25 times as fast as the defaults (1.20 to 1.30, 8 pairs of runs); kept for later loads" in outcome.out
-    assert "reckoned: 8 tokens take" in outcome.out
+    assert "\n  draft" in outcome.out
     assert len(files(kept)) == 2
     run = cli("run", bundle, "Read.", "--device", "native:cpu", "--max-new-tokens", "1", "--metrics")
     assert run.code == 0 and "note: vision on native:cpu runs as lensc tune found best here: threads 1" in run.err
