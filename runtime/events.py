@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["measured", "not measured", "tuned", "refused", "self-test", "failed"]
-"""Candidates were timed; they could not be, or what was known of them was unusable; a graph
+"""Candidates were timed; they could not be, or not well, or what was known of them was unusable; a graph
 runs as `lensc tune` found best, or what it kept is unusable; an engine did not load its artifact, or a
 trial of it failed; a golden probe failed; a device failed in the middle of an answer.
 """

@@ -37,6 +37,8 @@ from .tuned import settings_for
 
 FOLDER = "placement"
 FORMAT = 1
+BUSY = 1.5
+"""A spread from which on the figures may be of something else than the candidates; 1.0 to 1.2 on a quiet machine."""
 
 Outcomes = dict[tuple[str, Target], Timing | Refusal]
 
@@ -80,7 +82,7 @@ def measured(
             found.events.append(Event("not measured", "", "", text))
             return found
         seconds = time.perf_counter() - started
-        found.events += _told(kept, seconds)
+        found.events += _told(kept, seconds, path)
         if path is not None:
             _keep(path, key, kept, found.events)
     found.outcomes = kept
@@ -109,7 +111,7 @@ def _tried(
     return outcomes
 
 
-def _told(outcomes: Outcomes, seconds: float) -> list[Event]:
+def _told(outcomes: Outcomes, seconds: float, path: Path | None) -> list[Event]:
     """One event for each graph."""
     events = []
     for graph in dict.fromkeys(graph for graph, _ in outcomes):
@@ -118,6 +120,12 @@ def _told(outcomes: Outcomes, seconds: float) -> list[Event]:
         events.append(Event("measured", graph, "", text))
     last = events[-1]
     events[-1] = dataclasses.replace(last, text=f"{last.text}; all in {seconds:.1f} s, and remembered")
+    spread = max((o.spread for o in outcomes.values() if isinstance(o, Timing)), default=1.0)
+    if spread > BUSY:
+        text = f"the machine was busy when candidates were timed: runs took up to {spread:.1f} times as long as the fastest"
+        events.append(
+            Event("not measured", "", "", text + ("" if path is None else f"; delete {path} to time them again"))
+        )
     return events
 
 
@@ -168,7 +176,9 @@ def _parsed(document: Any, key: str, rivals: Sequence[Artifact]) -> Outcomes:
         if "ms" in entry:
             if type(entry["ms"]) is not float or not 0 < entry["ms"] < math.inf:
                 raise ValueError("ms")
-            outcomes[artifact.graph, artifact.target] = Timing(entry["ms"], entry["text"])
+            if type(entry["spread"]) is not float:
+                raise TypeError("spread")
+            outcomes[artifact.graph, artifact.target] = Timing(entry["ms"], entry["text"], entry["spread"])
         elif entry["kind"] in ("self-test", "refused"):
             outcomes[artifact.graph, artifact.target] = Refusal(entry["kind"], entry["text"])
         else:

@@ -20,6 +20,8 @@ class Timing:
     ms: float
     text: str
     """For readers: "12.3 ms per slice"."""
+    spread: float = 1.0
+    """How many times as long as the fastest run the median took: what else the machine was doing."""
 
 
 Timings = Mapping[tuple[str, Target], Timing]

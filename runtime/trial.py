@@ -12,12 +12,14 @@ OPTIONS are those of `LoadOptions`, as JSON.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Literal
 
 import numpy as np
@@ -63,7 +65,7 @@ def tried(bundle: Path, artifact: Artifact, state: str, options: LoadOptions) ->
     answers = child.ask([*COMMAND, *words], golden.limit_s(artifact, state))
     answer = answers.said[-1] if answers.said else {}
     if "ms" in answer:
-        return Timing(float(answer["ms"]), str(answer["text"]))
+        return Timing(**answer)
     if "error" in answer:
         return Refusal("self-test" if answer["kind"] == "self-test" else "refused", str(answer["error"]))
     return Refusal("refused", f"its trial {answers.problem or 'said nothing'}")
@@ -78,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     answer = child.answering()
     try:
         timing = time_candidate(Path(folder), graph, Target.parse(target), LoadOptions(**json.loads(options)))
-        answer({"ms": timing.ms, "text": timing.text})
+        answer(dataclasses.asdict(timing))
     except ParityError as error:
         answer({"kind": "self-test", "error": str(error)})
     except (LensError, OSError, MemoryError) as error:
@@ -110,9 +112,8 @@ def _vision(manifest: Manifest, session: Session) -> Timing:
         # never seen before, so that it is encoded
         encoder.encode([random.integers(0, 256, (side, side, 3), dtype=np.uint8)])
 
-    first_ms = _ms(one_slice)
-    ms = first_ms if first_ms > SLOW_MS else _best_ms(one_slice)
-    return Timing(ms, f"{ms:.3g} ms per slice")
+    ms, spread = _timed(one_slice, _ms(one_slice))
+    return Timing(ms, f"{_shown(ms)} ms per slice", spread)
 
 
 def _decoder(folder: Path, manifest: Manifest, session: Session) -> Timing:
@@ -132,24 +133,28 @@ def _decoder(folder: Path, manifest: Manifest, session: Session) -> Timing:
 
     first_ms = _ms(prefill)
     step()
-    prefill_ms = first_ms if first_ms > SLOW_MS else _best_ms(prefill)
+    prefill_ms, prefill_spread = _timed(prefill, first_ms)
     step()
-    step_ms = min(_ms(step) for _ in range(STEPS - 1))
+    steps_ms = [_ms(step) for _ in range(STEPS - 1)]
+    step_ms = min(steps_ms)
     prompt = SLICES * manifest.model.picture.query_num + TEXT_TOKENS
     ms = prefill_ms / tokens * prompt + step_ms * NEW_TOKENS
-    rates = f"prefill {_rate(1e3 * tokens / prefill_ms)} tokens/s, decode {_rate(1e3 / step_ms)}"
-    return Timing(ms, f"{ms:.3g} ms per request ({rates})")
+    rates = f"prefill {_shown(1e3 * tokens / prefill_ms)} tokens/s, decode {_shown(1e3 / step_ms)}"
+    return Timing(ms, f"{_shown(ms)} ms per request ({rates})", max(prefill_spread, median(steps_ms) / step_ms))
 
 
-def _rate(tokens_s: float) -> str:
-    return f"{tokens_s:.3g}" if tokens_s < 1000 else f"{tokens_s:.0f}"
+def _shown(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-def _best_ms(work: Callable[[], None]) -> float:
-    times = [_ms(work)]
+def _timed(work: Callable[[], None], first_ms: float) -> tuple[float, float]:
+    """The fastest run of some, in milliseconds, and how many times as long the median took; `first_ms` is that of the one
+    before them.
+    """
+    times = [first_ms] if first_ms > SLOW_MS else [_ms(work)]
     while sum(times) < BUDGET_S * 1e3 and len(times) < MOST_RUNS:
         times.append(_ms(work))
-    return min(times)
+    return min(times), median(times) / min(times)
 
 
 def _ms(work: Callable[[], None]) -> float:

@@ -317,7 +317,7 @@ def test_candidates_are_timed_once_and_remembered(
     bundles: dict[str, Path], cache: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with lensc.load(bundles["native"], threads=1) as vlm:
-        assert [(e.kind, e.graph) for e in vlm.events] == [("measured", "vision"), ("measured", "decoder")]
+        assert [(e.kind, e.graph) for e in vlm.events[:2]] == [("measured", "vision"), ("measured", "decoder")]
         assert vlm.plan is not None
         for placed in vlm.plan.placements:
             assert placed.requested is None and placed.measured is not None
@@ -364,11 +364,11 @@ def test_a_candidate_that_fails_costs_only_itself(
         with lensc.load(bundles[backend], **VISION_ONLY) as vlm:
             assert where(vlm)["vision"] == f"{OTHER[backend]}:cpu" and vlm.plan is not None
             assert problem in vlm.plan["vision"].reason
-            out = [e for e in vlm.events if e.kind != "measured"]
+            out = [e for e in vlm.events if e.kind in ("self-test", "refused")]
             assert [(e.kind, e.target) for e in out] == [
                 ("self-test" if kind == "zeros" else "refused", f"{backend}:cpu")
             ]
-            assert problem in out[0].text and len(vlm.events) == (1 if again else 2)
+            assert problem in out[0].text and again != ("measured" in [e.kind for e in vlm.events])
 
 
 def test_a_wrong_answer_in_a_trial_is_dealt_with_by_policy(
@@ -460,6 +460,12 @@ def test_a_damaged_or_foreign_file_is_a_note_and_candidates_are_timed_again(
         return [event.kind for event in found.events]
 
     assert events() == ["measured"] and events() == []
+    monkeypatch.setattr(trial, "tried", lambda *_: Timing(5.0, "5 ms per slice", 2.5))
+    shutil.rmtree(cache)
+    assert events() == ["measured", "not measured"] and events() == [], "the machine was busy"
+    monkeypatch.setattr(trial, "tried", tried)
+    shutil.rmtree(cache)
+    assert events() == ["measured"]
     (path,) = cache.iterdir()
     right = path.read_bytes()
     for damage in DAMAGES.values():
