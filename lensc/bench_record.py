@@ -41,6 +41,9 @@ NAMES: dict[str, str] = {
     "peak_memory_bytes": "peak memory",
 }
 
+TUNED = "; tuned: "
+"""How the reason of a placement goes on that runs with what `lensc tune` has kept."""
+
 Moved = Literal["same", "better", "worse", "not judged"]
 
 
@@ -246,6 +249,7 @@ def differences(old: Record, new: Record) -> list[str]:
         ("version of", old.versions, new.versions),
         ("bundle", _plain(old.bundle), _plain(new.bundle)),
         ("picture", _hashes(old), _hashes(new)),
+        ("placement", _placements(old), _placements(new)),
     ]
     found = [
         f"{part} {name}: {_shown(before.get(name))} -> {_shown(after.get(name))}"
@@ -267,6 +271,15 @@ def _plain(value: Any) -> dict[str, Any]:
 
 def _hashes(record: Record) -> dict[str, str]:
     return {image.name: image.sha256 for image in record.settings.images if image.sha256 is not None}
+
+
+def _placements(record: Record) -> dict[str, str]:
+    """By graph and target: how weights are stored, whether it is the real thing, and the settings that `lensc tune` kept."""
+    return {
+        f"{p.graph} on {p.target}": ", ".join([p.scheme, p.state, *p.reason.split(TUNED)[1:]])
+        for row in record.rows
+        for p in row.plan
+    }
 
 
 def _shown(value: object) -> str:

@@ -13,15 +13,11 @@ from typing import Any
 from lensc.profiles.profile import Figure as Known
 
 from . import console
-from .bench_record import HIGHER_IS_BETTER, NAMES, TOLERANCE, Figure, Moved, Record, Row, moved, of_limit
+from .bench_record import HIGHER_IS_BETTER, NAMES, TOLERANCE, TUNED, Figure, Moved, Record, Row, moved, of_limit
 
 UNITS = {"image_ms": "ms", "prefill_tokens_s": "tokens/s", "decode_tokens_s": "tokens/s", "ttft_ms": "ms"}
 ROOFED = ("image_ms", "prefill_tokens_s", "decode_tokens_s")
 """The figures that have a limit."""
-
-
-TUNED = "; tuned: "
-"""How the reason of a placement goes on that runs with what `lensc tune` has kept."""
 
 
 # --- one record ---------------------------------------------------------------------------------------------------
@@ -61,7 +57,7 @@ def cell(row: Row, name: str) -> str:
 
 def _absent(row: Row, name: str = "") -> str:
     if row.failed:
-        return "failed"
+        return "not here" if row.skipped else "failed"
     if (name == "image_ms" and not row.slices) or (name == "decode_tokens_s" and row.new_tokens == 1):
         return "-"
     return "emulated" if row.emulated else "-"
@@ -140,7 +136,7 @@ def notes(record: Record) -> Iterator[str]:
     emulated = {(p.graph, p.target) for row in record.rows for p in row.plan if p.state == "emulated"}
     yield from (f"{graph} on {target} is emulated: its times are none of the device's" for graph, target in emulated)
     tuned = dict.fromkeys(
-        f"{p.graph} on {p.target} {p.reason[p.reason.index(TUNED) + 2 :]}"
+        f"{p.graph} on {p.target}, tuned: {p.reason.split(TUNED)[1]}"
         for row in record.rows
         for p in row.plan
         if TUNED in p.reason

@@ -55,8 +55,12 @@ class Contender:
         self, name: str, command: Sequence[str], folder: Path | None = None, environment: dict[str, str] | None = None
     ):
         """Start `command` and wait until it is ready. Its errors go to `<folder>/<name>.log`, or to a file that goes with it.
-        Raises ExecutionError if it ends instead, and what it reports.
+        Raises ExecutionError if it ends instead, and what it reports; UnavailableError where processes cannot be stopped.
         """
+        if not hasattr(signal, "SIGSTOP"):
+            raise UnavailableError(
+                "measuring needs a system that can stop and continue processes, as Linux and macOS do"
+            )
         self.name = name
         path = None if folder is None else folder / f"{name.replace(' ', '-')}.log"
         self._where = "" if path is None else f" (see {path})"

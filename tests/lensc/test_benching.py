@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from lensc import bench_record, bench_run, bench_tables, benching
+from lensc.backends.base import Target
 from lensc.backends.bundle import load_manifest, write_manifest
 from lensc.bench_record import Figure, Placed, Record, moved
 from lensc.cli import main
@@ -131,6 +132,21 @@ def test_a_graph_that_fails_its_probe_gets_no_figures(bundle: Path, tmp_path: Pa
     assert shown.code == 1 and row["figures"] == {} and "self-test failed: decoder" in row["failed"]
 
 
+def test_a_target_that_cannot_run_here_is_no_failure_unless_it_was_asked_for(
+    bundle: Path, tmp_path: Path, cli: Cli
+) -> None:
+    folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    manifest = load_manifest(folder)
+    elsewhere = tuple(replace(a, target=Target.parse("openvino:npu")) for a in manifest.artifacts)
+    write_manifest(folder, replace(manifest, artifacts=(*elsewhere, *manifest.artifacts)))
+    asked = ("bench", folder, "-p", 4, "-n", 2, "-r", 1, "--warmup", 0, "--image", "none")
+    shown = cli(*asked, "--device", "all", "--output", tmp_path / "new.json")
+    npu, cpu = bench_record.read(tmp_path / "new.json").rows
+    assert shown.code == 0 and npu.skipped and npu.figures == {} and "decode_tokens_s" in cpu.figures
+    assert "not here" in shown.out and "- no figures for openvino:npu: nothing runs for openvino:npu" in shown.out
+    assert_refused(cli(*asked, "--device", "openvino:npu"), 1, "nothing runs for openvino:npu")
+
+
 def test_a_time_that_an_emulation_is_part_of_is_none(record: Record, bundle: Path) -> None:
     manifest = load_manifest(bundle)
     subject = bench_run.Subject(bundle, manifest, "", 1)
@@ -186,7 +202,7 @@ def test_placements_stand_beside_the_first(record: Record) -> None:
     plan = tuple(replace(p, target="native:cpu") for p in first.plan)
     other = replace(first, device="native:cpu", plan=plan, figures={"ttft_ms": Figure((5.0, 5.0, 30.0))})
     tuned = (replace(plan[0], reason="best usable: runs here; tuned: 1 thread"), plan[1])
-    assert "vision on native:cpu tuned: 1 thread" in bench_tables.markdown(
+    assert "vision on native:cpu, tuned: 1 thread" in bench_tables.markdown(
         replace(record, rows=(replace(other, plan=tuned),))
     )
     text = bench_tables.markdown(replace(record, rows=(first, other)))
@@ -259,7 +275,10 @@ def test_what_differs_is_named(record: Record) -> None:
         bundle=replace(record.bundle, manifest_sha256="0" * 64),
         probed={name: (value / 2, value / 2) for name, (value, _) in record.probed.items()},
     )
+    tuned = tuple(replace(p, reason=f"{p.reason}; tuned: 1 thread") for p in record.rows[0].plan)
+    other = replace(other, rows=(replace(record.rows[0], plan=tuned),))
     found = "; ".join(bench_record.differences(record, other))
+    assert "placement vision on onnxruntime:cpu: f32, runs here -> f32, runs here, 1 thread" in found
     for part in ("machine cores: ", "version of onnxruntime: ", "bundle manifest_sha256: ", "reached bandwidth_gb_s: "):
         assert part in found
     assert "000000000000…" in found
