@@ -18,6 +18,7 @@ from lensc.export.graph import Graph, GraphSpec
 from lensc.export.quantize.scheme import Scheme
 from lensc.profiles import probe
 
+from ._engine_cores import choices, cpus_of, on_cores, staying_on
 from ._native_session import NativeDecoderSession, NativeSession
 from ._program import BITS, CHUNK_BYTES, Attention, CausalAttention, Linear, Program
 from ._program_artifact import opened, save
@@ -105,7 +106,7 @@ class Native:
 
     def choices(self, artifact: Artifact) -> Choices:
         """See `TunableBackend.choices`."""
-        return DECODER_CHOICES if artifact.graph == "decoder" else {}
+        return (DECODER_CHOICES if artifact.graph == "decoder" else {}) | choices()
 
     def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, options: LoadOptions = DEFAULTS) -> Session:
         """Map a program's files and plan it for this CPU."""
@@ -120,10 +121,15 @@ class Native:
             except OSError as error:
                 raise ExecutionError(f"{path}: its data cannot be mapped: {error.strerror or error}") from error
         count = probe.machine().cores if options.threads is None else options.threads
-        if not spec.states:
-            return NativeSession(spec, program, path.parent, kernels, _isa(kernels), count, scheme)
-        chunk = int(chosen[PREFILL_CHUNK])
-        return NativeDecoderSession(spec, program, path.parent, kernels, _isa(kernels), count, scheme, chunk)
+        cpus, isa = cpus_of(chosen, count), _isa(kernels)
+        session: Session
+        with staying_on(cpus):
+            if spec.states:
+                chunk = int(chosen[PREFILL_CHUNK])
+                session = NativeDecoderSession(spec, program, path.parent, kernels, isa, count, scheme, chunk)
+            else:
+                session = NativeSession(spec, program, path.parent, kernels, isa, count, scheme)
+        return on_cores(session, cpus)
 
 
 def _no_kernel(scheme: Scheme) -> str | None:

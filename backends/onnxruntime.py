@@ -21,6 +21,7 @@ from lensc.export.graph import Graph, GraphSpec
 from lensc.export.quantize.scheme import Scheme
 from lensc.profiles import probe
 
+from ._engine_cores import choices, cpus_of, on_cores, staying_on
 from ._onnxruntime_cache import OrtDecoderSession
 from ._onnxruntime_lower import LENGTHS, NEW_SCALES, SCALES, TOTAL, WIDEN, lower, present_name
 from ._onnxruntime_session import OrtSession, Weights, engine_errors, one_line
@@ -133,7 +134,7 @@ class OnnxRuntime:
 
     def choices(self, artifact: Artifact) -> Choices:
         """See `TunableBackend.choices`."""
-        return DECODER_CHOICES if artifact.graph == "decoder" else CHOICES
+        return (DECODER_CHOICES if artifact.graph == "decoder" else CHOICES) | choices()
 
     def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, options: LoadOptions = DEFAULTS) -> Session:
         """Open an optimized graph. Weights are mapped from the data file, then packed for the CPU at hand."""
@@ -141,7 +142,9 @@ class OnnxRuntime:
         ort = _engine()
         check_compatibility(artifact, {NAME: ort.__version__, "machine": platform.machine()})
         of_session = _options(ort)
-        of_session.intra_op_num_threads = probe.machine().cores if options.threads is None else options.threads
+        threads = probe.machine().cores if options.threads is None else options.threads
+        cpus = cpus_of(chosen, threads)
+        of_session.intra_op_num_threads = threads
         of_session.add_session_config_entry("session.intra_op.allow_spinning", str(int(chosen["spinning"] == "on")))
         if chosen["blocks"] == "halving":
             of_session.add_session_config_entry("session.dynamic_block_base", "4")
@@ -150,16 +153,17 @@ class OnnxRuntime:
         path, *data = (bundle / file.path for file in artifact.files)
         weights = Weights(data)
         weights.lend(of_session, path)
-        with weights.being_packed():
+        with staying_on(cpus), weights.being_packed():
             session = _open(ort, path, of_session)
         inputs, outputs = ([v.name for v in values] for values in (session.get_inputs(), session.get_outputs()))
         if TOTAL not in inputs:
             check_interface(spec, inputs, outputs)
-            return OrtSession(spec, session, weights)
+            return on_cores(OrtSession(spec, session, weights), cpus)
         presents = {present_name(pair.input): pair.output for pair in spec.states}
         ours = {LENGTHS, TOTAL, SCALES, NEW_SCALES, WIDEN}
         check_interface(spec, set(inputs) - ours | {"position_ids"}, (presents.get(o, o) for o in set(outputs) - ours))
-        return OrtDecoderSession(spec, session, weights, _shrinking(ort), int(chosen[PREFILL_CHUNK]))
+        decoder = OrtDecoderSession(spec, session, weights, _shrinking(ort), int(chosen[PREFILL_CHUNK]))
+        return on_cores(decoder, cpus)
 
 
 def _no_kernel(scheme: Scheme) -> str | None:

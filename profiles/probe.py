@@ -176,6 +176,21 @@ def _physical_cores(root: Path, allowed: list[int]) -> int:
     return max(1, len(siblings))
 
 
+def core_speeds(root: Path = ROOT) -> dict[int, int]:
+    """A hardware thread of each core that this process may run on, the fastest first, and how fast: as the system rates its
+    capacity, else its highest clock in kHz, else 0.
+    """
+    topology, found = root / "sys/devices/system/cpu", {}
+    seen: set[str] = set()
+    for cpu in _allowed_cpus():
+        core = _read(topology / f"cpu{cpu}/topology/thread_siblings_list") or f"cpu{cpu}"
+        rated = _read(topology / f"cpu{cpu}/cpu_capacity") or _read(topology / f"cpu{cpu}/cpufreq/cpuinfo_max_freq")
+        if core not in seen:
+            seen.add(core)
+            found[cpu] = int(rated) if rated.isdigit() else 0
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+
 def _groups(root: Path, controller: str) -> list[Path]:
     """The control groups this process is in, innermost first, for version 2 (`controller=""`) or a controller of 1."""
     for line in _read(root / "proc/self/cgroup").splitlines():

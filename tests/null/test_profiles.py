@@ -198,6 +198,15 @@ def test_machine_of_two_cores_with_two_threads_each(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("four_threads")
+@pytest.mark.parametrize("rating", ["cpu_capacity", "cpufreq/cpuinfo_max_freq"])
+def test_cores_are_listed_by_their_speed_one_thread_of_each(rating: str, tmp_path: Path) -> None:
+    rated = {f"sys/devices/system/cpu/cpu{cpu}/{rating}": speed for cpu, speed in ((0, "400"), (1, "400"), (2, "1024"))}
+    root = tree(tmp_path, rated | siblings("0", "1", "2-3", "2-3"))
+    assert list(probe.core_speeds(root).items()) == [(2, 1024), (0, 400), (1, 400)]
+    assert probe.core_speeds(tmp_path / "nowhere") == {0: 0, 1: 0, 2: 0, 3: 0}
+
+
+@pytest.mark.usefixtures("four_threads")
 @pytest.mark.parametrize(
     ("files", "threads", "memory"),
     [

@@ -16,7 +16,7 @@ from lensc.backends.errors import ParityError
 from lensc.backends.load_options import DEFAULTS, Choices, LoadOptions, settings_of
 from lensc.export.graph import GraphSpec
 from lensc.profiles import probe
-from lensc.runtime import tiny, tune
+from lensc.runtime import tiny, tune, tune_work
 from lensc.runtime.embedding import open_table
 from lensc.runtime.tuned import Settings
 
@@ -78,6 +78,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     here = probe.Machine("a CPU", "x86_64", "Linux", (), 4, 4, 8 << 30)
     monkeypatch.setattr(probe, "machine", lambda: here)
     monkeypatch.setattr(probe, "free_memory", lambda: (4 << 30, 0))
+    monkeypatch.setattr(tune_work, "RUN_SHARE", 100.0)  # the whole prompt, however busy the machine is
     return made
 
 
@@ -167,13 +168,13 @@ def test_another_result_is_refused_however_fast(search: Callable[..., Any]) -> N
 
 def test_outputs_of_the_work_are_judged_too(search: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The golden probe of a decoder is one run: it does not see how a prompt is cut."""
-    timed = tune.DecoderWork._timed
+    timed = tune_work.DecoderWork._timed
 
-    def cut(self: tune.DecoderWork, session: Session, chunk: int | None) -> tuple[float, float, Array]:
+    def cut(self: tune_work.DecoderWork, session: Session, chunk: int | None) -> tuple[float, float, Array]:
         prefill_s, step_s, logits = timed(self, session, chunk)
         return prefill_s, step_s, logits + (1 if chunk == 8 else 0)
 
-    monkeypatch.setattr(tune.DecoderWork, "_timed", cut)
+    monkeypatch.setattr(tune_work.DecoderWork, "_timed", cut)
     found, trials = search("decoder", lambda settings: float(settings.engine.get("prefill_chunk", 32)))
     assert found.settings.engine == {"prefill_chunk": "16"}
     [refused] = [t for t in trials if t.settings == "chunk 8"]
