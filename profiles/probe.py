@@ -131,13 +131,21 @@ def device_profile(found: Machine) -> DeviceProfile:
 
 def versions() -> dict[str, str]:
     """The versions that matter of what is installed, Python's first."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {name: version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **{name: told for name, told in found.items() if told}}
+
+
+def version(package: str) -> str:
+    """The version of an installed package, empty if it is none: lensc itself is none in a source tree."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def gpu_driver(root: Path = ROOT) -> str:
+    """What the NVIDIA driver says of its version, empty where there is none."""
+    return _read(root / "proc/driver/nvidia/version").partition("\n")[0]
 
 
 def _read(path: Path) -> str:

@@ -139,7 +139,8 @@ def _key(rivals: Sequence[Artifact], probes: Sequence[Probe], options: Sequence[
     parts = {
         "format": FORMAT,
         "machine": [str(here), here.system, *here.isa],
-        "versions": machine.versions(),
+        "lensc": machine.version("lensc"),
+        "drivers": machine.gpu_driver(),
         "probes": sorted({f"{p.backend}:{p.processor} {p.reason}" for p in told if p is not None}),
         "artifacts": [dataclasses.asdict(artifact) for artifact in rivals],
         "options": [[told.threads, sorted(told.engine.items())] for told in options],

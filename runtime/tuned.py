@@ -187,7 +187,8 @@ def settings_for(artifact: Artifact, probe_: Probe | None) -> tuple[Settings, st
     """What was found for an artifact whose engine answers `probe_`, the defaults if nothing was; and why not, if something is
     there that cannot be used.
     """
-    if probe_ is None or folder() is None:
+    place = folder()
+    if probe_ is None or place is None or not place.is_dir():  # most users never tuned anything
         return Settings(), ""
     key = key_of(artifact, probe_.reason)
     path = path_of(key)
