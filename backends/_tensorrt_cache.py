@@ -24,16 +24,55 @@ STORED: dict[Half, npt.DTypeLike] = {"float16": np.float16, "bfloat16": np.uint1
 """What numpy calls the type of a cache; it has no bfloat16, whose bits are those of uint16."""
 
 
+class Blocks:
+    """Memory for caches. The block that was given back last is kept, so that the next conversation's cache lies where the last
+    one's did, and the CUDA graphs that point there serve again.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._kept: tuple[int, int] | None = None
+        self._is_closed = False
+
+    def take(self, nbytes: int) -> int:
+        """The address of so many zeros. Raises ExecutionError."""
+        kept, self._kept = self._kept, None
+        if kept is not None and kept[1] != nbytes:
+            self.device.free(kept[0])
+            kept = None
+        address = self.device.allocate(nbytes) if kept is None else kept[0]
+        self.device.clear(address, nbytes)
+        return address
+
+    def give(self, address: int, nbytes: int) -> None:
+        """Take a block back."""
+        if self._is_closed:
+            self.device.free(address)
+            return
+        if self._kept is not None:
+            self.device.free(self._kept[0])
+        self._kept = (address, nbytes)
+
+    def close(self) -> None:
+        """Free what is kept; what is given back later is freed at once."""
+        self._is_closed = True
+        if self._kept is not None:
+            self.device.free(self._kept[0])
+            self._kept = None
+
+
 class TensorRTCache:
     """See `Cache`."""
 
-    def __init__(self, spec: GraphSpec, device: Device, half: Half, capacity: int, batch: int) -> None:
+    def __init__(self, spec: GraphSpec, blocks: Blocks, half: Half, capacity: int, batch: int) -> None:
         """Raises UsageError for a capacity or a batch that the graph does not take, ExecutionError if it does not fit."""
         check_capacity(spec, capacity, batch)
         self.spec, self.half = spec, half
         self.batch = batch
         self.length = 0
-        self._device = device
+        self._blocks, self._device = blocks, blocks.device
+        self._aside: tuple[int, int] | None = None
+        """Memory through which sequences change places."""
         self.names = tuple(pair.input for pair in spec.states)
         tensor = caches(spec, half)[0]
         self._kv_heads, self._capacity, self._head_dim = (int(d) for d in tensor.shape[1:])
@@ -42,13 +81,14 @@ class TensorRTCache:
         self._pitch = self._capacity * self._row_bytes
         """Bytes of a head of a sequence."""
         self._array_bytes = batch * self._kv_heads * self._pitch
-        self._block = device.allocate(self.nbytes)
-        device.clear(self._block, self.nbytes)
+        self._block = blocks.take(self.nbytes)
 
     def __del__(self) -> None:
         block = self.__dict__.pop("_block", None)
         if block is not None:
-            self._device.free(block)
+            self._blocks.give(block, self.nbytes)
+            if self._aside is not None:
+                self._device.free(self._aside[0])
 
     @property
     def nbytes(self) -> int:
@@ -72,7 +112,7 @@ class TensorRTCache:
     def fork(self, batch: int) -> TensorRTCache:
         """See `Cache.fork`."""
         check_fork(self)
-        copy = TensorRTCache(self.spec, self._device, self.half, self._capacity, batch)
+        copy = TensorRTCache(self.spec, self._blocks, self.half, self._capacity, batch)
         for i in range(len(self.names)):
             for sequence in range(batch):
                 self._copy_rows(copy.address(i) + sequence * self._kv_heads * self._pitch, self.address(i), 1, 0)
@@ -87,18 +127,15 @@ class TensorRTCache:
         if not moved or width <= 0:
             return
         one = self._kv_heads * width
-        aside = self._device.allocate(len(moved) * one)
+        aside = self._room_aside(len(moved) * one)
         first = start * self._row_bytes
-        try:
-            for i in range(len(self.names)):
-                for place, sequence in enumerate(moved):
-                    source = self.address(i) + int(beams[sequence]) * self._kv_heads * self._pitch + first
-                    self._device.copy(aside + place * one, width, source, self._pitch, width, self._kv_heads)
-                for place, sequence in enumerate(moved):
-                    to = self.address(i) + sequence * self._kv_heads * self._pitch + first
-                    self._device.copy(to, self._pitch, aside + place * one, width, width, self._kv_heads)
-        finally:
-            self._device.free(aside)
+        for i in range(len(self.names)):
+            for place, sequence in enumerate(moved):
+                source = self.address(i) + int(beams[sequence]) * self._kv_heads * self._pitch + first
+                self._device.copy(aside + place * one, width, source, self._pitch, width, self._kv_heads)
+            for place, sequence in enumerate(moved):
+                to = self.address(i) + sequence * self._kv_heads * self._pitch + first
+                self._device.copy(to, self._pitch, aside + place * one, width, width, self._kv_heads)
 
     def save(self) -> dict[str, Array]:
         """See `Cache.save`: float16, float32, or the bits of bfloat16."""
@@ -142,6 +179,16 @@ class TensorRTCache:
     def _rows(self) -> int:
         """Heads of all sequences, each a pitch from the next."""
         return self.batch * self._kv_heads
+
+    def _room_aside(self, nbytes: int) -> int:
+        """Memory of so many bytes, which is kept: beams change places in every step, with more tokens each time."""
+        if self._aside is None or self._aside[1] < nbytes:
+            if self._aside is not None:
+                self._device.free(self._aside[0])
+                self._aside = None
+            size = 1 << (nbytes - 1).bit_length()
+            self._aside = (self._device.allocate(size), size)
+        return self._aside[0]
 
     def _empty(self, length: int) -> Array:
         return np.empty((self.batch, self._kv_heads, length, self._head_dim), STORED[self.half])

@@ -91,16 +91,22 @@ class TensorRTEngine:
         self._recorded: dict[tuple[object, ...], _Recorded] = {}
         self._scratch, self._scratch_bytes = 0, 0
         self.notes: list[str] = []
-        self._loaded: _Loaded | None = self._load(has_host_code)
-        self._is_replayed = self._stream_weights(room) and is_replayed
-        engine = self._open().engine
-        if engine.num_optimization_profiles != len(profiles):
-            raise GraphError(
-                f"{path}: has {engine.num_optimization_profiles} profiles, expected {len(profiles)}; compile it again"
-            )
-        sizes = [int(engine.get_device_memory_size_for_profile_v2(i)) for i in range(len(profiles))]
-        self._scratch_bytes = -(-max(sizes) // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
-        self._scratch = self.device.allocate(self._scratch_bytes)
+        self._loaded: _Loaded | None = None
+        self._is_closed = False
+        try:
+            self._loaded = self._load(has_host_code)
+            self._is_replayed = self._stream_weights(room) and is_replayed
+            engine = self._open().engine
+            if engine.num_optimization_profiles != len(profiles):
+                raise GraphError(
+                    f"{path}: has {engine.num_optimization_profiles} profiles, expected {len(profiles)}; compile it again"
+                )
+            sizes = [int(engine.get_device_memory_size_for_profile_v2(i)) for i in range(len(profiles))]
+            self._scratch_bytes = -(-max(sizes) // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
+            self._scratch = self.device.allocate(self._scratch_bytes)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def names(self) -> tuple[set[str], set[str]]:
@@ -156,14 +162,16 @@ class TensorRTEngine:
 
     def close(self) -> None:
         """Free contexts before the engine, and the engine before its runtime."""
-        if self._loaded is None:
+        if self._is_closed:
             return
+        self._is_closed = True
         self.device.wait()
         for found in self._recorded.values():
             self._drop_graph(found)
         self._recorded.clear()
-        loaded, self._loaded = self._loaded, None
-        loaded.contexts.clear()
+        if self._loaded is not None:
+            self._loaded.contexts.clear()
+            self._loaded = None
         if self._scratch:
             self.device.free(self._scratch)
         self.device.close()

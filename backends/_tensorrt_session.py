@@ -14,9 +14,20 @@ import numpy as np
 
 from lensc.export.graph import GraphSpec
 
-from ._tensorrt_cache import TensorRTCache
+from ._tensorrt_cache import Blocks, TensorRTCache
 from ._tensorrt_device import Device
-from ._tensorrt_target import BUCKET, COLUMNS, SPAN, WRITE, Half, Profile, capacity_of, present_name, profiles
+from ._tensorrt_target import (
+    BUCKET,
+    COLUMNS,
+    PREFILL_TOKENS,
+    SPAN,
+    WRITE,
+    Half,
+    Profile,
+    capacity_of,
+    present_name,
+    profiles,
+)
 from .base import Array, Cache, check_continues, check_feeds, check_indices, check_out, writeable
 from .errors import ExecutionError, UsageError
 
@@ -104,9 +115,11 @@ class TensorRTSession:
         given = {} if out is None else out
         sizes = check_feeds(self.spec, feeds)
         outputs = writeable(self.spec, check_out(self.spec, sizes, given), given)
-        which, most = self._chosen(sizes)
-        for start in range(0, sizes["slices"], most):
-            piece = slice(start, min(start + most, sizes["slices"]))
+        start = 0
+        while start < sizes["slices"]:
+            which, count = self._chosen(sizes["slices"] - start, sizes["patches"])
+            piece = slice(start, start + count)
+            start += count
             placed = {t.name: self._buffers.send(t.name, feeds[t.name][piece]) for t in self.spec.inputs}
             parts = {t.name: outputs[t.name][piece] for t in self.spec.outputs}
             to = {name: self._buffers.place(name, part.dtype.name, part.shape) for name, part in parts.items()}
@@ -122,13 +135,17 @@ class TensorRTSession:
             self._buffers.close()
             engine.close()
 
-    def _chosen(self, sizes: Mapping[str, int]) -> tuple[int, int]:
-        """The profile for so many patches, and the most slices that it takes at once."""
-        for i, profile in enumerate(self._profiles):
-            if profile.takes({"patches": sizes["patches"]}):
-                return i, profile.sizes["slices"][2]
-        most = max(profile.sizes["patches"][2] for profile in self._profiles)
-        raise UsageError(f"graph {self.spec.name}: {sizes['patches']} patches, expected at most {most}")
+    def _chosen(self, slices: int, patches: int) -> tuple[int, int]:
+        """The profile for slices of so many patches, and how many of them it takes at once. Raises UsageError."""
+        fitting = [(i, p) for i, p in enumerate(self._profiles) if p.takes({"patches": patches})]
+        for i, profile in fitting:
+            if profile.takes({"slices": slices}):
+                return i, slices
+        if not fitting:
+            most = max(profile.sizes["patches"][2] for profile in self._profiles)
+            raise UsageError(f"graph {self.spec.name}: {patches} patches, expected at most {most}")
+        i, largest = max(fitting, key=lambda found: found[1].sizes["slices"][2])
+        return i, largest.sizes["slices"][2]
 
     def _open(self) -> Engine:
         if self._engine is None:
@@ -139,8 +156,7 @@ class TensorRTSession:
 class TensorRTDecoderSession(TensorRTSession):
     """See `CachedSession`."""
 
-    prefill_chunk = 1024
-    """`_tensorrt_target.PREFILL_TOKENS`, what the profile for prompts takes at once."""
+    prefill_chunk = PREFILL_TOKENS
 
     def __init__(self, spec: GraphSpec, engine: Engine, half: Half) -> None:
         super().__init__(spec, engine)
@@ -149,13 +165,15 @@ class TensorRTDecoderSession(TensorRTSession):
         columns = np.arange(capacity_of(spec), dtype=np.int64)
         self._columns = self._buffers.send(COLUMNS, columns)[0]
         engine.device.wait()
+        self._blocks = Blocks(engine.device)
 
     def new_cache(self, capacity: int, batch: int = 1) -> TensorRTCache:
         """See `CachedSession.new_cache`. It has room for the model's whole context, whatever `capacity` says."""
         most = self._profiles[0].sizes["batch"][2]
         if batch > most:
             raise UsageError(f"KV cache: batch {batch}, backend tensorrt takes at most {most}")
-        return TensorRTCache(self.spec, self._open().device, self._half, capacity, batch)
+        self._open()
+        return TensorRTCache(self.spec, self._blocks, self._half, capacity, batch)
 
     def step(
         self, feeds: Mapping[str, Array], cache: Cache, out: Mapping[str, Array] | None = None
@@ -188,6 +206,12 @@ class TensorRTDecoderSession(TensorRTSession):
         for i, pair in enumerate(self.spec.states):
             outputs[pair.output][:] = cache.rows(i, past, past + tokens)
         return outputs
+
+    def close(self) -> None:
+        """Free the device's memory, but for what caches hold that are still in use."""
+        if self._engine is not None:
+            self._blocks.close()
+        super().close()
 
     def _step(
         self, feeds: Mapping[str, Array], cache: TensorRTCache, start: int, end: int, rows: Array, logits: Array

@@ -187,14 +187,17 @@ def _decoder_profiles(spec: GraphSpec) -> tuple[Profile, ...]:
 
 
 def _vision_profiles(spec: GraphSpec) -> tuple[Profile, ...]:
-    """Many slices of the usual size, and one of any."""
+    """One slice of the usual size, which is what the runtime encodes at a time, several, and one of any size."""
     slices, patches = spec.dims["slices"], spec.dims["patches"]
     usual = patches_of(spec)
     most = min(MOST_SLICES, slices.max)
-    many = Profile("slices", {"slices": (1, most, most), "patches": (1, min(patches.opt, usual), usual)}, True)
-    if usual == patches.max:
-        return (many,)
-    return many, Profile("any slice", {"slices": (1, 1, 1), "patches": (1, usual, patches.max)}, False)
+    sizes = (1, min(patches.opt, usual), usual)
+    made = [Profile("slice", {"slices": (1, 1, 1), "patches": sizes}, True)]
+    if most > 1:
+        made.append(Profile("slices", {"slices": (2, most, most), "patches": sizes}, True))
+    if usual < patches.max:
+        made.append(Profile("any slice", {"slices": (1, 1, 1), "patches": (1, usual, patches.max)}, False))
+    return tuple(made)
 
 
 def engine_inputs(spec: GraphSpec, half: Half) -> tuple[TensorSpec, ...]:

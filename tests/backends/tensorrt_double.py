@@ -218,6 +218,7 @@ class Device:
     def __init__(self) -> None:
         self._held: set[int] = set()
         self._next = 1 << 20
+        self.is_closed = False
         STATE["device"] = self
 
     def allocate(self, nbytes: int) -> int:
@@ -255,3 +256,4 @@ class Device:
 
     def close(self) -> None:
         assert not self._held, "memory that nobody gave back"
+        self.is_closed = True

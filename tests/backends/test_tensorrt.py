@@ -95,10 +95,11 @@ def test_profiles_cover_what_a_session_asks_for() -> None:
     )
 
 
-def test_one_profile_is_for_slices_and_one_for_a_slice_of_any_shape() -> None:
+def test_a_slice_several_and_one_of_any_shape_have_profiles() -> None:
     dims = {"slices": DimRange(1, 1, 102), "patches": DimRange(1, 1024, 4900)}
-    slices, any_slice = profiles(GraphSpec("vision", (), (), (), dims))
-    assert slices.sizes == {"slices": (1, 10, 10), "patches": (1, 1024, 1088)} and slices.is_replayed
+    one, several, any_slice = profiles(GraphSpec("vision", (), (), (), dims))
+    assert one.sizes == {"slices": (1, 1, 1), "patches": (1, 1024, 1088)} and one.is_replayed
+    assert several.sizes == {"slices": (2, 10, 10), "patches": (1, 1024, 1088)} and several.is_replayed
     assert any_slice.sizes == {"slices": (1, 1, 1), "patches": (1, 1088, 4900)}
 
 

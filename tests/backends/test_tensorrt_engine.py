@@ -205,6 +205,7 @@ def test_an_engine_of_something_else_is_refused(
     STATE.update(state)
     with pytest.raises(error, match=message):
         tensorrt.backend.load(compiled, small_decoder(4).spec, tmp_path)
+    assert STATE["device"].is_closed
 
 
 def test_a_file_that_tensorrt_refuses_is_one_line(

@@ -243,12 +243,18 @@ def test_all_memory_is_given_back(opened: Opened) -> None:
     forked = cache.fork(2)
     del cache, forked
     used = len(engine.device.blocks)
+    places = set()
     for tokens in (20, 3, 9, 20):
         other = session.new_cache(30)
+        places.add(other.address(0))
         step(session, other, small.embeddings(1, tokens))
         del other
-    assert len(engine.device.blocks) == used == held + 5, "buffers are used again, grown where they must"
+    assert len(places) == 1, "graphs that point into a cache serve the next one"
+    assert len(engine.device.blocks) == used == held + 6, "buffers are used again, grown where they must"
+    last = session.new_cache(1)
     session.close()
+    assert len(engine.device.blocks) == 1, "of the cache that is still held"
+    del last
     assert not engine.device.blocks
     with pytest.raises(ExecutionError, match="the session is closed"):
         session.new_cache(1)
@@ -314,16 +320,22 @@ def test_slices_are_run_in_pieces(small_mlp: Any, tmp_path: Path) -> None:
     write_lowered(Graph(spec, small_mlp.path, "w8a32", ""), tmp_path / "vision.onnx", "float32")
     engine = OrtEngine(tmp_path / "vision.onnx", spec, "float32")
     session = TensorRTSession(spec, engine)
-    many = Profile("slices", {"slices": (1, 4, 4), "patches": (1, 10, 12)}, True)
-    one = Profile("any slice", {"slices": (1, 1, 1), "patches": (1, 12, 30)}, False)
-    session._profiles = engine._profiles = (many, one)
+    one = Profile("slice", {"slices": (1, 1, 1), "patches": (1, 10, 12)}, True)
+    many = Profile("slices", {"slices": (2, 4, 4), "patches": (1, 10, 12)}, True)
+    large = Profile("any slice", {"slices": (1, 1, 1), "patches": (1, 12, 30)}, False)
+    session._profiles = engine._profiles = (one, many, large)
     generator = np.random.default_rng(0)
-    for slices, patches, runs in ((9, 10, 3), (3, 30, 3), (1, 1, 1)):
+    for slices, patches, runs in (
+        (9, 10, ["slices", "slices", "slice"]),
+        (6, 10, ["slices", "slices"]),
+        (3, 30, ["any slice"] * 3),
+        (1, 1, ["slice"]),
+    ):
         engine.used.clear()
         fed = generator.standard_normal((slices, patches, small_mlp.width)).astype(np.float32)
         out = np.empty((slices, patches, 64), np.float32)
         made = session.run({"patches": fed}, {"made": out})["made"]
-        assert made is out and len(engine.used) == runs
+        assert made is out and engine.used == runs
         np.testing.assert_allclose(made, small_mlp.made(fed), atol=2e-4)
     with pytest.raises(UsageError, match="31 patches, expected at most 30"):
         session.run({"patches": np.zeros((1, 31, small_mlp.width), np.float32)})
