@@ -57,6 +57,7 @@ def feeds_of(spec: GraphSpec) -> Iterator[dict[str, Array]]:
 
 def opened(path: Path) -> Any:
     options = ort.SessionOptions()
+    options.log_severity_level = 3  # it warns that it copies caches
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 

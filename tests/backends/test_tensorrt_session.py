@@ -83,6 +83,7 @@ class OrtEngine:
 
     def __init__(self, path: Path, spec: GraphSpec, half: Half) -> None:
         options = ort.SessionOptions()
+        options.log_severity_level = 3  # it warns that it copies caches
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._spec, self._own, self._profiles = spec, engine_spec(spec, half), profiles(spec)
