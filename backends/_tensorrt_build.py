@@ -22,8 +22,8 @@ from lensc.profiles.folders import cache_folder
 
 from ._tensorrt_engine import make_logger
 from ._tensorrt_target import Build, Profile
+from .compiling import report_part
 from .errors import ExecutionError, StorageError, UnsupportedError
-from .progress import report_part
 
 if TYPE_CHECKING:
     import tensorrt as trt

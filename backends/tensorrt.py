@@ -63,7 +63,7 @@ CHOICES: Choices = {CUDA_GRAPHS: ("on", "off")}
 
 
 class TensorRT:
-    """See `StaticBackend` and `TunableBackend`."""
+    """See `StaticBackend`, `TunableBackend` and `CompilesOnDevice`."""
 
     name = NAME
     graphs = ("vision", "decoder")
@@ -119,6 +119,14 @@ class TensorRT:
             save_ranges(measure(folder / "lowered.onnx", samples, probe.machine().cores), path)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def cannot_compile(self, target: Target) -> str | None:
+        """See `CompilesOnDevice`."""
+        try:
+            _gpu_to_compile_on(target, Build.parse(target.arch))
+        except (UnavailableError, ExecutionError) as error:
+            return str(error)
+        return None
 
     def compile(self, graph: Graph, target: Target, out: Path) -> Artifact:
         """Write the engine `<out>/<target>.engine`. Raises UnavailableError without a GPU of the kind that it is for."""

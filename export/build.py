@@ -24,7 +24,7 @@ from . import compile_stages, demo, export_stages
 from .adapter import Adapter, MergedCheckpoint
 from .calibration import CalibrationSet, calibration_set
 from .checkpoint import TOKENIZER, Checkpoint
-from .compile_stages import check_supported, compile_target, portable_graphs, verify_target
+from .compile_stages import check_compilable, check_supported, compile_target, portable_graphs, verify_target
 from .export_stages import TOKENIZER_CONFIG, Exported, copy_files, export_graphs
 from .graph import Graph
 from .memory import Limit
@@ -96,6 +96,7 @@ def compile_graphs(
     specs = {name: graph.spec for name, graph in portable.items()}
     work = works(targets)
     check_supported(specs, {name: {graph.scheme: ()} for name, graph in portable.items()}, work)
+    check_compilable(work)
     ranged = backends_with_ranges({name: graph.scheme for name, graph in portable.items()}, work)
     if calibration is not None and not ranged:
         raise UsageError(f"--calibration {calibration}: no target of this command looks at pictures; leave it out")
@@ -151,6 +152,7 @@ def build(
     work = works(targets)
     source = Source(opened(checkpoint, adapter), recipe, max_memory, pictures, _measures(recipe, work))
     check_supported(source.specs, source.required_schemes(source.recipe), work)
+    check_compilable(work)
     total = (
         export_stages.STAGES
         + source.recipe.smooth

@@ -13,7 +13,8 @@ import numpy as np
 from lensc.backends import registry
 from lensc.backends.base import PROBE_TOLERANCE, Array, Artifact, Session, Target
 from lensc.backends.bundle import Manifest, ParityRecord, ProbeRecord, sha256_file
-from lensc.backends.errors import ManifestError, ParityError, UnsupportedError, UsageError
+from lensc.backends.compiling import CompilesOnDevice
+from lensc.backends.errors import ManifestError, ParityError, UnavailableError, UnsupportedError, UsageError
 from lensc.runtime.embedding import open_table
 
 from .checkpoint import WeightSource
@@ -68,6 +69,18 @@ def check_supported(
     ]
     if reasons:
         raise UnsupportedError("; ".join(dict.fromkeys(reasons)))
+
+
+def check_compilable(work: Sequence[Work]) -> None:
+    """Raise UnavailableError before any work if a target is compiled on its device, which is not here."""
+    reasons = [
+        reason
+        for job in work
+        if isinstance(backend := registry.get(job.target.backend), CompilesOnDevice)
+        and (reason := backend.cannot_compile(job.target)) is not None
+    ]
+    if reasons:
+        raise UnavailableError("; ".join(dict.fromkeys(reasons)))
 
 
 def compile_target(

@@ -31,8 +31,8 @@ from typing import IO, Any, Literal, Self, TypeVar
 from lensc.backends.base import FileRecord
 from lensc.backends.bundle import PARTIAL, StageRecord, load_manifest, sha256_file
 from lensc.backends.codec import decode, encode
+from lensc.backends.compiling import listening
 from lensc.backends.errors import IntegrityError, ManifestError, StorageError, UsageError
-from lensc.backends.progress import listening
 
 from .memory import Limit
 

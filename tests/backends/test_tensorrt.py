@@ -24,6 +24,7 @@ from lensc.backends._tensorrt_device import Gpu, first_gpu
 from lensc.backends._tensorrt_lower import Lowered
 from lensc.backends._tensorrt_target import Build, Half, engine_spec, profiles, shapes_key
 from lensc.backends.base import Artifact, FileRecord, StaticBackend, Target, TunableBackend
+from lensc.backends.compiling import CompilesOnDevice
 from lensc.backends.errors import CompatibilityError, ExecutionError, UnavailableError, UnsupportedError, UsageError
 from lensc.export.graph import DimRange, GraphSpec
 
@@ -341,8 +342,28 @@ def test_without_its_gpu_nothing_is_compiled(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_that_its_gpu_is_not_here_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint is exported in half an hour; compiling comes after that."""
+    pytest.importorskip("torch", reason="pip install 'lensc[export]'")
+    from lensc.export.compile_stages import check_compilable
+    from lensc.export.ranges import works
+
+    monkeypatch.setattr(tensorrt, "first_gpu", lambda: H200)
+    monkeypatch.setattr(tensorrt, "_version", lambda: "11.4.0.106")
+    check_compilable(works([Target("onnxruntime", "cpu"), Target("tensorrt", "gpu", "sm_90")]))
+    with pytest.raises(
+        UnavailableError, match=r"H200 is sm_90, the engine is for sm_89; prepare it here with `lensc export`"
+    ):
+        check_compilable(works([Target("onnxruntime", "cpu"), Target("tensorrt", "gpu", "sm_89")]))
+    monkeypatch.undo()
+    monkeypatch.setattr(_tensorrt_device, "missing", lambda: "no NVIDIA driver: libcuda.so.1 cannot be loaded")
+    with pytest.raises(UnavailableError, match="no NVIDIA driver"):
+        check_compilable(works([Target("tensorrt", "gpu")]))
+
+
 def test_it_is_a_backend() -> None:
     assert isinstance(backend, StaticBackend) and isinstance(backend, TunableBackend)
+    assert isinstance(backend, CompilesOnDevice)
     assert backend.choices(artifact()) == {"cuda_graphs": ("on", "off")}
 
 

@@ -20,9 +20,9 @@ from lensc.backends._tensorrt_engine import GRAPHS, TensorRTEngine
 from lensc.backends._tensorrt_session import TensorRTDecoderSession
 from lensc.backends._tensorrt_target import Build, engine_spec, present_name, profiles
 from lensc.backends.base import Artifact, Target
+from lensc.backends.compiling import listening
 from lensc.backends.errors import ExecutionError, GraphError, StorageError, UnsupportedError
 from lensc.backends.load_options import LoadOptions
-from lensc.backends.progress import listening
 
 from .tensorrt_double import ENGINE, SAID, STATE, Device, Double
 

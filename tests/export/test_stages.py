@@ -23,8 +23,8 @@ from lensc.backends.bundle import (
     load_manifest,
     write_manifest,
 )
+from lensc.backends.compiling import report_part
 from lensc.backends.errors import StorageError, UsageError
-from lensc.backends.progress import report_part
 from lensc.export.stages import StageEvent, Staging, check_replaceable
 
 HALF = (0.5, 0.5, 0.5)

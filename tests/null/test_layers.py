@@ -25,7 +25,7 @@ CONTRACT = (
     "backends.bundle",
     "backends.registry",
     "backends.load_options",
-    "backends.progress",
+    "backends.compiling",
 )
 PICTURES_AND_WORDS = tuple(
     f"runtime.{name}"
@@ -76,7 +76,7 @@ LAYERS = {
     "backends": Layer(
         (
             *("backends.base", "backends.bundle", "backends.codec", "backends.errors", "backends.load_options"),
-            *("backends.progress", "export.graph", "export.quantize.scheme", "profiles", "kernels"),
+            *("backends.compiling", "export.graph", "export.quantize.scheme", "profiles", "kernels"),
         ),
         anywhere=frozenset({"numpy"}),
         in_functions=ENGINES,
@@ -88,7 +88,7 @@ LAYERS = {
     "backends.errors": Layer((), siblings=False),
     "backends.codec": Layer(("backends.errors",), siblings=False),
     "backends.load_options": Layer(("backends.errors",), siblings=False),
-    "backends.progress": Layer((), siblings=False),
+    "backends.compiling": Layer(("backends.base",), siblings=False),
     "export": Layer(
         ("kernels", "profiles", *CONTRACT, *PICTURES_AND_WORDS),
         anywhere=frozenset({"numpy", "PIL", "tokenizers", "torch", "onnx", "onnxscript", "onnx_ir", "safetensors"}),

@@ -1,9 +1,22 @@
-"""How far a compiler is with what it does: the engine says it, and whoever waits for it listens."""
+"""What a compiler and whoever waits for it say to each other: whether it can begin at all, and how far it is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
+
+from .base import Backend, Target
+
+
+@runtime_checkable
+class CompilesOnDevice(Backend, Protocol):
+    """An engine that is compiled on the device that it is for."""
+
+    def cannot_compile(self, target: Target) -> str | None:
+        """Why nothing can be compiled for `target` on this machine, with what would help, or None. Never raises."""
+        ...
+
 
 _listeners: list[Callable[[str], None]] = []
 """The innermost last. Compilers have threads of their own, so it is one list for all threads."""
