@@ -23,6 +23,9 @@ import numpy.typing as npt
 from .base import Array
 from .errors import GraphError
 
+PIECE = 1024
+"""Outputs of a weight that are made floats at once: a head has 128,256."""
+
 LOWEST, HIGHEST = -8, 7
 BITS = 4
 
@@ -119,19 +122,25 @@ def int4_offsets(found: Quantized) -> npt.NDArray[np.float32]:
 
 
 def as_float(found: Quantized) -> npt.NDArray[np.float32]:
-    """The weight that a quantized linear stands for, float32[inputs, outputs]."""
-    values = numpy_of(found.values)
-    scale = numpy_of(found.scale).astype(np.float32)
-    if found.turned:
-        return np.asarray(values.astype(np.float32) * scale, np.float32)
-    signed = values.astype(np.float32)
+    """The weight that a quantized linear stands for, float32[inputs, outputs], made `PIECE` outputs at a time."""
+    values, scale = numpy_of(found.values), numpy_of(found.scale).astype(np.float32)
+    zeros = None if found.zero_point is None else numpy_of(found.zero_point).reshape(found.outputs, -1)
+    weight = np.empty((found.inputs, found.outputs), np.float32)
     block = found.block or found.inputs
-    spread = [np.repeat(part.reshape(found.outputs, -1), block, axis=1)[:, : found.inputs]
-              for part in (scale, *((numpy_of(found.zero_point),) if found.zero_point is not None else ()))]  # fmt: skip
-    if len(spread) > 1:
-        signed -= spread[1].astype(np.float32)
-    signed *= spread[0]
-    return np.ascontiguousarray(signed.T)
+
+    def spread(part: Array) -> Array:
+        return np.repeat(part, block, axis=1)[:, : found.inputs].astype(np.float32)
+
+    for start in range(0, found.outputs, PIECE):
+        some = slice(start, start + PIECE)
+        if found.turned:
+            weight[:, some] = values[:, some].astype(np.float32) * scale[some]
+            continue
+        piece = values[some].astype(np.float32)
+        if zeros is not None:
+            piece -= spread(zeros[some])
+        weight[:, some] = (piece * spread(scale.reshape(found.outputs, -1)[some])).T
+    return weight
 
 
 def numpy_of(value: Any) -> Array:

@@ -244,7 +244,7 @@ class TunableBackend(Backend, Protocol):
 
 @runtime_checkable
 class StaticBackend(Backend, Protocol):
-    """An engine whose graphs have fixed shapes, and activations fixed ranges, which are measured before compiling."""
+    """An engine that fixes ranges of activations when it compiles, and maybe shapes; ranges are measured before."""
 
     graphs: tuple[str, ...]
     """The graphs it compiles; others are left to other targets."""

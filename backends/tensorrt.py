@@ -133,6 +133,8 @@ class TensorRT:
         reason = self.supports(graph.spec, graph.scheme, target)
         if reason:
             raise UnsupportedError(reason)
+        if self.needs_ranges(graph.scheme) and graph.ranges is None:
+            raise UnsupportedError(f"graph {graph.spec.name}: scheme {graph.scheme} needs ranges of its activations")
         build = Build.parse(target.arch)
         gpu, version = _gpu_to_compile_on(target, build)
         from ._tensorrt_build import compile_engine

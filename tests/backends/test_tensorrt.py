@@ -325,6 +325,9 @@ def test_without_its_gpu_nothing_is_compiled(
     graph = small_decoder(32).graph
     with pytest.raises(UnsupportedError, match="takes weights without zero points"):
         backend.compile(dataclasses.replace(graph, scheme="w4a16-g128-asym"), Target("tensorrt", "gpu"), tmp_path)
+    stateless = dataclasses.replace(graph, spec=graph.spec.stateless, scheme="w8a8")
+    with pytest.raises(UnsupportedError, match="scheme w8a8 needs ranges of its activations"):
+        backend.compile(stateless, Target("tensorrt", "gpu"), tmp_path)
     monkeypatch.setattr(_tensorrt_device, "missing", lambda: "tensorrt not installed; pip install 'lensc[tensorrt]'")
     with pytest.raises(
         UnavailableError, match=r"tensorrt not installed; pip .*lensc compile GRAPHS --target tensorrt:gpu "
