@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from lensc.backends.bundle import PictureSpec
 
+from .decoder import pieces
 from .overlap import MARKS
 from .picture import PictureSlices, RGBPicture, SlicePlan, plan_slices, slice_picture
 from .prefix_cache import rows_of
@@ -70,12 +71,10 @@ class Graphs:
             encoded_ms += ms
             ready.append(encoded_ms)
         beside = self.overlap and bool(slices)
-        chunk = min(self.chunk, self.piece) if beside else self.chunk
         now_ms = 0.0 if beside else encoded_ms
         now_ms += self.turns.load_ms(bool(slices)) if self.turns else 0.0
         step_ms = self.decoder.pace.plain_s * 1e3  # a pass over the weights, which no piece undercuts
-        for start in range(0, tokens, chunk):
-            end = min(start + chunk, tokens)
+        for start, end in pieces(tokens, self.chunk, self.piece if beside else None):
             ms = self.decoder.prefill_ms.at(end - start)
             if ms is None:
                 return None

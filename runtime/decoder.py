@@ -23,9 +23,26 @@ from .timeline import Timeline
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 
+LEAST_PIECE = 32
+"""Tokens at the end of a prompt that are worth a pass over the weights."""
+
 PREFILL_CHUNK = 512
 """Most tokens fed in one run where the host keeps the cache. An engine without fused attention makes a float32[heads, tokens, past + tokens] per
 layer: 512 MiB for 32 heads at a context of 8192, against 8 GiB if the whole prompt went in at once."""
+
+
+def pieces(tokens: int, chunk: int, most: int | None = None) -> Iterator[tuple[int, int]]:
+    """Where the pieces begin and end that `tokens` are fed in: each of `most`, and none of more than `chunk`.
+
+    What is left is no piece of its own, if it is little and the last one can take it.
+    """
+    size, start = min(chunk, most or chunk), 0
+    while start < tokens:
+        end = min(start + size, tokens)
+        if tokens - end < LEAST_PIECE and tokens - start <= chunk:
+            end = tokens
+        yield start, end
+        start = end
 
 
 class Cancelled(Exception):  # noqa: N818  (not an error: the caller asked for it)
@@ -128,11 +145,9 @@ class Decoder:
         session's `prefill_chunk` tokens, or `most`, if that is less. Raises Cancelled between two pieces.
         """
         logits = np.empty((0, 0), np.float32)
-        chunk = self.chunk if most is None else min(self.chunk, most)
-        for start in range(0, tokens, chunk):
+        for start, end in pieces(tokens, self.chunk, most):
             if should_stop is not None and should_stop():
                 raise Cancelled
-            end = min(start + chunk, tokens)
             piece = embeds(start, end)
             started = time.perf_counter()
             logits = self.run(piece, np.array([end - start - 1]))[:, 0]

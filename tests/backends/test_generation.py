@@ -229,6 +229,7 @@ def test_pictures_encoded_beside_the_prompt_change_nothing(
 ) -> None:
     """The same tokens and logits; slices of three sizes, so that "official" pads two of them."""
     monkeypatch.setattr("lensc.runtime.overlap.ROUND", 16)
+    monkeypatch.setattr("lensc.runtime.decoder.LEAST_PIECE", 4)
     parts = [TEXT[:20], picture(1), picture(2, 42), TEXT[20:24], picture(3, 28), picture(4), TEXT[30:40]]
     found = []
     for overlap in (True, False):

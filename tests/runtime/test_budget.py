@@ -241,6 +241,7 @@ def test_a_budget_that_is_none_is_refused(tiny: Any, value: Any) -> None:
 def test_the_estimate_follows_the_overlap(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of ten slices at 100 ms each and a prompt that takes as long, only the end is behind the last slice."""
     monkeypatch.setattr("lensc.runtime.overlap.ROUND", 8)
+    monkeypatch.setattr("lensc.runtime.decoder.LEAST_PIECE", 4)
     images = [tiny.picture(84, 84)]
     one, other = (
         made(tiny, overlap=overlap)[0].prepare(user_messages(QUESTION, images), 60_000).ttft_estimate_ms

@@ -30,6 +30,7 @@ WAIT_S = 20.0
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lensc.runtime.overlap.ROUND", 8)
+    monkeypatch.setattr("lensc.runtime.decoder.LEAST_PIECE", 4)
 
 
 def make(tiny: Any, overlap: bool | None, padding: Any = "official", meet: bool = True) -> tuple[VLM, Any, Any]:

@@ -100,6 +100,24 @@ def test_nothing_is_fed_in_pieces_larger_than_a_chunk(
     assert all(seen >= new > 10 for seen, new in fed) and fed[2][1] < fed[0][1] + fed[1][1]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "chunk", "most", "ends"),
+    [
+        (300, 128, None, [128, 256, 300]),
+        (258, 128, None, [128, 256, 258]),  # a chunk is the most
+        (258, 128, 128, [128, 256, 258]),
+        (258, 256, 128, [128, 258]),
+        (290, 256, 128, [128, 256, 290]),
+        (20, 256, 128, [20]),
+        (0, 256, 128, []),
+    ],
+)
+def test_pieces(tokens: int, chunk: int, most: int | None, ends: list[int]) -> None:
+    found = list(decoder_module.pieces(tokens, chunk, most))
+    assert [end for _, end in found] == ends
+    assert [start for start, _ in found] == [0, *ends][: len(ends)]
+
+
 def test_pictures_change_the_answer_and_their_order_matters(tiny: Any) -> None:
     vlm, _, _ = tiny.make()
     a, b = tiny.picture(seed=1), tiny.picture(seed=2)
