@@ -216,6 +216,26 @@ def test_a_vision_graph_that_fails_is_replaced_and_what_it_encoded_is_kept(
     assert [(e.kind, e.graph) for e in result.metrics.events] == [("failed", "vision")]
 
 
+@pytest.mark.parametrize(("graph", "at"), [("vision", 2), ("vision", 3), ("decoder", 2), ("decoder", 3)])
+def test_what_fails_while_both_are_at_work_is_replaced(
+    load: Callable[..., VLM],
+    undisturbed: Callable[..., Any],
+    graph: str,
+    at: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Pictures are encoded beside the prompt; the first or second run of a graph behind its probe is the one that fails."""
+    monkeypatch.setattr("lensc.runtime.overlap.ROUND", 1)
+    vlm = load(faulty.Fault(graph, "native", "raise", at=at), overlap=True)
+    result = vlm.generate(QUESTION, PICTURES, max_new_tokens=12, **WAYS["greedy"])
+    assert result.token_ids == undisturbed("greedy", 2)
+    assert [(e.kind, e.graph) for e in result.metrics.events] == [("failed", graph)]
+    assert len([s for s in result.timeline.spans if s.track == "vision"]) == len(result.metrics.image_ms) == 2
+    fed = next(s.name for s in result.timeline.spans if s.name.startswith("feed"))
+    # where no piece was fed before all was encoded, it is as without overlap
+    assert fed == ("feed 128 tokens" if (graph, at) == ("decoder", 2) else "feed 98 tokens")
+
+
 def test_pictures_are_encoded_anew_only_if_they_are_forgotten(
     load: Callable[..., VLM], undisturbed: Callable[..., Any]
 ) -> None:
