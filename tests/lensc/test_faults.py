@@ -218,11 +218,7 @@ def test_a_vision_graph_that_fails_is_replaced_and_what_it_encoded_is_kept(
 
 @pytest.mark.parametrize(("graph", "at"), [("vision", 2), ("vision", 3), ("decoder", 2), ("decoder", 3)])
 def test_what_fails_while_both_are_at_work_is_replaced(
-    load: Callable[..., VLM],
-    undisturbed: Callable[..., Any],
-    graph: str,
-    at: int,
-    monkeypatch: pytest.MonkeyPatch,
+    load: Callable[..., VLM], undisturbed: Callable[..., Any], graph: str, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pictures are encoded beside the prompt; the first or second run of a graph behind its probe is the one that fails."""
     monkeypatch.setattr("lensc.runtime.overlap.ROUND", 1)
