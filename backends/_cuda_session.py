@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,8 +36,22 @@ from .errors import ExecutionError, PromptError, UsageError
 
 GRAPHS = 8
 """Sizes of which a session keeps a CUDA graph: those that came last."""
+MESSAGE = 300
+"""Characters of torch's message: what to look for is in its beginning."""
 ROUNDED = 256
 """Capacities of KV caches are multiples of this, so that the next conversation finds room, and graphs, to use again."""
+
+
+@contextmanager
+def gpu_errors() -> Iterator[None]:
+    """What torch raises when the GPU fails or is full becomes ExecutionError, of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise ExecutionError(
+            f"the GPU failed: {text if len(text) <= MESSAGE else text[: MESSAGE - 1] + '…'}"
+        ) from error
 
 
 class CudaSession:
@@ -59,6 +74,7 @@ class CudaSession:
         """What is not as the scheme says."""
         return self._open().notes
 
+    @gpu_errors()
     def run(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """See `Session.run`."""
         sizes = check_feeds(self.spec, feeds)
@@ -209,10 +225,12 @@ class CudaCache:
     def used_bytes(self) -> int:
         return self.nbytes // self.capacity * self.length
 
+    @gpu_errors()
     def trim(self, length: int) -> None:
         check_trim(self, length)
         self._set_length(length)
 
+    @gpu_errors()
     def fork(self, batch: int) -> CudaCache:
         check_fork(self)
         other = CudaCache(self._session, self.capacity, batch)
@@ -221,17 +239,20 @@ class CudaCache:
         other._set_length(self.length)
         return other
 
+    @gpu_errors()
     def reorder(self, beams: npt.NDArray[np.int64], start: int) -> None:
         check_reorder(self, beams)
         picked = torch.from_numpy(np.ascontiguousarray(beams)).to(self.room.past.device)
         for array in self.room.arrays:
             array[:, :, start : self.length] = array[picked, :, start : self.length]
 
+    @gpu_errors()
     def save(self) -> dict[str, Array]:
         """See `Cache.save`: by number, bfloat16 as the int16 of its bits."""
         filled = (array[:, :, : self.length] for array in self.room.arrays)
         return {str(i): _bits(array).cpu().numpy() for i, array in enumerate(filled)}
 
+    @gpu_errors()
     def restore(self, arrays: Mapping[str, Array]) -> None:
         """See `Cache.restore`."""
         self._set_length(0)
@@ -281,12 +302,14 @@ class CudaDecoderSession(CudaSession):
         self._step_spec = spec.stateless
         self._logits: torch.Tensor | None = None
 
+    @gpu_errors()
     def new_cache(self, capacity: int, batch: int = 1) -> CudaCache:
         """See `CachedSession.new_cache`. Raises UsageError."""
         check_capacity(self.spec, capacity, batch)
         self._open()
         return CudaCache(self, capacity, batch)
 
+    @gpu_errors()
     def step(
         self, feeds: Mapping[str, Array], cache: Cache, out: Mapping[str, Array] | None = None
     ) -> dict[str, Array]:
@@ -325,6 +348,7 @@ class CudaDecoderSession(CudaSession):
         cache.length += tokens
         return logits
 
+    @gpu_errors()
     def run(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """See `Session.run`: the past is put into a new cache, the new rows are taken out of it."""
         self._open()

@@ -106,17 +106,18 @@ class Cuda:
         program, path = opened(artifact, spec, bundle, PROGRAM)
         device = _device()
         scheme, target = Scheme.parse(artifact.scheme), artifact.target
-        from ._cuda_session import CudaDecoderSession, CudaSession
+        from ._cuda_session import CudaDecoderSession, CudaSession, gpu_errors
         from ._cuda_weights import FileSource
 
         dtype = _dtype(scheme, target)
         _check_memory(program, dtype, device, path)
-        source = FileSource(path.parent, program.files, device)
-        if spec.states:
-            session: CudaSession = CudaDecoderSession(spec, program, source, dtype, _kv_dtype(scheme))
-        else:
-            session = CudaSession(spec, program, source, dtype)
-        source.close()
+        with gpu_errors():
+            source = FileSource(path.parent, program.files, device)
+            if spec.states:
+                session: CudaSession = CudaDecoderSession(spec, program, source, dtype, _kv_dtype(scheme))
+            else:
+                session = CudaSession(spec, program, source, dtype)
+            source.close()
         for note in session.notes:
             _log.info("%s: %s", path, note)
         return session

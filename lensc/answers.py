@@ -166,6 +166,8 @@ class Conversation:
                 raise
             raise PromptError(f"{error}; /clear forgets the conversation") from error
         self.last = result
+        if not self.options.quiet:
+            _print_notes([event.text for event in result.metrics.events])
         if self.options.json:
             console.print_json(_as_json(result, self.vlm))
         if result.text or result.finish_reason != "cancelled":

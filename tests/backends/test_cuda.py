@@ -18,7 +18,7 @@ from lensc.backends._cuda_session import CudaDecoderSession
 from lensc.backends._cuda_weights import FileSource
 from lensc.backends._program_file import read
 from lensc.backends.base import Artifact, Target
-from lensc.backends.errors import PromptError, UnavailableError, UnsupportedError, UsageError
+from lensc.backends.errors import ExecutionError, PromptError, UnavailableError, UnsupportedError, UsageError
 
 Make = Callable[..., CudaDecoderSession]
 
@@ -183,3 +183,19 @@ def test_a_gpu_that_is_too_small_says_what_is_needed(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 2 << 30))
     with pytest.raises(UnavailableError, match=r"with 2 GiB to work in; 1\.0 of 2\.0 GiB are free here; .*int4"):
         cuda.backend.load(artifact, small.spec, tmp_path)
+
+
+def test_what_torch_raises_is_our_error(make: Make, small_decoder: Callable[[int], Any]) -> None:
+    """Whoever uses the session goes on elsewhere when the GPU has failed, and looks for this error."""
+    session, embeds = make(32), small_decoder(32).embeddings(1, 4)
+    cache = session.new_cache(11)
+    for raised in (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), RuntimeError("CUDA error: lost")):
+
+        def fails(*_: Any, _raised: Exception = raised, **__: Any) -> Any:
+            raise _raised
+
+        session._advance = fails  # type: ignore[method-assign]
+        session._capture = fails  # type: ignore[method-assign]
+        with pytest.raises(ExecutionError, match=r"^the GPU failed: CUDA (out of memory\. Tried to|error: lost)"):
+            session.step(feeds(embeds, 0), cache)
+    session.close()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lensc.backends.bundle import load_manifest, write_manifest
 from lensc.cli import main
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -39,6 +43,29 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             assert main(argv) == 0
         texts.append(text.getvalue())
     return Made(folder / "graphs", folder / "bundle", json.loads(texts[0]), texts[1])
+
+
+@pytest.fixture(scope="session")
+def bundles(made: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Bundles for two backends each, by the one that their plan ranks first."""
+    folder = tmp_path_factory.mktemp("several")
+    pairs = {"onnxruntime": "native", "native": "onnxruntime", "openvino": "native"}
+    names = [name for name in pairs if find_spec(name) or name == "native"]
+    argv = ["compile", str(made.graphs), "-o", str(folder / "all")]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main([*argv, *(word for name in names for word in ("--target", f"{name}:cpu"))]) == 0
+    manifest = load_manifest(folder / "all")
+    for name in names:
+        shutil.copytree(folder / "all", folder / name)
+        two = [a for backend in (name, pairs[name]) for a in manifest.artifacts if a.target.backend == backend]
+        write_manifest(folder / name, dataclasses.replace(manifest, artifacts=tuple(two)))
+    return {name: folder / name for name in names}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "lensc" / "placement"
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ As a script it is the process that a candidate is tried in, with the fault that 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -122,10 +121,6 @@ def getter(*faults: Fault) -> Callable[[str], Any]:
         return backend
 
     return get
-
-
-def in_environment(fault: Fault) -> dict[str, str]:
-    return {VARIABLE: json.dumps(dataclasses.asdict(fault))}
 
 
 if __name__ == "__main__":
