@@ -6,9 +6,9 @@ A record is one JSON object, a `Record` field by field; the dataclasses are its 
     further apart than a tolerance (5 % unless told otherwise)
 
 Both spreads are in that rule, and it assumes nothing about how they come about: if nothing has changed, all of five runs are
-above all of five others in one case of 252, and below in another; with three runs each it is one of 20. The tolerance is for
-what a machine does differently from one hour to the next, which no run within a record shows. A figure with fewer than three
-runs on either side is not judged, but for memory, which is one number: it has moved if it differs by twice the tolerance.
+above all of five others in one case of 252, and below in another; with four runs each it is one of 70, with three one of 20,
+which is too many, so fewer than four are not judged. The tolerance is for what a machine does differently from one hour to the
+next, which no run within a record shows. Memory, one number, has moved if it differs by twice the tolerance.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORMAT = 1
 RECORD_BYTES = 64 << 20
 """A row is about 2 kB; anything near this limit is no record."""
 TOLERANCE = 0.05
-LEAST_RUNS = 3
+LEAST_RUNS = 4
 
 HIGHER_IS_BETTER = frozenset({"prefill_tokens_s", "decode_tokens_s"})
 NAMES: dict[str, str] = {

@@ -228,11 +228,12 @@ def _of_the_demo(folder: Path) -> tuple[str, list[Item]]:
 
     with suppress(UnavailableError):
         items = []
-        for task in DEMO_TASKS:
-            for number, sample in enumerate(held_out_samples(task, DEMO_EACH), 1):
-                path = folder / f"{task}-{number:02}.png"
-                sample.image.save(path)
-                items.append(Item(sample.question, sample.answer, (path,)))
+        drawn = {task: held_out_samples(task, DEMO_EACH) for task in DEMO_TASKS}
+        for number in range(DEMO_EACH):  # the first few are of all tasks
+            for task, samples in drawn.items():
+                path = folder / f"{task}-{number + 1:02}.png"
+                samples[number].image.save(path)
+                items.append(Item(samples[number].question, samples[number].answer, (path,)))
         return "held out from the demo's training", items
     shipped = {name: asked for name, asked in SHIPPED.items() if (PICTURES / name).is_file()}
     items = [Item(question, answer, (PICTURES / name,)) for name, (question, answer) in shipped.items()]

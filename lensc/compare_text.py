@@ -38,7 +38,7 @@ def beside(made: Comparison, column: Column, name: str) -> str:
 def parity_of(column: Column) -> str:
     """How near each graph is to the reference, as the manifest says it, and what failed."""
     parts = []
-    for graph in dict.fromkeys(p.graph for p in column.parity):
+    for graph in sorted({p.graph for p in column.parity}, reverse=True):  # vision first
         records = [p for p in column.parity if p.graph == graph]
         worst = min(records, key=lambda p: p.sqnr_db)
         agreed = "" if worst.top1_agreement is None else f", top-1 {100 * worst.top1_agreement:.1f} %"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lensc import compare_page, compare_run, compare_text
+from lensc import bench_run, compare_page, compare_run, compare_text
 from lensc.backends.bundle import ParityRecord, load_manifest, write_manifest
 from lensc.backends.codec import decode
 from lensc.backends.errors import UnavailableError
@@ -31,6 +31,7 @@ Cli = Callable[..., Any]
 def _no_profile_and_a_short_probe(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rates, "PRODUCT_ROUNDS", 1000)
+        patch.setattr(bench_run, "PROBE_S", 0)
         patch.setattr("lensc.profiles.profile.profile_folder", lambda: tmp_path_factory.mktemp("none"))
         yield
 
