@@ -44,9 +44,9 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 caption { text-align: left; padding: .6rem .75rem; color: var(--soft); }
 th, td { padding: .45rem .75rem; border-top: 1px solid var(--line); text-align: left; vertical-align: top; }
 th[scope=row] { font-weight: 600; min-width: 14.5rem; overflow-wrap: anywhere; white-space: pre-line; }
-@media (max-width: 40rem) { th[scope=row] { min-width: 9rem; } }
+@media (max-width: 40rem) { th[scope=row] { min-width: 9.5rem; } }
 caption span { display: inline-block; max-width: calc(100vw - 4rem); }
-td.parity { white-space: pre-line; min-width: 13rem; }
+td.parity { white-space: pre-line; min-width: 17rem; }
 td.number { white-space: nowrap; font-variant-numeric: tabular-nums; }
 td.best { background: var(--best); font-weight: 600; }
 td.answer { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 9rem; font-family: ui-monospace, monospace;
