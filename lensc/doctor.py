@@ -29,6 +29,8 @@ COMPILED_HERE = {
     "tensorrt": ("f32", "tensorrt:gpu", ("vision", "decoder")),
 }
 """Engines whose artifacts hold on one machine: the tiny model's graphs are compiled first."""
+COMPILING_S = 120.0
+"""The longest that such an engine may take."""
 ORACLE = "reference"
 """Not an engine to run a model on."""
 NOT_HERE = ("UnavailableError", "UnsupportedError")
@@ -41,7 +43,7 @@ AT_ONCE = 2
 def add_doctor(verb: argparse.ArgumentParser) -> None:
     """The arguments of `doctor`."""
     verb.add_argument("bundle", metavar="BUNDLE", nargs="?", help="check this bundle on this machine, too")
-    text = "the longest that one check may take (default: 60, and more for large bundles)"
+    text = "the longest that one check may take (default: 30, 120 where an engine compiles first, and more for large bundles)"
     verb.add_argument("--timeout", metavar="SECONDS", type=float, help=text)
 
 
@@ -130,7 +132,8 @@ def _engine(probe: Probe, bundles: Mapping[str, Path], timeout_s: float | None) 
         made = tuple(a.graph for a in load_manifest(folder).artifacts if str(a.target) == name)
         if made:
             jobs[scheme] = checkup.Job(folder, Target.parse(name), made)
-    outcomes = dict(zip(jobs, checkup.run([*jobs.values()], timeout_s or checkup.LIMIT_S), strict=True))
+    limit_s = COMPILING_S if probe.backend in COMPILED_HERE else checkup.LIMIT_S
+    outcomes = dict(zip(jobs, checkup.run([*jobs.values()], timeout_s or limit_s), strict=True))
     ran = [f"{what} in {one.seconds:.1f} s" for what, one in outcomes.items() if not one.problem]
     failed = [(what, one) for what, one in outcomes.items() if one.problem]
     found = f"{about}; tiny model right: {', '.join(ran)}" if ran else f"{about}; tiny model not run"
