@@ -5,6 +5,7 @@ What was requested by name is never replaced: there a failure is an error. Every
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -46,7 +47,7 @@ class Policy:
 
     selftest: SelfTest = "replace"
     """A golden probe fails: take another candidate, where the choice was open and there is one, else an error; an error;
-    go on and say so; do not run probes at all."""
+    go on and say so, unless it was never answered, which is as for `replace`; do not run probes at all."""
     on_failure: OnFailure = "replan"
     """A device fails while it loads or answers: take another candidate, where the choice was open and there is one; or an
     error."""
@@ -77,8 +78,8 @@ class Loader:
         found: Found | None = None,
         tuned: bool = True,
     ) -> None:
-        """`found`: what is known of candidates; `tuned`: use what `lensc tune` has kept. Raises UnavailableError, ParityError where golden probes are to blame, or
-        MemoryLimitError if the plan does not fit.
+        """`found`: what is known of candidates; `tuned`: use what `lensc tune` has kept. Raises UnavailableError, ParityError where
+        golden probes are to blame, or MemoryLimitError if the plan does not fit.
         """
         found = found or Found()
         self.events: list[Event] = found.events
@@ -144,15 +145,17 @@ class Loader:
             if failure is None:
                 self._doubtful.discard(graph)
                 return session
-            if self._policy.selftest == "warn":
+            silent = isinstance(failure, golden.SilentError)  # something is still running in it
+            if self._policy.selftest == "warn" and not silent:
                 self._doubtful.add(graph)
                 self.events.append(
                     Event("self-test", graph, str(placement.effective), f"{failure}; it is used all the same")
                 )
                 return session
-            if not isinstance(failure, golden.SilentError):  # else something is still running in it
-                session.close()
-            self._refuse(placement, "self-test", failure, self._policy.selftest == "replace")
+            if not silent:
+                with contextlib.suppress(LensError):  # it has failed already
+                    session.close()
+            self._refuse(placement, "self-test", failure, self._policy.selftest != "error")
 
     def settings(self, placement: Placement) -> Settings:
         """How a graph runs: as `lensc tune` found best, but with the threads that were asked for."""
@@ -213,7 +216,8 @@ class Loader:
                 self._refused[graph, chosen[graph].effective] = problem
                 chosen = self._planned()
         except UnavailableError as nothing_left:
-            if kind == "failed" or (kind == "self-test" and [g for g, _ in self._refused].count(graph) == 1):
+            alone = [g for g, _ in self._refused].count(graph) == 1
+            if kind == "failed" or (alone and not isinstance(error, CompatibilityError | UnavailableError)):
                 raise error from None
             if kind == "self-test":
                 raise ParityError(str(nothing_left)) from error

@@ -28,7 +28,8 @@ REAL = registry.get
 
 @dataclass
 class Fault:
-    """`kind`: zeros, nan, before (the outputs of the run before), nothing (outputs are left as they are), raise, hang, crash.
+    """`kind`: zeros, nan, before (the outputs of the run before), nothing (outputs are left as they are), raise, hang, crash;
+    load: the artifact cannot be loaded.
 
     It begins with run `at` of the graph on the backend, from 1, over all sessions; golden probes are runs, too.
     """
@@ -104,6 +105,8 @@ class FaultyBackend:
         return getattr(self.real, name)
 
     def load(self, artifact: Artifact, spec: GraphSpec, bundle: Path, options: LoadOptions = DEFAULTS) -> Any:
+        if (artifact.graph, "load") == (self.fault.graph, self.fault.kind):
+            raise ExecutionError("the device is busy")
         session = self.real.load(artifact, spec, bundle, options)
         if artifact.graph != self.fault.graph:
             return session

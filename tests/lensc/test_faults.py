@@ -143,6 +143,27 @@ def test_it_is_told_and_used_or_not_even_looked_at(load: Callable[..., VLM], tmp
         assert load(faulty.Fault("vision", "native", "zeros"), selftest=off).events == ()
 
 
+def test_a_probe_that_is_never_answered_is_not_used_all_the_same(load: Callable[..., VLM]) -> None:
+    vlm = load(faulty.Fault("vision", "native", "hang"), selftest="warn")
+    assert where(vlm)["vision"] == "onnxruntime:cpu"
+    assert "the golden probe was not answered within" in vlm.events[0].text
+
+
+def test_an_artifact_that_cannot_be_loaded_is_replaced_by_policy(
+    load: Callable[..., VLM], bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm = load(faulty.Fault("decoder", "native", "load"))
+    assert where(vlm)["decoder"] == "onnxruntime:cpu"
+    assert [(e.kind, e.text) for e in vlm.events] == [
+        ("refused", "decoder on native:cpu: the device is busy; onnxruntime:cpu takes its place")
+    ]
+    with pytest.raises(ExecutionError, match="the device is busy"):
+        load(faulty.Fault("decoder", "native", "load"), on_failure="error")
+    monkeypatch.setattr(registry, "get", faulty.getter(faulty.Fault("decoder", "onnxruntime", "load")))
+    with pytest.raises(ExecutionError, match=r"^the device is busy$"):
+        lensc.load(bundle)
+
+
 def test_where_no_candidate_is_right_all_are_named(load: Callable[..., VLM]) -> None:
     with pytest.raises(ParityError, match=r"vision on native:cpu: .*vision on onnxruntime:cpu: "):
         load(faulty.Fault("vision", "native", "zeros"), faulty.Fault("vision", "onnxruntime", "nan"))
