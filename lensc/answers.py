@@ -167,7 +167,8 @@ class Conversation:
             raise PromptError(f"{error}; /clear forgets the conversation") from error
         self.last = result
         if not self.options.quiet:
-            _print_notes([event.text for event in result.metrics.events])
+            given_up = [note for note in result.metrics.notes if "max_ttft_ms" in note]
+            _print_notes([*(event.text for event in result.metrics.events), *given_up])
         if self.options.json:
             console.print_json(_as_json(result, self.vlm))
         if result.text or result.finish_reason != "cancelled":

@@ -324,6 +324,10 @@ class VLM:
             note += f"a context of {self.spec.decoder.context_length}"
             request = dataclasses.replace(request, notes=(*request.notes, note))
             options = dataclasses.replace(options, max_new_tokens=room)
+        overlap = self.overlap
+        if self._overlap and not overlap.on and request.slices:
+            note = f"pictures are not encoded beside the prompt: {overlap.reason}"
+            request = dataclasses.replace(request, notes=(*request.notes, note))
         return Generation(
             request,
             options,
@@ -336,7 +340,7 @@ class VLM:
             self._turns,
             self._max_memory_bytes,
             should_stop,
-            self.overlap.on,
+            overlap.on,
         )
 
     def save(self, path: str | Path, messages: Sequence[Mapping[str, Any]]) -> int:

@@ -125,7 +125,7 @@ def test_run_streams_the_answer_to_stdout_alone(bundle: Path, picture: Path, cli
 
 
 def test_run_within_a_time_shows_what_it_gave_up_and_where_the_time_went(
-    bundle: Path, cli: Cli, tmp_path: Path
+    bundle: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Image.new("RGB", (900, 500), (90, 200, 30)).save(tmp_path / "large.png")
     argv = ("run", bundle, "--image", tmp_path / "large.png", "What?", "--max-new-tokens", 2)
@@ -142,6 +142,9 @@ def test_run_within_a_time_shows_what_it_gave_up_and_where_the_time_went(
     assert (wrong.code, wrong.out) == (2, "") and "max_ttft_ms=0.0: expected a number above 0" in wrong.err
     lost = cli(*argv, "--timeline", tmp_path / "none" / "trace.json")
     assert lost.code == 1 and "trace.json: not written" in lost.err and lost.out
+    say(monkeypatch, "What?")
+    told = cli("chat", bundle, "--image", tmp_path / "large.png", "--max-ttft-ms", 1, "--max-new-tokens", 2)
+    assert "note: picture 1: 1 slice instead of 3, for max_ttft_ms: about " in told.err
 
 
 def test_run_with_several_pictures_a_system_prompt_and_a_draw(bundle: Path, picture: Path, cli: Cli, vlm: VLM) -> None:

@@ -196,6 +196,10 @@ def test_graphs_that_take_turns_do_not_overlap_and_say_so(tiny: Any) -> None:
     assert vlm.overlap.reason == "one graph at a time is loaded, to save memory"
     result = vlm.generate(QUESTION, [tiny.picture(56, 56)])
     assert result.metrics.overlap_ms == 0
+    said = "pictures are not encoded beside the prompt: one graph at a time is loaded, to save memory"
+    assert said in result.metrics.notes
+    vlm._overlap = None  # unless it was asked for
+    assert said not in vlm.generate(QUESTION, [tiny.picture(56, 56)]).metrics.notes
     assert [s.name for s in result.timeline.spans if s.name.startswith("load ")] == ["load decoder"]
 
 
