@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -27,6 +26,9 @@ from .base import Array
 from .errors import ExecutionError, LensError
 
 PROVIDER = "QNNExecutionProvider"
+INDEX, INTERFACES = ".graph", ".interfaces"
+"""Names of what is no tensor: the graph to run, of several; the inputs and outputs of each."""
+
 LENGTH = struct.Struct("<Q")
 LOG_BYTES = 1 << 20
 
@@ -75,6 +77,14 @@ class Child:
         if "error" in answer:
             raise ExecutionError(f"{self._what}: {answer['error']}")
         return answer
+
+    def interfaces(self) -> list[tuple[list[str], list[str]]]:
+        """Inputs and outputs of each graph of a `run`. Raises what `ask` does."""
+        return [(inputs, outputs) for inputs, outputs in json.loads(str(self.ask({})[INTERFACES]))]
+
+    def run(self, index: int, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the graph of `index`. Raises what `ask` does."""
+        return self.ask({**feeds, INDEX: np.array(index)})
 
     def log(self) -> str:
         """All that the process has printed."""
@@ -143,31 +153,43 @@ def session_options(ort: Any, provider: Mapping[str, str]) -> Any:
 
 
 def _compile(ort: Any, job: Mapping[str, Any]) -> dict[str, Array]:
-    """Write the context binary; report which node is where."""
-    options = session_options(ort, job["provider"])
-    entries = {
-        "session.disable_cpu_ep_fallback": "0" if job["cpu_nodes"] else "1",
-        "session.record_ep_graph_assignment_info": "1",
-        "ep.context_enable": "1",
-        "ep.context_file_path": job["out"],
-        "ep.context_embed_mode": "0",
-    }
-    for key, value in entries.items():
-        options.add_session_config_entry(key, value)
-    session = ort.InferenceSession(job["source"], sess_options=options, enable_fallback=0)
-    parts = session.get_provider_graph_assignment_info()
-    where = {node.name: [node.op_type, part.ep_name] for part in parts for node in part.get_nodes()}
-    counts = Counter(part.ep_name for part in parts for _ in part.get_nodes())
-    report = json.dumps({"where": where, "counts": counts})
+    """Write the context binary; tell which node of which graph is where."""
+    shared = len(job["sources"]) > 1
+    sessions: list[Any] = []  # those that share weights must be there together
+    where = []
+    for source, out in zip(job["sources"], job["outs"], strict=True):
+        options = session_options(ort, job["provider"])
+        entries = {
+            "session.disable_cpu_ep_fallback": "0" if job["cpu_nodes"] else "1",
+            "session.record_ep_graph_assignment_info": "1",
+            "ep.context_enable": "1",
+            "ep.context_file_path": out,
+            "ep.context_embed_mode": "0",
+        }
+        if shared:
+            entries["ep.share_ep_contexts"] = "1"
+            entries["ep.stop_share_ep_contexts"] = str(int(out == job["outs"][-1]))
+        for key, value in entries.items():
+            options.add_session_config_entry(key, value)
+        sessions.append(ort.InferenceSession(source, sess_options=options, enable_fallback=0))
+        parts = sessions[-1].get_provider_graph_assignment_info()
+        where.append({node.name: [node.op_type, part.ep_name] for part in parts for node in part.get_nodes()})
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    return {"report": np.array(report), "peak_bytes": np.array(peak)}
+    return {"where": np.array(json.dumps(where)), "peak_bytes": np.array(peak)}
 
 
-def open_session(ort: Any, path: str, provider: Mapping[str, str], cpu_nodes: Collection[str]) -> Any:
-    """A session on the NPU, or its emulation, that runs on the CPU nothing but `cpu_nodes`."""
+def open_session(
+    ort: Any, path: str, provider: Mapping[str, str], cpu_nodes: Collection[str], shares: bool = False
+) -> Any:
+    """A session on the NPU, or its emulation, that runs on the CPU nothing but `cpu_nodes`.
+
+    `shares`: its binary holds other graphs, too, whose sessions are opened in this process.
+    """
     options = session_options(ort, provider)
+    if shares:
+        options.add_session_config_entry("ep.share_ep_contexts", "1")
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "0" if cpu_nodes else "1")
     session = ort.InferenceSession(path, sess_options=options, enable_fallback=0)
     # a run that fails would be repeated on the CPU
@@ -175,18 +197,25 @@ def open_session(ort: Any, path: str, provider: Mapping[str, str], cpu_nodes: Co
     return session
 
 
+def interface(session: Any) -> tuple[list[str], list[str]]:
+    """The names of inputs and outputs."""
+    return [value.name for value in session.get_inputs()], [value.name for value in session.get_outputs()]
+
+
 def _run(ort: Any, job: Mapping[str, Any], feeds: IO[bytes], answers: IO[bytes]) -> None:
-    session = open_session(ort, job["source"], job["provider"], job["cpu_nodes"])
-    names = [value.name for value in session.get_outputs()]
+    sessions = [open_session(ort, source, job["provider"], job["cpu_nodes"]) for source in job["sources"]]
+    interfaces = [interface(session) for session in sessions]
     while True:
         try:
             arrays = _receive(feeds)
         except EOFError:
             return
         if not arrays:  # asked whether it is loaded
-            _send(answers, {name: np.zeros(0) for name in (*names, *(v.name for v in session.get_inputs()))})
+            _send(answers, {INTERFACES: np.array(json.dumps(interfaces))})
             continue
-        _send(answers, dict(zip(names, session.run(names, arrays), strict=True)))
+        index = int(arrays.pop(INDEX))
+        names = interfaces[index][1]
+        _send(answers, dict(zip(names, sessions[index].run(names, arrays), strict=True)))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,16 +1,12 @@
-"""Portable vision graph -> the float graph of fixed shapes that an NPU is given.
+"""Portable graph -> the float graph of fixed shapes that an NPU is given.
 
-Everything data-dependent stays on the host, so what is left to do is small: every dimension gets a number, attention
-becomes plain operators of rank 4 at most, what no input reaches is computed now, and weights lie as products take them,
-[inputs, outputs]. Quantized weights stay DequantizeLinear in front of their MatMul.
-
-A call of fewer patches is padded; padding is hidden as the graph's own biases hide it. The compiled size is the largest a
-slice of a picture of sides up to 10:1 needs (`patches_of`).
+Everything data-dependent stays on the host, so what is left to do is small: every dimension gets a number (`_qnn_form`),
+attention becomes plain operators (`_qnn_functions`), what no input reaches is computed now, and weights lie as products
+take them, [inputs, outputs]. Quantized weights stay DequantizeLinear in front of their MatMul.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -18,53 +14,29 @@ import numpy as np
 from lensc.export.graph import Graph, GraphSpec
 from lensc.export.quantize.scheme import Scheme
 
+from ._qnn_form import BIASES, Form, decoder_inputs
+from ._qnn_functions import LOWERINGS, OPSET, Nodes, constant, register
 from .base import Array
 from .errors import ExecutionError, GraphError
 
-HIDDEN = -100.0
-"""Added to the logit of a key that must not be seen. exp(-100) is 0 beside any key that is seen, and a range of 100 in 16
-bits resolves 0.0015, where the portable graph's -10000 would take the resolution from all logits."""
-
-BIASES = ("attention_bias", "key_bias")
-"""Inputs that say which keys are seen: 0 or less."""
-
-ASPECT = 10
-"""Longer side over shorter side of a slice that must fit."""
-
-STEP = 32
-"""Patches are a multiple of it: the HTP's vectors take 64 bytes."""
-
-
-def patches_of(spec: GraphSpec) -> int:
-    """The patches to compile for.
-
-    A slice has an area of `opt` patches at most and sides rounded to whole patches, which adds up to half a patch to each:
-    (a + 1/2) * (b + 1/2) with a * b = opt and a / b = ASPECT. 1088 for 448 x 448 pixels.
-    """
-    size = spec.dims["patches"]
-    sides = math.sqrt(size.opt) * (math.sqrt(ASPECT) + 1 / math.sqrt(ASPECT))
-    needed = size.opt + sides / 2 + 0.25
-    return min(size.max, math.ceil(needed / STEP) * STEP)
-
-
-def shape_at(shape: tuple[int | str, ...], patches: int) -> tuple[int, ...]:
-    """`shape` with one slice of so many patches."""
-    sizes = {"slices": 1, "patches": patches}
-    return tuple(d if isinstance(d, int) else sizes[d] for d in shape)
+REPLACED = ("position_ids", "logit_positions")
+"""Inputs of a decoder that stay with the host, the second where there is one token."""
 
 
 def cannot_be_lowered(spec: GraphSpec) -> str | None:
     """Why the graph is not one that can be made of fixed shapes here, or None."""
-    if spec.states:
-        return "its KV cache grows with every token, an NPU takes fixed shapes"
     names = {t.name for t in spec.inputs}
-    if set(spec.dims) != {"slices", "patches"} or not set(BIASES) <= names:
-        return f"expected dimensions slices and patches and inputs {', '.join(BIASES)}"
+    if spec.states:
+        dims, wanted = {"batch", "tokens", "rows", "past"}, {"inputs_embeds", *REPLACED}
+    else:
+        dims, wanted = {"slices", "patches"}, set(BIASES)
+    if set(spec.dims) != dims or not wanted <= names:
+        return f"expected dimensions {', '.join(sorted(dims))} and inputs {', '.join(sorted(wanted))}"
     return None
 
 
-def lower(graph: Graph, patches: int) -> Any:
-    """The `onnx_ir.Model` of `graph` for one slice of `patches`. Weights are read when they are asked for.
+def lower(graph: Graph, form: Form) -> Any:
+    """The `onnx_ir.Model` of `graph` in the sizes of `form`. Weights are read when they are asked for.
 
     Raises ExecutionError for a file that is not ONNX, GraphError for what has no lowering.
     """
@@ -77,25 +49,41 @@ def lower(graph: Graph, patches: int) -> Any:
         raise ExecutionError(f"{graph.path}: cannot be read as ONNX: {problem}; export it again") from error
     for values, tensors in ((model.graph.inputs, graph.spec.inputs), (model.graph.outputs, graph.spec.outputs)):
         for value, tensor in zip(values, tensors, strict=True):
-            value.shape = ir.Shape(shape_at(tensor.shape, patches))
-    return _Lowering(ir, model, graph.spec, Scheme.parse(graph.scheme)).done()
+            value.shape = ir.Shape(form.shape(tensor))
+    return _Lowering(ir, model, graph.spec, Scheme.parse(graph.scheme), form).done()
+
+
+def rotary_of(graph: Graph) -> tuple[int, Array]:
+    """Of a decoder: how many heads share keys, and float32[head_dim / 2], by what each position turns them."""
+    import onnx_ir as ir
+
+    for node in ir.load(graph.path).graph:
+        if node.op_type == "CausalAttention":
+            return node.attributes["groups"].as_int(), _array(node.inputs[4])
+    raise GraphError(f"graph {graph.spec.name}: no lensc.CausalAttention")
 
 
 class _Lowering:
-    """Rewrites a model in place: attention, then what no input reaches, then the operands of products."""
+    """Rewrites a model in place: its functions, then what no input reaches, then the operands of products."""
 
-    def __init__(self, ir: Any, model: Any, spec: GraphSpec, scheme: Scheme) -> None:
+    def __init__(self, ir: Any, model: Any, spec: GraphSpec, scheme: Scheme, form: Form) -> None:
         self._ir, self._model, self._graph, self._spec, self._scheme = ir, model, model.graph, spec, scheme
+        self._form = form
 
     def done(self) -> Any:
         from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+        if self._spec.states:
+            self._add_inputs()
+        inputs = {value.name: value for value in self._graph.inputs}
         for node in list(self._graph):
             if node.domain == "lensc":
-                if node.op_type != "Attention":
+                if node.op_type not in LOWERINGS:
                     raise GraphError(f"graph {self._spec.name}: no lowering of lensc.{node.op_type} for an NPU")
-                self._attention(node)
+                LOWERINGS[node.op_type](Nodes(self._ir, self._graph, node), node, inputs)
         self._model.functions.clear()
+        if self._spec.states:
+            self._model.opset_imports[""] = max(OPSET, self._model.opset_imports[""])
         for node in list(self._graph):
             if all(_is_constant(value) for value in node.inputs if value is not None):
                 self._fold(node)
@@ -107,45 +95,30 @@ class _Lowering:
                 if node.op_type == "MatMul" and node.inputs[1].is_initializer():
                     self._quantize_weight(node)
         RemoveUnusedNodesPass()(self._model)
+        for name in REPLACED:
+            unused = [i for i, v in enumerate(self._graph.inputs) if v.name == name and not v.uses()]
+            for i in unused:
+                del self._graph.inputs[i]
         self._model.opset_imports.pop("lensc", None)
         return self._model
 
-    def _attention(self, call: Any) -> None:
-        """softmax(q * scale @ k^T + bias) @ v, heads in front. Raises GraphError for widths that heads do not divide."""
+    def _add_inputs(self) -> None:
+        """What positions decide comes from the host; a form of one token has logits of that."""
         ir = self._ir
-        query, key, value, bias = call.inputs
-        heads, scale = call.attributes["num_heads"].as_int(), call.attributes["scale"].as_float()
-        name = call.outputs[0].name
-        made: list[Any] = []
-
-        def node(kind: str, inputs: list[Any], part: str, **attributes: Any) -> Any:
-            attrs = [ir.AttrInt64s(k, v) if isinstance(v, list) else ir.AttrInt64(k, v) for k, v in attributes.items()]
-            new = ir.Node("", kind, inputs, attrs, num_outputs=1)
-            new.outputs[0].name = f"{name}.{part}"
-            made.append(new)
-            return new.outputs[0]
-
-        split = self._constant(np.array([0, 0, heads, -1], np.int64), "split_heads", heads)
-        query_4 = node("Reshape", [query, split], "query_4")
-        key_4 = node("Reshape", [key, split], "key_4")
-        value_4 = node("Reshape", [value, split], "value_4")
-        query_h = node("Transpose", [query_4], "query_h", perm=[0, 2, 1, 3])
-        key_h = node("Transpose", [key_4], "key_h", perm=[0, 2, 3, 1])
-        value_h = node("Transpose", [value_4], "value_h", perm=[0, 2, 1, 3])
-        scaled = node("Mul", [query_h, self._constant(np.array([scale], np.float32), "scale", scale)], "scaled")
-        scores = node("MatMul", [scaled, key_h], "scores")
-        axes = self._constant(np.array([1, 2], np.int64), "axes", "1_2")
-        bias_4 = node("Unsqueeze", [bias, axes], "bias_4")
-        masked = node("Add", [scores, bias_4], "masked")
-        weights = node("Softmax", [masked], "weights", axis=-1)
-        mixed_h = node("MatMul", [weights, value_h], "mixed_h")
-        mixed_4 = node("Transpose", [mixed_h], "mixed_4", perm=[0, 2, 1, 3])
-        joined = self._constant(np.array([0, 0, -1], np.int64), "join_heads", "")
-        mixed = node("Reshape", [mixed_4, joined], "mixed")
-        self._graph.insert_before(call, made)
-        call.outputs[0].replace_all_uses_with(mixed)
-        self._graph.remove(call, safe=True)
-        mixed.name = name
+        call = next(node for node in self._graph if node.op_type == "CausalAttention")
+        groups, width = (call.attributes[name].as_int() for name in ("groups", "head_dim"))
+        for name, shape in decoder_inputs(self._form, groups, width).items():
+            self._graph.inputs.append(ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape)))
+        positions = next(value for value in self._graph.inputs if value.name == "logit_positions")
+        positions.type = ir.TensorType(ir.DataType.INT32)
+        chosen = next(
+            node for node in self._graph if node.op_type == "Gather" and _comes_from(node.inputs[1], positions)
+        )
+        if self._form.sizes["tokens"] > 1:
+            chosen.replace_input_with(1, positions)
+        else:
+            chosen.outputs[0].replace_all_uses_with(chosen.inputs[0])
+            self._graph.remove(chosen, safe=True)
 
     # --- constants ------------------------------------------------------------------------------------------------
 
@@ -188,9 +161,7 @@ class _Lowering:
             last.outputs[0].type = node.outputs[0].type
             self._graph.insert_before(node, last)
         old = node.outputs[0]
-        old.replace_all_uses_with(last.outputs[0])
-        if old.is_graph_output():
-            self._graph.outputs[list(self._graph.outputs).index(old)] = last.outputs[0]
+        old.replace_all_uses_with(last.outputs[0], replace_graph_outputs=True)
         self._graph.remove(node, safe=True)
         last.outputs[0].name, last.outputs[0].shape = name, old.shape
 
@@ -227,12 +198,16 @@ class _Lowering:
                     f"{values.name}: weights of 4 bits with zero points have no form on an NPU; use w4a16-g16"
                 )
         attributes = {name: a.as_int() for name, a in dequantize.attributes.items()}
-        signed = np.ascontiguousarray((_array(values).astype(np.int8) - middle).T)
-        bits = (
-            ir.DataType.INT8 if values.const_value.dtype in (ir.DataType.INT8, ir.DataType.UINT8) else ir.DataType.INT4
-        )
+        stored = values.const_value
+        bits = ir.DataType.INT8 if stored.dtype in (ir.DataType.INT8, ir.DataType.UINT8) else ir.DataType.INT4
+
+        def turned_values() -> Any:
+            # when it is written: all weights of a decoder at once would be gigabytes
+            return ir.Tensor(np.ascontiguousarray((stored.numpy().astype(np.int8) - middle).T), dtype=bits)
+
+        name, shape = f"{values.name}.turned", ir.Shape(reversed(stored.shape.numpy()))
         turned = [
-            self._constant(signed, "turned", values.name, bits),
+            register(ir, self._graph, ir.LazyTensor(turned_values, dtype=bits, shape=shape, name=name)),
             self._constant(np.ascontiguousarray(_array(scales).T), "turned", scales.name),
         ]
         attributes["axis"] = 1 - attributes.get("axis", 1)
@@ -256,13 +231,12 @@ class _Lowering:
         self._graph.remove(node, safe=True)
 
 
-def constant(ir: Any, graph: Any, array: Array, name: str, dtype: Any = None) -> Any:
-    """The initializer `name` of `graph`, made of `array` if there is none."""
-    if name not in graph.initializers:
-        tensor = ir.Tensor(array, dtype=dtype, name=name)
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
-        graph.register_initializer(value)
-    return graph.initializers[name]
+def _comes_from(value: Any, source: Any) -> bool:
+    """Whether `value` is `source`, maybe in another shape."""
+    producer = value.producer()
+    return value is source or (
+        producer is not None and producer.op_type == "Reshape" and _comes_from(producer.inputs[0], source)
+    )
 
 
 def _array(value: Any) -> Array:

@@ -20,7 +20,7 @@ from typing import Literal
 
 from lensc.export.graph import GraphSpec, TensorSpec
 
-from ._qnn_lower import patches_of
+from ._qnn_form import patches_of
 from .errors import UsageError
 
 NAME = "tensorrt"

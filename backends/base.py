@@ -247,16 +247,17 @@ class StaticBackend(Backend, Protocol):
     """An engine that fixes ranges of activations when it compiles, and maybe shapes; ranges are measured before."""
 
     graphs: tuple[str, ...]
-    """The graphs it compiles; others are left to other targets."""
+    """The graphs it compiles where none is named; others are left to other targets."""
 
     def needs_ranges(self, scheme: str) -> bool:
         """Whether a graph of `scheme` is compiled with ranges of its activations (`Graph.ranges`)."""
         ...
 
-    def measure_ranges(self, graph: Graph, samples: Sequence[Mapping[str, Array]], path: Path) -> None:
-        """Measure the ranges of all activations of `graph` over `samples`, feeds of one slice each, and write them to `path`.
-
-        They serve every target of the backend. Raises ExecutionError, GraphError.
+    def measure_ranges(
+        self, graph: Graph, samples: Sequence[Mapping[str, Array]], path: Path
+    ) -> list[dict[str, Array]]:
+        """Write the ranges of all activations of `graph` over `samples`, feeds of one slice or sequence each, to `path`, for
+        every target of the backend; return outputs but no states, in float and in fixed shapes. Raises ExecutionError, GraphError.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Qualcomm's NPUs: the vision graph as an HTP context binary, compiled ahead of time on a machine without an NPU.
+"""Qualcomm's NPUs: graphs as HTP context binaries, compiled ahead of time on a machine without an NPU.
 
 A target is `qnn:npu:<chip>`, the chips being those of `profiles/` that have a `soc_model`. On x86-64 the binary is
 executed by emulation, which is evidence of its values and says nothing of its speed; on a device it is untested.
@@ -6,6 +6,9 @@ executed by emulation, which is evidence of its values and says nothing of its s
     f32, f16        float16 on the NPU, recorded as the artifact's scheme f16
     w8a16, w8a8     int8 weights with a scale per output; activations of 16 or 8 bits, in ranges measured on pictures
     w4a16-g<size>   weights of 4 bits in groups; activations of 16
+
+A decoder is compiled for a context of fixed size, in forms for many tokens and for one (`_qnn_decoder`); it takes
+activations of 16 bits or float16, on Hexagon v73 and later.
 
 Compiling fails unless every node is on the NPU, or is allowed elsewhere by name.
 """
@@ -25,13 +28,15 @@ from lensc.export.graph import Graph, GraphSpec
 from lensc.export.quantize.scheme import Scheme
 from lensc.profiles import probe
 
-from ._qnn_child import Child, open_session
-from ._qnn_chip import check_context, chip, unknown_chip
-from ._qnn_compile import compile_context, write_fixed
-from ._qnn_lower import cannot_be_lowered, patches_of
+from ._qnn_child import Child, interface, open_session
+from ._qnn_chip import Chip, check_context, chip, unknown_chip
+from ._qnn_compile import Compiled, compile_context, compile_decoder, fix, save
+from ._qnn_decoder import DecoderLayout, QnnDecoder, fitted
+from ._qnn_form import Form, forms, patches_of, range_form
+from ._qnn_lower import cannot_be_lowered, rotary_of
 from ._qnn_quantize import WIDE_ARCH
-from ._qnn_ranges import measure, save_ranges
 from ._qnn_session import QnnSession, padded
+from ._ranges import measure, outputs_of, save_ranges
 from .base import Array, Artifact, Probe, Session, Target, check_compatibility, check_interface, file_record
 from .errors import ExecutionError, StorageError, UnavailableError, UnsupportedError
 from .load_options import DEFAULTS, LoadOptions, settings_of
@@ -77,7 +82,7 @@ class Qnn:
         return (Probe(NAME, "npu", True, version, "untested"),)
 
     def supports(self, spec: GraphSpec, scheme: str, target: Target, linear_inputs: Collection[int] = ()) -> str | None:
-        """The vision graph, in float, or with 8- or 4-bit weights and activations of fixed ranges."""
+        """In float, or with 8- or 4-bit weights and activations of fixed ranges."""
         if (target.backend, target.processor) != (NAME, "npu"):
             return f"target {target} is not one of backend {NAME}; expected {NAME}:npu:CHIP"
         problem = unknown_chip(target.arch)
@@ -87,25 +92,34 @@ class Qnn:
         if problem:
             return f"target {target}: graph {spec.name}: {problem}"
         parsed = Scheme.parse(scheme)
-        return _unknown_scheme(parsed) or _indivisible(parsed, linear_inputs) or _too_new(parsed, target)
+        refusal = _unknown_scheme(parsed) or _indivisible(parsed, linear_inputs) or _too_new(parsed, target)
+        return refusal or (_no_decoder(parsed, target) if spec.states else None)
 
     def needs_ranges(self, scheme: str) -> bool:
         """Every scheme that is not float."""
         return not Scheme.parse(scheme).weights_are_float
 
-    def measure_ranges(self, graph: Graph, samples: Sequence[Mapping[str, Array]], path: Path) -> None:
+    def measure_ranges(
+        self, graph: Graph, samples: Sequence[Mapping[str, Array]], path: Path
+    ) -> list[dict[str, Array]]:
         """See `StaticBackend`. The graph runs in float on the CPU, a layer at a time."""
         _need_package()
         folder = path.with_name(f"{path.name}.fixed")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        form = range_form(graph.spec)
         try:
-            write_fixed(graph, folder / "fixed.onnx", None)
-            patches = patches_of(graph.spec)
-            fixed = [padded(graph.spec, sample, patches) for sample in samples]
-            save_ranges(measure(folder / "fixed.onnx", fixed, probe.machine().cores), path)
+            save(fix(graph, form, None).model, folder / "fixed.onnx")
+            if graph.spec.states:
+                groups, frequencies = rotary_of(graph)
+                fixed = [fitted(graph.spec, sample, form, frequencies, groups) for sample in samples]
+            else:
+                fixed = [padded(graph.spec, sample, form) for sample in samples]
+            ranges, outputs = measure(folder / "fixed.onnx", fixed, probe.machine().cores, outputs_of(graph.spec))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+        save_ranges(ranges, path)
+        return outputs
 
     def compile(self, graph: Graph, target: Target, out: Path) -> Artifact:
         """Write `<out>/<target>.onnx`, the engine's wrapper, and beside it the context binary and where each node is."""
@@ -117,21 +131,17 @@ class Qnn:
         provider = PROVIDER_OPTIONS | COMPILER_OPTIONS | made_for.provider_options
         provider |= FLOAT16 if scheme.weights_are_float else {}
         partial = out / f"{target.slug}.partial"
-        name = f"{target.slug}.onnx"
         try:
             shutil.rmtree(partial, ignore_errors=True)
-            (partial / "fixed").mkdir(parents=True)
-            source = partial / "fixed" / f"{graph.spec.name}.onnx"
-            products = write_fixed(graph, source, made_for)
-            compiled = compile_context(source, partial / name, provider, graph.cpu_nodes)
-            shutil.rmtree(partial / "fixed")
-            check_context(partial / name, made_for, _qairt())
+            partial.mkdir(parents=True)
+            make = _make_decoder if graph.spec.states else _make_vision
+            first, compiled, options = make(graph, made_for, provider, partial, target.slug)
+            for wrapper in partial.glob("*.onnx"):
+                check_context(wrapper, made_for, _qairt())
             placement = partial / f"{target.slug}.placement.json"
             placement.write_text(json.dumps(compiled.where, indent=0), encoding="utf-8")
-            others = [path for path in sorted(partial.iterdir()) if path.name != name]
-            files = [path.replace(out / path.name) for path in others]
-            files = [(partial / name).replace(out / name), *files]
-            records = tuple(file_record(path, out.parent) for path in files)
+            paths = [partial / first, *(path for path in sorted(partial.iterdir()) if path.name != first)]
+            records = tuple(file_record(path.replace(out / path.name), out.parent) for path in paths)
         except OSError as error:
             raise StorageError(f"{out}: cannot be written: {error.strerror or error}") from error
         finally:
@@ -144,8 +154,7 @@ class Qnn:
             toolchain={PACKAGE: metadata.version(PACKAGE), "qairt": _qairt()},
             options={
                 **provider,
-                "patches": str(patches_of(graph.spec)),
-                "multiply_adds": str(products),
+                **options,
                 "compiler_peak_bytes": str(compiled.peak_bytes),
                 **({"cpu_nodes": " ".join(graph.cpu_nodes)} if graph.cpu_nodes else {}),
             },
@@ -169,47 +178,104 @@ class Qnn:
         found = {"qairt": _qairt(), "chip": wanted.name, **wanted.provider_options}
         check_compatibility(artifact, found)
         path = bundle / artifact.files[0].path
-        check_context(path, wanted, _qairt())
-        provider = PROVIDER_OPTIONS | wanted.provider_options
+        layout = DecoderLayout.load(path) if spec.states else None
+        emulated = _is_emulated()
+        if layout is None:
+            wrappers = [path]
+        else:
+            pairs = layout.emulated if emulated else layout.parts
+            wrappers = [path.with_name(name) for pair in pairs for name in pair]
+        if emulated:
+            _check_time(artifact, layout)
+        for wrapper in wrappers:
+            check_context(wrapper, wanted, _qairt())
         cpu_nodes = artifact.options.get("cpu_nodes", "").split()
-        patches = int(artifact.options["patches"])
-        if not _is_emulated():
-            return _on_device(spec, path, patches, provider, cpu_nodes)
-        limit_s = _limit_s()
-        expected_s = int(artifact.options["multiply_adds"]) / EMULATED_GMACS_S / 1e9
-        if expected_s > limit_s:
-            raise UnavailableError(
-                f"target {artifact.target}: emulating a slice takes about {expected_s:.0f} s, the limit is {limit_s:.0f} s; "
-                f"{LIMIT_VARIABLE}=SECONDS allows more"
-            )
-        job = {"source": str(path), "provider": provider, "cpu_nodes": cpu_nodes}
+        provider = PROVIDER_OPTIONS | wanted.provider_options
         with ExitStack() as stack:
-            child = stack.enter_context(Child(str(path), "run", job, limit_s))
-            names = set(child.ask({}))
-            outputs = {t.name for t in spec.outputs}
-            check_interface(spec, names - outputs, names & outputs)
+            engine: Child | _Device
+            if emulated:
+                sources = [str(wrapper) for wrapper in wrappers]
+                job = {"sources": sources, "provider": provider, "cpu_nodes": cpu_nodes}
+                engine = stack.enter_context(Child(str(path), "run", job, _limit_s()))
+            else:
+                engine = _Device(wrappers, provider, cpu_nodes)
+            interfaces = engine.interfaces()
+            if layout is not None:
+                session: Session = QnnDecoder(spec, layout, interfaces, engine.run, engine.close)
+            else:
+                check_interface(spec, *interfaces[0])
+                form = Form(spec.name, {"slices": 1, "patches": int(artifact.options["patches"])})
+                session = QnnSession(spec, form, engine.run, engine.close)
             stack.pop_all()
-        return QnnSession(spec, patches, child.ask, child.close)
+        return session
 
 
-def _on_device(
-    spec: GraphSpec, path: Path, patches: int, provider: Mapping[str, str], cpu_nodes: Sequence[str]
-) -> Session:
-    """On the NPU of this machine. Untested: nobody has run it."""
-    import onnxruntime as ort
+Made = tuple[str, Compiled, dict[str, str]]
+"""The file to open, what went where, and options to record."""
 
-    from ._onnxruntime_session import engine_errors
 
-    with engine_errors(str(path)):
-        session = open_session(ort, str(path), {**provider, "htp_performance_mode": "burst"}, cpu_nodes)
-    outputs = [value.name for value in session.get_outputs()]
-    check_interface(spec, [value.name for value in session.get_inputs()], outputs)
+def _make_vision(graph: Graph, made_for: Chip, provider: Mapping[str, str], out: Path, slug: str) -> Made:
+    folder, name = out / "fixed", f"{slug}.onnx"
+    folder.mkdir()
+    fixed = fix(graph, forms(graph.spec)[0], made_for)
+    source = save(fixed.model, folder / f"{graph.spec.name}.onnx")
+    compiled = compile_context([source], [out / name], provider, graph.cpu_nodes)
+    shutil.rmtree(folder)
+    return name, compiled, {"patches": str(patches_of(graph.spec)), "multiply_adds": str(fixed.multiply_adds)}
 
-    def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
-        with engine_errors(f"graph {spec.name}"):
-            return dict(zip(outputs, session.run(outputs, dict(feeds)), strict=True))
 
-    return QnnSession(spec, patches, run, lambda: None)
+def _make_decoder(graph: Graph, made_for: Chip, provider: Mapping[str, str], out: Path, slug: str) -> Made:
+    name = f"{slug}.decoder.json"
+    most = EMULATED_GMACS_S * 1e9 * LIMIT_S
+    compiled, layout, products = compile_decoder(graph, made_for, provider, out, slug, most)
+    layout.save(out / name)
+    return name, compiled, {"context": str(layout.context), "multiply_adds": str(products)}
+
+
+def _check_time(artifact: Artifact, layout: DecoderLayout | None) -> None:
+    """Raise UnavailableError if emulating a slice, or a prefill, takes too long."""
+    limit_s = _limit_s()
+    expected_s = int(artifact.options["multiply_adds"]) / EMULATED_GMACS_S / 1e9
+    what = "a slice" if layout is None else f"{layout.tokens} tokens"
+    if layout is not None and not layout.emulated:
+        raise UnavailableError(
+            f"target {artifact.target}: emulating {what} would take about {expected_s:.0f} s, so no binary for it was made; "
+            "run it on the device"
+        )
+    if expected_s > limit_s:
+        raise UnavailableError(
+            f"target {artifact.target}: emulating {what} takes about {expected_s:.0f} s, the limit is {limit_s:.0f} s; "
+            f"{LIMIT_VARIABLE}=SECONDS allows more"
+        )
+
+
+class _Device:
+    """Graphs on the NPU of this machine. Untested: nobody has run it."""
+
+    def __init__(self, paths: Sequence[Path], provider: Mapping[str, str], cpu_nodes: Sequence[str]) -> None:
+        import onnxruntime as ort
+
+        from ._onnxruntime_session import engine_errors
+
+        self._errors = engine_errors
+        options = {**provider, "htp_performance_mode": "burst"}
+        with engine_errors(str(paths[0])):
+            self._sessions = [open_session(ort, str(path), options, cpu_nodes, len(paths) > 1) for path in paths]
+        self._interfaces = [interface(session) for session in self._sessions]
+
+    def interfaces(self) -> list[tuple[list[str], list[str]]]:
+        """See `Child.interfaces`."""
+        return self._interfaces
+
+    def run(self, index: int, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """See `Child.run`."""
+        names = self._interfaces[index][1]
+        with self._errors(f"graph {index}"):
+            return dict(zip(names, self._sessions[index].run(names, dict(feeds)), strict=True))
+
+    def close(self) -> None:
+        """Let go of the sessions."""
+        self._sessions = []
 
 
 def _unknown_scheme(scheme: Scheme) -> str | None:
@@ -217,7 +283,7 @@ def _unknown_scheme(scheme: Scheme) -> str | None:
     if scheme.weights_are_float:
         return None
     nearest = "w4a16-g16" if scheme.weight_bits <= 4 else "w8a16"
-    if not scheme.symmetric or scheme.mixed or scheme.scale_bits is not None:
+    if not scheme.symmetric or scheme.scale_bits is not None:
         return f"scheme {scheme}: backend {NAME} takes plain symmetric weights; the nearest is {nearest}"
     if scheme.weight_bits == 8 and scheme.group_size is None and scheme.activation_bits in (8, 16):
         return None
@@ -239,6 +305,15 @@ def _too_new(scheme: Scheme, target: Target) -> str | None:
     if chip(target.arch).htp_arch >= WIDE_ARCH or scheme.weight_bits == 8:
         return None
     return f"target {target}: Hexagon before v{WIDE_ARCH} takes no {scheme}: no float16, no groups of 4 bits; expected w8a16 or w8a8"
+
+
+def _no_decoder(scheme: Scheme, target: Target) -> str | None:
+    """Why the chip takes no decoder of `scheme`, or None."""
+    if chip(target.arch).htp_arch < WIDE_ARCH:
+        return f"target {target}: Hexagon before v{WIDE_ARCH} multiplies activations by 8 bits only: no decoder"
+    if scheme.activation_bits == 8:
+        return f"scheme {scheme}: backend {NAME} takes a decoder with activations of 16 bits; the nearest is w8a16"
+    return None
 
 
 def _is_emulated() -> bool:

@@ -25,7 +25,7 @@ from lensc.export.graph import Graph, GraphSpec
 from lensc.export.quantize.scheme import Scheme
 from lensc.profiles import probe
 
-from ._qnn_ranges import load_ranges, measure, save_ranges
+from ._ranges import load_ranges, measure, outputs_of, save_ranges
 from ._tensorrt_cache import bytes_of
 from ._tensorrt_device import Gpu, first_gpu
 from ._tensorrt_lower import Lowered, Ranges, write_lowered
@@ -109,16 +109,20 @@ class TensorRT:
         parsed = Scheme.parse(scheme)
         return (parsed.weight_bits, parsed.group_size, parsed.activation_bits) == (8, None, 8)
 
-    def measure_ranges(self, graph: Graph, samples: Sequence[Mapping[str, Array]], path: Path) -> None:
+    def measure_ranges(
+        self, graph: Graph, samples: Sequence[Mapping[str, Array]], path: Path
+    ) -> list[dict[str, Array]]:
         """See `StaticBackend`. The lowered graph runs in float32 on the CPU, a few nodes at a time; no GPU is needed."""
         folder = path.with_name(f"{path.name}.lowered")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         try:
             write_lowered(graph, folder / "lowered.onnx", "float32", has_int8_products=True)
-            save_ranges(measure(folder / "lowered.onnx", samples, probe.machine().cores), path)
+            ranges, outputs = measure(folder / "lowered.onnx", samples, probe.machine().cores, outputs_of(graph.spec))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+        save_ranges(ranges, path)
+        return outputs
 
     def cannot_compile(self, target: Target) -> str | None:
         """See `CompilesOnDevice`."""

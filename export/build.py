@@ -30,7 +30,7 @@ from .graph import Graph
 from .memory import Limit
 from .provenance import provenance, timestamp, versions
 from .quantize.recipe import Recipe, resolve
-from .ranges import Work, backends_with_ranges, with_ranges, works
+from .ranges import Work, backends_with_ranges, check_context, with_ranges, works
 from .source import Source
 from .stages import Report, Staging
 
@@ -77,6 +77,7 @@ def compile_graphs(
     *,
     calibration: str | Path | None = None,
     cpu_nodes: Sequence[str] = (),
+    context: int | None = None,
     max_memory: int | None = None,
     report: Report | None = None,
     command: str = "",
@@ -84,7 +85,7 @@ def compile_graphs(
     """Compile the folder `graphs` for every target into the bundle `out`.
 
     `calibration` is a folder of pictures for targets that fix the ranges of activations; nodes named in `cpu_nodes` may run
-    on the CPU where all others must be on an NPU. What can run here is checked with the golden probes. Raises
+    on the CPU where all others must be on an NPU; `context`: tokens of past that a decoder of fixed shapes is made for. What can run here is checked with the golden probes. Raises
     ManifestError if `graphs` is damaged, UnsupportedError listing every graph that a target cannot take, and what engines
     raise. `out` is complete or untouched.
     """
@@ -103,7 +104,11 @@ def compile_graphs(
     data = cache(partial(_pictures, made, folder, None if calibration is None else Path(calibration)))
     if ranged:
         data()  # pictures that cannot be read are known before any work
-    portable = {name: dataclasses.replace(graph, cpu_nodes=tuple(cpu_nodes)) for name, graph in portable.items()}
+    check_context(context, specs, work)
+    portable = {
+        name: dataclasses.replace(graph, cpu_nodes=tuple(cpu_nodes), context=context)
+        for name, graph in portable.items()
+    }
     files = {f.path: f for f in made.files}
     copied = [made.tokenizer, *made.tables.values(), *(probe.file for probe in made.probes)]
     copied = list(dict.fromkeys([*copied, *(name for name in (TOKENIZER_CONFIG,) if name in files)]))
@@ -114,7 +119,7 @@ def compile_graphs(
         staging.require(weights * len(work) + sum(files[name].bytes for name in copied) + MARGIN_BYTES)
         hashes = {name: files[name].sha256 for name in copied}
         staging.stage("copy tables", hashes, tuple[str, ...], lambda: copy_files(folder, staging.tree, copied))
-        by_backend = with_ranges(staging, portable, work, made.model, data)
+        by_backend = with_ranges(staging, portable, work, made.model, made.tables, data)
         artifacts = tuple(
             a for job in work for a in compile_target(staging, by_backend[job.target.backend], job, made.probes)
         )
@@ -138,6 +143,7 @@ def build(
     adapter: str | Path | None = None,
     calibration: str | Path | None = None,
     cpu_nodes: Sequence[str] = (),
+    context: int | None = None,
     max_memory: int | None = None,
     report: Report | None = None,
     command: str = "",
@@ -153,6 +159,7 @@ def build(
     source = Source(opened(checkpoint, adapter), recipe, max_memory, pictures, _measures(recipe, work))
     check_supported(source.specs, source.required_schemes(source.recipe), work)
     check_compilable(work)
+    check_context(context, source.specs, work)
     total = (
         export_stages.STAGES
         + source.recipe.smooth
@@ -170,11 +177,16 @@ def build(
         exported = export_graphs(staging, source, folder)
         portable = {
             name: Graph(
-                record.spec, folder / str(record.file), record.scheme, record.sha256, cpu_nodes=tuple(cpu_nodes)
+                record.spec,
+                folder / str(record.file),
+                record.scheme,
+                record.sha256,
+                cpu_nodes=tuple(cpu_nodes),
+                context=context,
             )
             for name, record in exported.graphs.items()
         }
-        by_backend = with_ranges(staging, portable, work, source.spec, lambda: source.calibration_data)
+        by_backend = with_ranges(staging, portable, work, source.spec, exported.tables, lambda: source.calibration_data)
         artifacts: list[Artifact] = []
         parity: list[ParityRecord] = [*exported.parity]
         for job in work:

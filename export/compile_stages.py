@@ -95,6 +95,8 @@ def compile_target(
             key["ranges"] = sha256_file(graph.ranges)
         if graph.cpu_nodes:
             key["cpu_nodes"] = " ".join(graph.cpu_nodes)
+        if graph.context is not None:
+            key["context"] = str(graph.context)
         artifact = staging.stage(
             f"compile {name} for {target}", key, Artifact, partial(_compile, graph, target, staging.tree)
         )

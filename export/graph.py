@@ -72,7 +72,8 @@ class Graph:
 
     `scheme` is the spelling of the quantization scheme (`str(Scheme)`), `sha256` that of the ONNX file
     followed by its external data. `ranges` is the file in which a `StaticBackend` has written the ranges of activations;
-    `cpu_nodes` are the nodes that may run on the CPU where all others must not.
+    `cpu_nodes` are the nodes that may run on the CPU where all others must not, `context` the tokens of past that a decoder of
+    fixed shapes is made for.
     """
 
     spec: GraphSpec
@@ -81,3 +82,4 @@ class Graph:
     sha256: str
     ranges: Path | None = None
     cpu_nodes: tuple[str, ...] = ()
+    context: int | None = None

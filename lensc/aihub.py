@@ -89,9 +89,12 @@ def _compile(options: argparse.Namespace) -> int:
 
 def _write_fixed(graph: Graph, path: Path) -> int:
     """The vision graph as the backend qnn lowers it, for one slice."""
-    from lensc.backends._qnn_compile import write_fixed
+    from lensc.backends._qnn_compile import fix, save
+    from lensc.backends._qnn_form import forms
 
-    return write_fixed(graph, path, None)
+    fixed = fix(graph, forms(graph.spec)[0], None)
+    save(fixed.model, path)
+    return fixed.multiply_adds
 
 
 def _profile(options: argparse.Namespace) -> int:

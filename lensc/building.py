@@ -38,7 +38,7 @@ def add_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     _targets(compile_)
     text = "pictures for a target that fixes the ranges of activations (qnn); default: built-in ones"
     compile_.add_argument("--calibration", metavar="FOLDER", help=text)
-    _cpu_nodes(compile_)
+    _on_npu(compile_)
     _memory(compile_)
     _output(compile_, "bundle/")
 
@@ -48,7 +48,7 @@ def add_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     )
     _scheme(build)
     _targets(build)
-    _cpu_nodes(build)
+    _on_npu(build)
     _memory(build)
     _output(build, "bundle/")
 
@@ -106,9 +106,13 @@ def _targets(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--target", metavar="TARGET", action="append", default=[], help=text)
 
 
-def _cpu_nodes(verb: argparse.ArgumentParser) -> None:
+def _on_npu(verb: argparse.ArgumentParser) -> None:
     text = "a node that may run on the CPU where all others must be on the NPU (qnn); repeat for several"
     verb.add_argument("--allow-cpu", metavar="NODE", action="append", default=[], help=text)
+    text = (
+        "tokens of past that a decoder on an NPU is compiled for (qnn; default: 2048, or the model's if that is less)"
+    )
+    verb.add_argument("--context", metavar="N", type=int, help=text)
 
 
 # --- verbs --------------------------------------------------------------------------------------------------------
@@ -141,6 +145,7 @@ def _compile(options: argparse.Namespace) -> int:
             options.output,
             calibration=options.calibration,
             cpu_nodes=options.allow_cpu,
+            context=options.context,
             max_memory=_bytes(options.max_memory),
             report=_reporter(progress),
             command=options.command,
@@ -161,6 +166,7 @@ def _build(options: argparse.Namespace) -> int:
             adapter=options.adapter,
             calibration=options.calibration,
             cpu_nodes=options.allow_cpu,
+            context=options.context,
             max_memory=_bytes(options.max_memory),
             report=_reporter(progress),
             command=options.command,

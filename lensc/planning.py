@@ -341,6 +341,8 @@ def named_schemes() -> dict[str, Stored]:
         "w8a16-vision": ("w8a16", "f32"),
         "w4a16-vision": ("w4a16-g16", "f32"),
         "int4-npu": ("w8a16", four),
+        "w8a16": ("w8a16", "w8a16"),
+        "w4a16-gptq": ("w8a16", "w4a16-g32"),
     }
     found = {}
     for name in NAMED:
@@ -352,7 +354,7 @@ def named_schemes() -> dict[str, Stored]:
             "w8a16-vision": 32.0,
             "w4a16-vision": 32.0,
         }.get(name, 8.0)
-        head = bits_of(Scheme.parse(four)) if name == "int3-gptq" else None
+        head = {"int3-gptq": bits_of(Scheme.parse(four)), "w4a16-gptq": bits_of(Scheme.parse(eight))}.get(name)
         inner = 2 + 8 / 64 if name == "int2-mlp-gptq" else None
         found[name] = _of_schemes(name, vision, decoder, table, head, inner)
     return found

@@ -105,7 +105,7 @@ def run(vlm: VLM, work: Work, keep_pictures: bool = False) -> Metrics:
     vlm.forget(pictures=not keep_pictures)
     pictures = () if work.picture is None else (work.picture,)
     request = vlm.prepare(user_messages("", pictures))
-    prompt = _behind(request.prompt, vlm.tokenizer, vlm.spec, work)
+    prompt = _behind(request.prompt, vlm.tokenizer, vlm.spec, vlm.context, work)
     options = resolve(
         vlm.spec.generation,
         max_new_tokens=work.new_tokens,
@@ -123,7 +123,7 @@ def prompt_of(plan: SlicePlan | None, tokenizer: Tokenizer, spec: ModelSpec, wor
     pictures = () if plan is None else (b"",)  # it is not opened
     plans = () if plan is None else (plan,)
     made = build_prompt(user_messages("", pictures), plans, tokenizer, spec.picture.query_num)
-    return _behind(made, tokenizer, spec, work)
+    return _behind(made, tokenizer, spec, spec.decoder.context_length, work)
 
 
 def summed_up(runs: Sequence[Metrics]) -> Measured:
@@ -142,7 +142,7 @@ def summed_up(runs: Sequence[Metrics]) -> Measured:
     )
 
 
-def _behind(made: Prompt, tokenizer: Tokenizer, spec: ModelSpec, work: Work) -> Prompt:
+def _behind(made: Prompt, tokenizer: Tokenizer, spec: ModelSpec, context: int, work: Work) -> Prompt:
     """The tokens of the picture of `made`, without the template around them, and the work's own behind them."""
     if work.prompt_tokens < 1 or work.new_tokens < 1:
         raise UsageError(
@@ -154,7 +154,7 @@ def _behind(made: Prompt, tokenizer: Tokenizer, spec: ModelSpec, work: Work) -> 
         begin = int(bounds[0, 0]) - 1
         seen = ids[begin : begin + int((ids[begin:] == tokenizer.special.eot).argmax())]
         bounds = bounds - begin
-    total, context = len(seen) + work.prompt_tokens + work.new_tokens, spec.decoder.context_length
+    total = len(seen) + work.prompt_tokens + work.new_tokens
     if total > context:
         picture = f"{len(seen)} tokens of picture, " if len(seen) else ""
         raise UsageError(

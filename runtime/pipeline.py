@@ -17,7 +17,7 @@ from typing import Any, Literal, Self, Unpack, overload
 
 from lensc.backends.base import Array, Session
 from lensc.backends.bundle import ModelSpec
-from lensc.backends.errors import ExecutionError, GraphError, InputError, LensError, PromptError, UsageError
+from lensc.backends.errors import ExecutionError, GraphError, InputError, LensError, UsageError
 from lensc.export.graph import GraphSpec
 
 from . import conversation, decoder, vision
@@ -257,6 +257,11 @@ class VLM:
         )
         return self._answer(parse_messages(messages, _pictures(images)), options, stream, strip_pad, should_stop)
 
+    @property
+    def context(self) -> int:
+        """See `decoder.context_of`."""
+        return decoder.context_of(self._decoder.session.spec, self.spec.decoder)
+
     def prepare(self, messages: Sequence[Message], max_ttft_ms: float | None = None) -> Request:
         """Open and slice the pictures of `messages` and make the prompt. Nothing runs on an engine, unless there is a
         `max_ttft_ms` and nothing was measured yet.
@@ -273,13 +278,7 @@ class VLM:
                     sliced.append(slice_picture(part.source, self.spec.picture))
         with timeline.span("host", "make the prompt"):
             prompt = build_prompt(messages, [s.plan for s in sliced], self.tokenizer, self.spec.picture.query_num)
-        context = self.spec.decoder.context_length
-        if len(prompt.ids) >= context:
-            raise PromptError(
-                f"the prompt has {len(prompt.ids)} tokens ({len(prompt.image_bounds)} slices of "
-                f"{self.spec.picture.query_num} among them), the model's context is {context} and the answer needs at "
-                "least 1; shorten the text, leave out early turns or use fewer or smaller pictures"
-            )
+        decoder.check_fits(prompt, self.context, self.spec)
         notes = [f"picture {i}: {note}" for i, s in enumerate(sliced, 1) for note in s.notes]
         slices = tuple(pixels for s in sliced for pixels in s.pixels)
         counts = tuple(len(s.pixels) for s in sliced)
@@ -316,12 +315,12 @@ class VLM:
         if beams is not None and options.num_beams > beams.max:
             raise UsageError(f"num_beams={options.num_beams}: this bundle's decoder was made for at most {beams.max}")
         prompt_tokens = len(request.prompt.ids)
-        room = self.spec.decoder.context_length - prompt_tokens
+        room = self.context - prompt_tokens
         if options.max_new_tokens > room:
             note = (
                 f"max_new_tokens cut from {options.max_new_tokens} to {room}: {prompt_tokens} tokens of prompt are in "
             )
-            note += f"a context of {self.spec.decoder.context_length}"
+            note += f"a context of {self.context}"
             request = dataclasses.replace(request, notes=(*request.notes, note))
             options = dataclasses.replace(options, max_new_tokens=room)
         overlap = self.overlap

@@ -10,7 +10,7 @@ import numpy as np
 from lensc.backends.base import Array, CachedSession, Session
 from lensc.backends.bundle import Manifest
 
-from .decoder import Decoder
+from .decoder import Decoder, context_of
 from .embedding import EmbeddingTable
 from .picture import vision_feeds
 from .speculation import SIZES
@@ -64,7 +64,7 @@ class DecoderWork:
     def __init__(self, manifest: Manifest, table: EmbeddingTable, session: Session, budget_s: float) -> None:
         self._spec = manifest.model.decoder
         self._table = table
-        context = self._spec.context_length
+        self._context = context = context_of(session.spec, self._spec)
         request = min(PROMPT_SLICES * manifest.model.picture.query_num + PROMPT_TEXT, context - NEW_TOKENS - 1)
         self._request = max(1, request)
         drawn = np.random.default_rng(1).integers(0, self._spec.vocab_size, self._request)
@@ -96,8 +96,8 @@ class DecoderWork:
         context or the time that is left has no room for `LEAST_ROUNDS`.
         """
         sizes = (1, *SIZES)
-        state = Decoder(session, self._spec, self._table, self._spec.context_length)
-        rounds = min(MOST_ROUNDS, (self._spec.context_length - self._prompt) // (BLOCK * sum(sizes)) - 1)
+        state = Decoder(session, self._spec, self._table, self._context)
+        rounds = min(MOST_ROUNDS, (self._context - self._prompt) // (BLOCK * sum(sizes)) - 1)
         if rounds < LEAST_ROUNDS or state.most_rows < sizes[-1]:
             return None
         started = time.monotonic()

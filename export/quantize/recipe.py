@@ -229,15 +229,15 @@ def _whole(
     table: str = "w8",
     kv_bits: int | None = None,
     gate_and_up: str | None = None,
-    vision_activations: int = 8,
+    activations: tuple[int, int] = (8, 8),
 ) -> Recipe:
     """Vision in eight bits, the decoder's layers, its head and the table as named, and two projections of the MLPs, if they
-    are; products of 8-bit activations, those of vision of as many bits as are named.
+    are; products of activations of as many bits as are named, for vision and decoder.
     """
     vision = ((pattern, "w8") for pattern in VISION)
     inner = ((f"{LAYERS}.{part}_proj.weight", gate_and_up) for part in ("gate", "up") if gate_and_up is not None)
     weights = (*vision, *inner, (LAYERS, layers), (HEAD, head), (EMBEDDING, table))
-    return Recipe(name, weights, {"vision": vision_activations, "decoder": 8}, method, kv_bits)
+    return Recipe(name, weights, dict(zip(GRAPHS, activations, strict=True)), method, kv_bits)
 
 
 PRESETS: dict[str, Recipe] = {
@@ -259,7 +259,9 @@ PRESETS: dict[str, Recipe] = {
         Recipe("w8a8-vision", tuple((p, "w8") for p in VISION), {"vision": 8}),
         Recipe("w8a16-vision", tuple((p, "w8") for p in VISION), {"vision": 16}),
         Recipe("w4a16-vision", tuple((p, "w4-g16") for p in VISION), {"vision": 16}),
-        _whole("int4-npu", "w4-g128-s4", "w4-g128-s4", vision_activations=16),
+        _whole("int4-npu", "w4-g128-s4", "w4-g128-s4", activations=(16, 8)),
+        _whole("w8a16", "w8", "w8", activations=(16, 16)),
+        _whole("w4a16-gptq", "w4-g32", "w8", "gptq", activations=(16, 16)),
     )
 }
 """The recipes with a name."""

@@ -42,6 +42,8 @@ NAMED = {
     "w8a16-vision": "vision tower in 8 bits with activations of 16, for an NPU; decoder in float",
     "w4a16-vision": "the same with weights of 4 bits, groups of 16",
     "int4-npu": "int4 with the vision tower of w8a16-vision, for an NPU beside a CPU",
+    "w8a16": "8 bits throughout with activations of 16, for an NPU alone",
+    "w4a16-gptq": "the same with the decoder in 4 bits, groups of 32, calibrated, and its head in 8",
 }
 """The recipes with a name, in words. They stand in `recipe.PRESETS`, which needs torch."""
 

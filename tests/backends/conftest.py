@@ -57,7 +57,7 @@ def frequencies() -> Array:
 
 
 def write_decoder(path: Path, bits: int = 32) -> Weights:
-    """A decoder without MLPs as the exporter writes it, its weights in `bits` bits with a scale per 32 inputs.
+    """A decoder without MLPs as the exporter writes it, its weights in 32 bits, 8 with a scale per output, or 4 with one per 32 inputs.
 
     Returns the weights it stands for.
     """
@@ -74,6 +74,14 @@ def write_decoder(path: Path, bits: int = 32) -> Weights:
         source = name
         if bits == 32:
             tensors.append(numpy_helper.from_array(weight, name))
+        elif bits == 8:
+            scale = (np.abs(weight).max(1) / 127).astype(np.float32)
+            values = np.rint(weight / scale[:, None]).astype(np.int8)
+            weight, source = values * scale[:, None], f"{name}.t"
+            tensors.extend(
+                [numpy_helper.from_array(values.T.copy(), name), numpy_helper.from_array(scale, f"{name}.s")]
+            )
+            nodes.append(helper.make_node("DequantizeLinear", [name, f"{name}.s"], [source], axis=1))
         else:
             groups = weight.reshape(outputs, WIDTH // GROUP, GROUP)
             scales = np.abs(groups).max(-1, keepdims=True) / 7
@@ -94,7 +102,8 @@ def write_decoder(path: Path, bits: int = 32) -> Weights:
             source = f"{name}.float"
             nodes.append(helper.make_node("DequantizeLinear", inputs, [source], axis=1, block_size=GROUP))
         weights[name] = weight
-        nodes.append(helper.make_node("Transpose", [source], [f"{name}.t"], perm=[1, 0]))
+        if bits != 8:
+            nodes.append(helper.make_node("Transpose", [source], [f"{name}.t"], perm=[1, 0]))
         nodes.append(helper.make_node("MatMul", [x, f"{name}.t"], [result]))
 
     def norm(x: str, name: str) -> str:
@@ -191,7 +200,7 @@ class SmallDecoder:
 
 @pytest.fixture(scope="session")
 def small_decoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], SmallDecoder]:
-    """The decoder with weights of 32 or 4 bits, written once."""
+    """The decoder with weights of 32, 8 or 4 bits, written once."""
     made: dict[int, SmallDecoder] = {}
 
     def get(bits: int) -> SmallDecoder:

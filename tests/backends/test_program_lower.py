@@ -136,7 +136,7 @@ def test_named_recipes_compute_what_the_graph_does(graph: str, graphs: Graphs, t
     for i, (model, recipe) in enumerate(models.items()):
         made = lowered(model, graphs(graph, recipe)[0], tmp_path / str(i))
         assert worst_db(made) >= LEAST_DB, recipe.name
-    assert len(models) == (3 if graph == "vision" else 7)
+    assert len(models) == (3 if graph == "vision" else 9)
 
 
 @pytest.mark.parametrize("text", FORMATS)

@@ -19,9 +19,9 @@ from onnx import TensorProto, helper, numpy_helper
 from lensc.backends import _qnn_chip as chips
 from lensc.backends import qnn as module
 from lensc.backends._qnn_child import Child
-from lensc.backends._qnn_lower import HIDDEN, patches_of
+from lensc.backends._qnn_form import HIDDEN, patches_of
 from lensc.backends._qnn_quantize import grid
-from lensc.backends._qnn_ranges import load_ranges, save_ranges
+from lensc.backends._ranges import load_ranges, save_ranges
 from lensc.backends.base import Array, Artifact, StaticBackend, Target
 from lensc.backends.errors import (
     CompatibilityError,
@@ -402,9 +402,9 @@ def test_groups_that_do_not_divide_the_inputs_are_refused() -> None:
     assert backend.supports(tower(), "w4a16-g16", TARGET, (1152, 4304)) is None
 
 
-def test_a_graph_with_a_cache_is_refused() -> None:
+def test_a_graph_of_other_dimensions_is_refused() -> None:
     spec = dataclasses.replace(tower(), dims={**tower().dims, "past": DimRange(0, 1, 9)})
-    assert "expected dimensions slices and patches" in str(backend.supports(spec, "f32", TARGET))
+    assert "expected dimensions patches, slices and inputs attention_bias" in str(backend.supports(spec, "f32", TARGET))
 
 
 # --- what breaks --------------------------------------------------------------------------------------------------
@@ -445,7 +445,7 @@ def test_an_emulator_that_hangs_is_stopped(built: Callable[[str], Built]) -> Non
     path = one.bundle / one.artifact.files[0].path
     provider = module.PROVIDER_OPTIONS | chips.chip("sm8650").provider_options
     with (
-        Child("vision", "run", {"source": str(path), "provider": provider, "cpu_nodes": []}, 0.01) as child,
+        Child("vision", "run", {"sources": [str(path)], "provider": provider, "cpu_nodes": []}, 0.01) as child,
         pytest.raises(ExecutionError, match=r"took longer than 0 s and was stopped"),
     ):
         child.ask({})
@@ -455,7 +455,7 @@ def test_an_emulator_that_crashes_is_reported(built: Callable[[str], Built]) -> 
     one = built("f32")
     path = one.bundle / one.artifact.files[0].path
     provider = module.PROVIDER_OPTIONS | chips.chip("sm8650").provider_options
-    with Child("vision", "run", {"source": str(path), "provider": provider, "cpu_nodes": []}, 60) as child:
+    with Child("vision", "run", {"sources": [str(path)], "provider": provider, "cpu_nodes": []}, 60) as child:
         child.ask({})
         child._process.kill()
         with pytest.raises(ExecutionError, match=r"ended the process it ran in \(signal 9\)"):

@@ -57,7 +57,7 @@ def test_symmetric_presets_below_eight_bits_have_scales_that_are_multiples() -> 
         WeightFormat.parse(text)
         for recipe in PRESETS.values()
         for pattern, text in recipe.weights
-        if pattern not in (EMBEDDING, *VISION) and text != "f32"
+        if recipe.activations.get("decoder") != 16 and pattern not in (EMBEDDING, *VISION) and text != "f32"
     ]
     assert all((f.scale_bits == 4) == (f.bits < 8 and f.symmetric) for f in formats)
     assert {f.bits for f in formats if f.scale_bits} == {2, 3, 4}

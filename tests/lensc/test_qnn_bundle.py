@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -14,11 +16,16 @@ pytest.importorskip("torch", reason="pip install 'lensc[export]'")
 pytest.importorskip("onnxruntime_qnn", reason="pip install 'lensc[qnn]'")
 
 import lensc
+from lensc.backends import registry
+from lensc.backends.base import StaticBackend
 from lensc.backends.bundle import ModelSpec, load_manifest
-from lensc.backends.errors import UnavailableError
+from lensc.backends.errors import PromptError, UnavailableError
 from lensc.cli import main
-from lensc.export import compile_stages, questions
-from lensc.export.verify import Question
+from lensc.export import compile_stages, questions, ranges
+from lensc.export.calibration import calibration_set
+from lensc.export.verify import Question, probe_feeds
+from lensc.runtime.embedding import open_table
+from lensc.runtime.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoint"
 
@@ -104,3 +111,50 @@ def test_too_few_calibration_pictures_are_refused(
     assert "no target of this command looks at pictures" in capsys.readouterr().err
     assert main([*argv[:-1], "--target", "qnn:npu:sm8560"]) == 1
     assert "expected one of sm8550" in capsys.readouterr().err
+
+
+def test_the_decoder_runs_there_too_within_the_context_it_was_compiled_for(
+    made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graphs, bundle = str(made.graphs), str(tmp_path / "bundle")
+    argv = ["compile", graphs, "--target", "onnxruntime:cpu", "--target", "decoder=qnn:npu:sm8650", "-o", bundle]
+    assert main([*argv, "--context", "100000"]) == 2
+    assert "--context 100000: expected 64 to" in capsys.readouterr().err
+    assert main([*argv[:4], "-o", bundle, "--context", "128"]) == 2
+    assert "--context 128: no decoder of this command has fixed shapes" in capsys.readouterr().err
+    assert main([*argv, "--context", "128"]) == 0
+    picture = Image.new("RGB", (56, 42), (200, 30, 60))
+    answers = []
+    for decoder in ("qnn:npu:sm8650", "onnxruntime:cpu"):
+        with lensc.load(bundle, target=f"vision=onnxruntime:cpu,decoder={decoder}") as vlm:
+            answers.append(vlm.generate("What?", [picture], max_new_tokens=5))
+            context = vlm.context
+            if decoder.startswith("qnn"):
+                assert context == 128
+                with pytest.raises(PromptError, match="this decoder's context is 128"):
+                    vlm.generate("What? " * 200)
+                cut = vlm.generate("What?", [picture], max_new_tokens=1000, should_stop=lambda: True)
+                assert any("in a context of 128" in note for note in cut.metrics.notes)
+    assert answers[0].token_ids == answers[1].token_ids
+
+
+def test_a_decoder_is_shown_prompts_with_their_pictures(made: Any) -> None:
+    """Logits all along them: those of the last token alone leave the answers' out of range, 21 dB."""
+    graphs = made.graphs
+    manifest = load_manifest(graphs)
+    portable = compile_stages.portable_graphs(graphs, manifest)
+    data = calibration_set(manifest.model, Tokenizer.from_file(graphs / manifest.tokenizer))
+    small = dataclasses.replace(data, samples=data.samples[:: len(data.samples) // 4])
+    table = open_table(graphs, manifest.tables)
+    backend = registry.get("qnn")
+    assert isinstance(backend, StaticBackend)
+    encode = ranges.prompt_rows(backend, portable["vision"], manifest.model, lambda: small, table.gather)
+    plain = [table.gather(sample.ids)[: ranges.PROMPT_TOKENS] for sample in small.samples]
+    differs = [bool((rows != other).any()) for rows, other in zip(encode, plain, strict=True)]
+    assert differs == [bool(sample.slices) for sample in small.samples] and any(differs)
+    feeds = ranges.prompt_samples(portable["decoder"], lambda: encode)
+    probes = len(probe_feeds(portable["decoder"].spec)["inputs_embeds"])
+    assert len(feeds) == len(encode) + probes
+    for fed, rows in zip(feeds, encode, strict=False):
+        spread = fed["logit_positions"]
+        assert len(spread) >= min(len(rows), 64) and spread[0] == 0 and np.diff(spread).max() <= len(rows) // 64 + 1

@@ -88,7 +88,7 @@ class FakeDecoder:
             {
                 "batch": DimRange(1, 1, batch),
                 "tokens": DimRange(1, 1, 64),
-                "past": DimRange(0, 9, 99),
+                "past": DimRange(0, 9, 9999),
                 "rows": DimRange(1, 1, 9),
             },
         )

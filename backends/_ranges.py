@@ -7,11 +7,13 @@ run one after the other, each over all samples, and only what later pieces read 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from lensc.export.graph import GraphSpec
 
 from .base import Array
 from .errors import ExecutionError
@@ -20,8 +22,11 @@ PIECE = 16
 """Nodes of a piece."""
 
 
-def measure(path: Path, samples: Sequence[Mapping[str, Array]], threads: int) -> dict[str, tuple[float, float]]:
-    """(smallest, largest) of every float value of the ONNX file `path` over all `samples`, feeds of its inputs.
+def measure(
+    path: Path, samples: Sequence[Mapping[str, Array]], threads: int, keep: Collection[str] = ()
+) -> tuple[dict[str, tuple[float, float]], list[dict[str, Array]]]:
+    """(smallest, largest) of every float value of the ONNX file `path` over all `samples`, feeds of its inputs; and for each
+    sample those of its outputs that are to be kept.
 
     Pieces of the graph are written beside it for as long as they run. Raises ExecutionError for values that are not finite.
     """
@@ -37,7 +42,7 @@ def measure(path: Path, samples: Sequence[Mapping[str, Array]], threads: int) ->
     types = {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
     pieces = list(_pieces(list(graph.node)))
     for i, nodes in enumerate(pieces):
-        later = {name for piece in pieces[i + 1 :] for node in piece for name in node.input}
+        later = {*keep} | {name for piece in pieces[i + 1 :] for node in piece for name in node.input}
         made = [name for node in nodes for name in node.output]
         inside = set(made)
         wanted = [name for node in nodes if node.op_type != "DequantizeLinear" for name in node.output]
@@ -64,7 +69,12 @@ def measure(path: Path, samples: Sequence[Mapping[str, Array]], threads: int) ->
     broken = [name for name, (low, high) in ranges.items() if not np.isfinite([low, high]).all()]
     if broken:
         raise ExecutionError(f"{path}: {broken[0]} is not finite on a calibration picture; export the checkpoint again")
-    return ranges
+    return ranges, held
+
+
+def outputs_of(spec: GraphSpec) -> list[str]:
+    """The outputs of a graph that are worth keeping: rows of a KV cache are 4 MB a layer and prompt."""
+    return [t.name for t in spec.outputs if t.name not in {pair.output for pair in spec.states}]
 
 
 def _pieces(nodes: list[Any]) -> Iterator[list[Any]]:
