@@ -57,16 +57,12 @@ def doctor(options: argparse.Namespace) -> int:
     with console.Progress() as progress:
         progress.show("looking at this machine")
         lines = [*installation.machine(), *installation.packages(), *installation.folders()]
-        lines += engines(options.timeout, progress.show)
-        problem = (
-            ""
-            if any((one.section, one.state) == ("engines", "ok") for one in lines)
-            else "no engine runs the tiny model"
-        )
-        if folder is not None:
-            found, problem_of_bundle = bundle(folder, options.timeout, progress.show)
-            lines += found
-            problem = problem_of_bundle
+        try:
+            tried, problem = _tried(folder, options.timeout, progress.show)
+        except ImportError as error:  # a package that every engine needs, missing or broken
+            said = " ".join(str(error).split())
+            tried, problem = [Line("engines", "all", "wrong", f"not tried: {said}", "pip install lensc")], said
+        lines += tried
     if options.json:
         document = {"usable": not problem, "problem": problem, "lines": [dataclasses.asdict(one) for one in lines]}
         console.print_json(document)
@@ -75,6 +71,16 @@ def doctor(options: argparse.Namespace) -> int:
         what = f"{folder} works here" if folder is not None else "lensc works here"
         print(f"\n{what}" if not problem else f"\n{problem}")
     return 1 if problem else 0
+
+
+def _tried(folder: Path | None, timeout_s: float | None, report: Callable[[str], None]) -> tuple[list[Line], str]:
+    """The lines of engines and of a bundle, and why the essential fails, if it does."""
+    lines = engines(timeout_s, report)
+    if folder is not None:
+        of_bundle, problem = bundle(folder, timeout_s, report)
+        return lines + of_bundle, problem
+    works = any(one.state == "ok" for one in lines)
+    return lines, "" if works else "no engine runs the tiny model"
 
 
 def text_of(lines: Iterable[Line]) -> str:

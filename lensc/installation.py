@@ -205,9 +205,12 @@ def unmet(names: Sequence[str]) -> list[tuple[str, str, str]]:
 
 def folders() -> Iterator[Line]:
     """The user's cache and profile."""
-    yield _cache()
-    yield _profile()
-    yield _tuned()
+    for name, look in (("cache", _cache), ("profile", _profile), ("tuned", _tuned)):
+        try:
+            yield look()
+        except ImportError as error:  # a package that is required is missing or broken, which is a line of its own
+            found = f"not looked at: {' '.join(str(error).split())}"
+            yield Line("folders", name, "missing", found, "pip install lensc")
 
 
 def _cache() -> Line:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -146,6 +147,20 @@ def test_a_child_that_dies_or_hangs_is_an_outcome(
 def test_wrong_usage_is_one_line(argv: tuple[str, ...], expected: str, cli: Callable[..., Outcome]) -> None:
     outcome = cli("doctor", *argv)
     assert outcome.code == 2 and expected in outcome.err and outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("missing", ["tokenizers", "numpy", "PIL"])
+def test_a_package_that_all_engines_need_is_a_line(missing: str) -> None:
+    """In a process of its own: here it is imported already."""
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None; from lensc.cli import main; sys.exit(main(['doctor', '--json']))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    document = json.loads(done.stdout)
+    assert document["usable"] is False and missing in document["problem"]
+    [line] = [line for line in document["lines"] if line["section"] == "engines"]
+    assert line["state"] == "wrong" and missing in line["found"] and line["fix"] == "pip install lensc"
 
 
 # --- installation -------------------------------------------------------------------------------------------------
