@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import shutil
 import struct
 import sys
@@ -148,9 +149,9 @@ def _group(name: str, requirements: Sequence[Any], install: str, must: bool) -> 
             told.append(f"{requirement.name} {version}")
     found = ", ".join(wrong + absent + told)
     if wrong:
-        return Line("packages", name, "wrong", found, f"pip install --upgrade '{install}'")
+        return Line("packages", name, "wrong", found, f"pip install --upgrade {shlex.quote(install)}")
     if absent:
-        return Line("packages", name, "wrong" if must else "missing", found, f"pip install '{install}'")
+        return Line("packages", name, "wrong" if must else "missing", found, f"pip install {shlex.quote(install)}")
     return Line("packages", name, "ok", found)
 
 
