@@ -99,7 +99,10 @@ class NativeSession:
             return
         caches = None if cache is None else cache.bound(self._kernels)
         batch, tokens = (0, 0) if cache is None else (cache.batch, sizes["tokens"])
-        built.program.run(counts, values, arrays, caches, past, batch, tokens)
+        try:
+            built.program.run(counts, values, arrays, caches, past, batch, tokens)
+        except (RuntimeError, ValueError) as error:  # what C++ throws, so that another device goes on
+            raise ExecutionError(f"graph {self.spec.name}: the kernels failed: {error}") from error
 
 
 class NativeCache(EngineCache):

@@ -19,7 +19,7 @@ from lensc.kernels.linear.reference import unpack
 from ._multiples import multiples
 from ._program import TILE, TILED_INPUTS, TILED_OUTPUTS, Kind, Place
 from .base import Array
-from .errors import ExecutionError, GraphError, StorageError
+from .errors import GraphError, StorageError
 
 PIECE_BYTES = 16 << 20
 ALIGNMENT = 64
@@ -32,17 +32,6 @@ DTYPES: dict[str, np.dtype[Any]] = {"FLOAT": np.dtype("<f4"), "INT8": np.dtype(n
 """How their values are read; those of few bits as bytes."""
 
 BYTES: np.dtype[Any] = np.dtype(np.uint8)
-
-
-def model_of(path: Path) -> Any:
-    """The `onnx_ir.Model` of a file. Raises ExecutionError if it is none."""
-    import onnx_ir as ir
-
-    try:
-        return ir.load(path)
-    except Exception as error:  # protobuf's own, and whatever a damaged file makes of the reader
-        reason = " ".join(str(error).split())[:200]
-        raise ExecutionError(f"{path}: cannot be read as ONNX: {reason}; export it again") from error
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,10 +14,11 @@ import numpy as np
 from lensc.export.graph import Graph, GraphSpec
 from lensc.export.quantize.scheme import Scheme
 
+from ._portable import model_of
 from ._qnn_form import BIASES, Form, decoder_inputs
 from ._qnn_functions import LOWERINGS, OPSET, Nodes, constant, register
 from .base import Array
-from .errors import ExecutionError, GraphError
+from .errors import GraphError
 
 REPLACED = ("position_ids", "logit_positions")
 """Inputs of a decoder that stay with the host, the second where there is one token."""
@@ -42,11 +43,7 @@ def lower(graph: Graph, form: Form) -> Any:
     """
     import onnx_ir as ir
 
-    try:
-        model = ir.load(graph.path)
-    except Exception as error:  # protobuf's own, and whatever a damaged file makes of the reader
-        problem = " ".join(str(error).split())
-        raise ExecutionError(f"{graph.path}: cannot be read as ONNX: {problem}; export it again") from error
+    model = model_of(graph.path)
     for values, tensors in ((model.graph.inputs, graph.spec.inputs), (model.graph.outputs, graph.spec.outputs)):
         for value, tensor in zip(values, tensors, strict=True):
             value.shape = ir.Shape(form.shape(tensor))
@@ -55,9 +52,7 @@ def lower(graph: Graph, form: Form) -> Any:
 
 def rotary_of(graph: Graph) -> tuple[int, Array]:
     """Of a decoder: how many heads share keys, and float32[head_dim / 2], by what each position turns them."""
-    import onnx_ir as ir
-
-    for node in ir.load(graph.path).graph:
+    for node in model_of(graph.path).graph:
         if node.op_type == "CausalAttention":
             return node.attributes["groups"].as_int(), _array(node.inputs[4])
     raise GraphError(f"graph {graph.spec.name}: no lensc.CausalAttention")

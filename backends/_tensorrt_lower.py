@@ -23,6 +23,7 @@ import numpy as np
 
 from lensc.export.graph import Graph, GraphSpec
 
+from ._portable import model_of
 from ._tensorrt_target import COLUMNS, SPAN, WRITE, Half, capacity_of, present_name
 from ._tensorrt_weights import (
     Quantized,
@@ -36,7 +37,7 @@ from ._tensorrt_weights import (
     numpy_of,
 )
 from .base import Array
-from .errors import ExecutionError, GraphError, UnsupportedError
+from .errors import GraphError, UnsupportedError
 
 OPSET, IR_VERSION = 24, 11
 """TensorScatter is of opset 24, which TensorRT's parser takes since 10.15; without block-wise weights of other types."""
@@ -78,11 +79,7 @@ def write_lowered(
     """
     import onnx_ir as ir
 
-    try:
-        model = ir.load(graph.path)
-    except Exception as error:  # protobuf's own, and whatever a damaged file makes of the reader
-        problem = " ".join(str(error).split())
-        raise ExecutionError(f"{graph.path}: cannot be read as ONNX: {problem}; export it again") from error
+    model = model_of(graph.path)
     lowered = lower(model, graph.spec, half, has_int8_products, ranges)
     data = path.with_name(path.name + ".data")
     with open(data, "wb") as file:

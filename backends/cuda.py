@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 from lensc.export.graph import Graph, GraphSpec
 from lensc.export.quantize.scheme import Scheme
 
+from ._portable import model_of
 from ._program import CausalAttention, Linear, Program
 from ._program_artifact import opened, save
 from ._program_file import FORMAT
 from ._program_lower import lower
-from ._program_weights import model_of
 from .base import (
     Artifact,
     Probe,

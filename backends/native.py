@@ -20,12 +20,12 @@ from lensc.profiles import probe
 
 from ._engine_cores import choices, cpus_of, on_cores, staying_on
 from ._native_session import NativeDecoderSession, NativeSession
+from ._portable import model_of
 from ._program import BITS, CHUNK_BYTES, Attention, CausalAttention, Linear, Program
 from ._program_artifact import opened, save
 from ._program_file import FORMAT
 from ._program_lower import lower
 from ._program_reference import NumpySession
-from ._program_weights import model_of
 from .base import (
     Artifact,
     Probe,

@@ -25,6 +25,7 @@ from ._engine_cores import choices, cpus_of, on_cores, staying_on
 from ._onnxruntime_cache import OrtDecoderSession
 from ._onnxruntime_lower import LENGTHS, NEW_SCALES, SCALES, TOTAL, WIDEN, lower, present_name
 from ._onnxruntime_session import OrtSession, Weights, engine_errors, one_line
+from ._portable import model_of
 from .base import (
     Artifact,
     Probe,
@@ -233,13 +234,7 @@ def _options_of(scheme: Scheme) -> dict[str, str]:
 
 def _lowered(graph: Graph, scheme: Scheme) -> Any:
     """The portable graph with the engine's own operators, its weights where they were."""
-    import onnx_ir as ir
-
-    try:
-        model = ir.load(graph.path)
-    except Exception as error:  # protobuf's own, and whatever a damaged file makes of the reader
-        raise ExecutionError(f"{graph.path}: cannot be read as ONNX: {one_line(error)}; export it again") from error
-    return lower(model, graph.spec, scheme.activation_bits, scheme.kv_bits)
+    return lower(model_of(graph.path), graph.spec, scheme.activation_bits, scheme.kv_bits)
 
 
 def _save(model: Any, path: Path) -> None:

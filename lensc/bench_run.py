@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lensc.backends.base import Target, sha256_file
+from lensc.backends.base import sha256_file
 from lensc.backends.bundle import MANIFEST, Manifest
 from lensc.backends.errors import ExecutionError, LensError, ParityError, PictureError, UnavailableError, UsageError
 from lensc.export import memory
@@ -26,7 +26,7 @@ from lensc.profiles.profile import Figure as Known
 from lensc.profiles.profile import Processor
 from lensc.runtime.measure import Measured, Values, Work, prompt_of, summed_up
 from lensc.runtime.picture import SlicePlan, open_picture, plan_slices
-from lensc.runtime.plan import parse_devices
+from lensc.runtime.plan import answers, parse_devices
 from lensc.runtime.prompt import Tokenizer
 from lensc.runtime.result import Metrics
 from lensc.runtime.roofline import Model, Request, Stored, limits, predict
@@ -126,14 +126,9 @@ def check_device(device: str, manifest: Manifest, folder: Path) -> None:
     """Raise UsageError for a device that is none, or that the bundle was not built for."""
     for graph, wanted in parse_devices(device, manifest.graphs).items():
         built = [a.target for a in manifest.artifacts if a.graph == graph]
-        if not any(_answers(target, wanted) for target in built):
+        if not any(answers(target, wanted) for target in built):
             known = ", ".join(sorted(map(str, built))) or "no target"
             raise UsageError(f"--device {device}: {folder} has {graph} for {known}, not for {wanted}")
-
-
-def _answers(target: Target, wanted: Target) -> bool:
-    same = (target.backend, target.processor) == (wanted.backend, wanted.processor)
-    return same and wanted.arch in ("", target.arch)
 
 
 # --- who is asked -------------------------------------------------------------------------------------------------
@@ -220,7 +215,7 @@ def needed_bytes(subject: Subject) -> int:
         sizes = [
             sum(file.bytes for file in a.files)
             for a in subject.manifest.artifacts
-            if a.graph == graph and (graph not in wanted or _answers(a.target, wanted[graph]))
+            if a.graph == graph and (graph not in wanted or answers(a.target, wanted[graph]))
         ]
         total += max(sizes, default=0)
     return total

@@ -173,7 +173,7 @@ def _state(probe: Probe) -> int:
 def _refusal(artifact: Artifact, probe: Probe | None, requested: Target | None, refused: Refusals) -> str | None:
     """Why `artifact` cannot be taken, or None."""
     target = artifact.target
-    if requested is not None and not _answers(target, requested):
+    if requested is not None and not answers(target, requested):
         return f"not the requested {requested}"
     if (artifact.graph, target) in refused:
         return refused[artifact.graph, target]
@@ -182,7 +182,8 @@ def _refusal(artifact: Artifact, probe: Probe | None, requested: Target | None, 
     return None if probe.usable else probe.reason
 
 
-def _answers(target: Target, requested: Target) -> bool:
+def answers(target: Target, requested: Target) -> bool:
+    """Whether an artifact for `target` is what `requested` asks for; without `arch`, of any architecture."""
     same = (target.backend, target.processor) == (requested.backend, requested.processor)
     return same and requested.arch in ("", target.arch)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from lensc.backends._native_build import SUM_MULTIPLES, build
 from lensc.backends._program import Linear, Place, Port, Program, Value, WeightRecord
 from lensc.backends._program_reference import NumpySession
 from lensc.backends.base import Artifact, Target
-from lensc.backends.errors import UnavailableError
+from lensc.backends.errors import ExecutionError, UnavailableError
 from lensc.backends.load_options import LoadOptions
 from lensc.kernels.linear.reference import quantized_linear, unpack
 
@@ -100,3 +101,20 @@ def test_multiples_become_scales_where_that_is_faster(tmp_path: Path) -> None:
             # with other units it would be 7e-3
             assert np.linalg.norm(y - expected) <= 1e-3 * np.linalg.norm(expected), isa
             del built
+
+
+def test_what_kernels_throw_is_an_execution_error(small_decoder: Callable[[int], Any], tmp_path: Path) -> None:
+    """So that another device may go on with the answer."""
+
+    class Thrown:
+        def run(self, *_: object) -> None:
+            raise RuntimeError("a thread could not be started")
+
+    small = small_decoder(32)
+    (tmp_path / "decoder").mkdir()
+    artifact = native.backend.compile(small.graph, Target.parse("native:cpu"), tmp_path / "decoder")
+    session: Any = native.backend.load(artifact, small.spec, tmp_path)
+    session._built = dataclasses.replace(session._built, program=Thrown())
+    feeds = {"inputs_embeds": small.embeddings(1, 2), "position_ids": np.arange(2), "logit_positions": np.array([1])}
+    with pytest.raises(ExecutionError, match="graph decoder: the kernels failed: a thread could not be started"):
+        session.step(feeds, session.new_cache(4))
