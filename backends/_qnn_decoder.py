@@ -118,9 +118,6 @@ class QnnCache(EngineCache):
 
     def __init__(self, spec: GraphSpec, capacity: int, batch: int, dtype: npt.DTypeLike, scaled: bool = False) -> None:
         super().__init__(spec, capacity, batch, dtype, scaled)
-        self._fix()
-
-    def _fix(self) -> None:
         rows = self.limit
         self.arrays = [self._empty(rows, *row) for row in self._rows]
         for i, name in enumerate(self.names):
@@ -140,6 +137,8 @@ class QnnCache(EngineCache):
 
 class QnnDecoder:
     """See `CachedSession`."""
+
+    caches_outlive_session = True
 
     def __init__(
         self,

@@ -139,7 +139,8 @@ def prompt_samples(graph: Graph, rows: Callable[[], list[Array]]) -> list[dict[s
     samples = []
     probe = probe_feeds(graph.spec)
     past = {pair.input for pair in graph.spec.states}
-    for embeds in rows():
+    for whole in rows():
+        embeds = whole[: graph.spec.dims["tokens"].max]
         fed: dict[str, Array] = {
             "inputs_embeds": embeds[None],
             "position_ids": np.arange(len(embeds)),
