@@ -10,12 +10,12 @@ What the CPU kernels of ONNX Runtime 1.32 cannot take is a reason, not a slow pa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from ._portable import QuantizedLinear, quantized_linears
 from .errors import GraphError
 
 CONTRIB = "com.microsoft"
@@ -24,25 +24,9 @@ INT8_PRODUCTS = 4
 FLOAT_PRODUCTS = 1
 
 
-@dataclass(frozen=True)
-class _Quantized:
-    """A linear as `lensc.export.quantize.linears` writes it. `block`: the inputs that share a scale, 0 for
-    all; `turned`: its values are [inputs, outputs].
-    """
-
-    matmul: Any
-    values: Any
-    scale: Any
-    zero_point: Any | None
-    turned: bool
-    block: int
-    outputs: int
-    inputs: int
-
-
 def lower_linears(ir: Any, graph: Any, activation_bits: int) -> None:
     """Rewrite every quantized linear of `graph`. Raises GraphError for one that no kernel takes."""
-    for found in list(_find(graph)):
+    for found in quantized_linears(graph):
         if found.turned and activation_bits == 8:
             _to_integer_product(ir, graph, found)
         elif found.block:
@@ -102,27 +86,7 @@ def _joined(ir: Any, graph: Any, values: Sequence[Any]) -> Any:
     return _register(ir, graph, whole)
 
 
-def _find(graph: Any) -> Iterator[_Quantized]:
-    """MatMul(x, Transpose(DequantizeLinear(...))), or without the Transpose where values lie turned."""
-    for node in graph:
-        if node.op_type != "MatMul" or node.domain:
-            continue
-        dequantize, turns = node.inputs[1].producer(), 0
-        while dequantize is not None and dequantize.op_type == "Transpose":
-            dequantize, turns = dequantize.inputs[0].producer(), turns + 1
-        if dequantize is None or dequantize.op_type != "DequantizeLinear":
-            continue
-        values, scale, *rest = dequantize.inputs
-        sizes = [int(d) for d in values.shape.numpy()]
-        block = dequantize.attributes["block_size"].as_int() if "block_size" in dequantize.attributes else 0
-        turned = dequantize.attributes["axis"].as_int() == 1 and not block
-        if turns != (0 if turned else 1):
-            raise GraphError(f"weight {values.name}: turned {turns} times before its product; export it again")
-        inputs, outputs = sizes if turned else sizes[::-1]
-        yield _Quantized(node, values, scale, rest[0] if rest else None, turned, block, outputs, inputs)
-
-
-def _to_matmul_nbits(ir: Any, graph: Any, found: _Quantized, activation_bits: int) -> None:
+def _to_matmul_nbits(ir: Any, graph: Any, found: QuantizedLinear, activation_bits: int) -> None:
     name, block = found.values.name, found.block
     if block & (block - 1) or block < 16:
         raise GraphError(f"weight {name}: groups of {block}; onnxruntime takes powers of two from 16, e.g. 32 or 128")
@@ -150,7 +114,7 @@ def _to_matmul_nbits(ir: Any, graph: Any, found: _Quantized, activation_bits: in
     _replace(graph, found.matmul, ir.Node(CONTRIB, "MatMulNBits", inputs, made, num_outputs=1))
 
 
-def _to_integer_product(ir: Any, graph: Any, found: _Quantized) -> None:
+def _to_integer_product(ir: Any, graph: Any, found: QuantizedLinear) -> None:
     """The bias that follows goes into the operator."""
     x = found.matmul.inputs[0]
     quantize = ir.Node("", "DynamicQuantizeLinear", [x], num_outputs=3)
@@ -170,7 +134,7 @@ def _to_integer_product(ir: Any, graph: Any, found: _Quantized) -> None:
         _replace(graph, found.matmul, product)
 
 
-def _bias_after(found: _Quantized) -> tuple[Any, Any | None]:
+def _bias_after(found: QuantizedLinear) -> tuple[Any, Any | None]:
     """The Add of a bias that is the only reader of the product, and the bias."""
     output = found.matmul.outputs[0]
     uses = list(output.uses())
@@ -182,7 +146,7 @@ def _bias_after(found: _Quantized) -> tuple[Any, Any | None]:
     return found.matmul, None
 
 
-def _blocks(ir: Any, found: _Quantized, bits: int, blocks: int) -> np.typing.NDArray[np.uint8]:
+def _blocks(ir: Any, found: QuantizedLinear, bits: int, blocks: int) -> np.typing.NDArray[np.uint8]:
     """The values unsigned, padded to whole blocks, packed: uint8[outputs, blocks, block * bits / 8]."""
     stored = found.values.const_value.numpy()
     if bits == 8:
@@ -196,7 +160,7 @@ def _blocks(ir: Any, found: _Quantized, bits: int, blocks: int) -> np.typing.NDA
     return _packed(ir, padded, dtype).reshape(found.outputs, blocks, -1)
 
 
-def _zero_rows(ir: Any, found: _Quantized, count: int) -> np.typing.NDArray[np.uint8]:
+def _zero_rows(ir: Any, found: QuantizedLinear, count: int) -> np.typing.NDArray[np.uint8]:
     """The zero points, each row padded to `count`, which fill whole bytes."""
     assert found.zero_point is not None
     stored = found.zero_point.const_value.numpy().astype(np.uint8)

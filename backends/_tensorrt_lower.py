@@ -23,17 +23,17 @@ import numpy as np
 
 from lensc.export.graph import Graph, GraphSpec
 
-from ._portable import model_of
+from ._portable import QuantizedLinear, model_of, quantized_linears
 from ._tensorrt_target import COLUMNS, SPAN, WRITE, Half, capacity_of, present_name
 from ._tensorrt_weights import (
-    Quantized,
     as_float,
     converted,
-    find,
+    fits_int4,
     int4_of,
     int4_offsets,
     int4_scales,
     int4_values,
+    is_int8,
     numpy_of,
 )
 from .base import Array
@@ -263,21 +263,21 @@ class _Lowering:
 
     def linears(self) -> None:
         """Give quantized linears the form that TensorRT takes, and count them all."""
-        quantized = find(self._graph)
+        quantized = quantized_linears(self._graph)
         rewritten = {id(found.matmul) for found in quantized}
         for node in self._graph:
             if node.op_type == "MatMul" and id(node) not in rewritten and _is_weight(node.inputs[1]):
                 self.lowered.count("float", int(np.prod(_moved(node.inputs[1]).shape.numpy())))
         for found in quantized:
             self._before = found.matmul
-            if found.is_int8 and self._has_int8_products:
+            if is_int8(found) and self._has_int8_products:
                 self._int8(found)
-            elif found.fits_int4:
+            elif fits_int4(found):
                 self._int4(found)
             else:
                 self._float(found)
 
-    def _int4(self, found: Quantized) -> None:
+    def _int4(self, found: QuantizedLinear) -> None:
         ir, name = self._ir, found.values.name
         by_output = [found.inputs // found.block, found.outputs]
         values = self._lazy(f"{name}.int4", [found.inputs, found.outputs], lambda: int4_values(found), ir.DataType.INT4)
@@ -302,7 +302,7 @@ class _Lowering:
 
         return self._once(("sums", x.name, block), sums)
 
-    def _int8(self, found: Quantized) -> None:
+    def _int8(self, found: QuantizedLinear) -> None:
         name, x = found.values.name, found.matmul.inputs[0]
         values, scales = numpy_of(found.values), numpy_of(found.scale)
         flipped = np.where(scales < 0, -1, 1).astype(np.int8)
@@ -327,7 +327,7 @@ class _Lowering:
         self.lowered.count("int8", found.inputs * found.outputs)
         self._swap(found.matmul, self._add("MatMul", [x, weight]))
 
-    def _float(self, found: Quantized) -> None:
+    def _float(self, found: QuantizedLinear) -> None:
         weight = self._lazy(f"{found.values.name}.float", [found.inputs, found.outputs], lambda: as_float(found))
         self.lowered.count(f"{found.bits} bits as floats", found.inputs * found.outputs)
         self._swap(found.matmul, self._add("MatMul", [found.matmul.inputs[0], weight]))

@@ -14,12 +14,12 @@ Everything is made when it is written, a weight at a time: those of a full-size 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ._portable import QuantizedLinear
 from .base import Array
 from .errors import GraphError
 
@@ -30,62 +30,17 @@ LOWEST, HIGHEST = -8, 7
 BITS = 4
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """A linear as `lensc.export.quantize.linears` writes it: MatMul(x, [Transpose] DequantizeLinear(values, scale, zero)).
-
-    `block`: the inputs that share a scale, 0 for all; `turned`: its values lie [inputs, outputs].
-    """
-
-    matmul: Any
-    values: Any
-    scale: Any
-    zero_point: Any | None
-    block: int
-    turned: bool
-    inputs: int
-    outputs: int
-
-    @property
-    def bits(self) -> int:
-        """Bits of a stored value."""
-        return int(self.values.dtype.bitwidth)
-
-    @property
-    def fits_int4(self) -> bool:
-        """Whether TensorRT can hold it in 4 bits: its blocks are whole, its rows end with whole bytes."""
-        return self.bits <= BITS and self.block > 0 and self.inputs % self.block == 0 and self.outputs % 2 == 0
-
-    @property
-    def is_int8(self) -> bool:
-        """Whether it is a weight for products of int8."""
-        return self.turned and self.bits == 8
+def fits_int4(found: QuantizedLinear) -> bool:
+    """Whether TensorRT can hold it in 4 bits: its blocks are whole, its rows end with whole bytes."""
+    return found.bits <= BITS and found.block > 0 and found.inputs % found.block == 0 and found.outputs % 2 == 0
 
 
-def find(graph: Any) -> list[Quantized]:
-    """The quantized linears of an `onnx_ir` graph, in its order."""
-    found = []
-    for node in graph:
-        if node.op_type != "MatMul" or node.domain:
-            continue
-        source = node.inputs[1].producer()
-        turns = 0
-        while source is not None and source.op_type == "Transpose":
-            source, turns = source.inputs[0].producer(), turns + 1
-        if source is None or source.op_type != "DequantizeLinear":
-            continue
-        values, scale, *rest = source.inputs
-        sizes = [int(d) for d in values.shape.numpy()]
-        block = source.attributes["block_size"].as_int() if "block_size" in source.attributes else 0
-        turned = source.attributes["axis"].as_int() == 1 and not block
-        if turns != (0 if turned else 1):
-            raise GraphError(f"weight {values.name}: turned {turns} times before its product; export it again")
-        inputs, outputs = sizes if turned else sizes[::-1]
-        found.append(Quantized(node, values, scale, rest[0] if rest else None, block, turned, inputs, outputs))
-    return found
+def is_int8(found: QuantizedLinear) -> bool:
+    """Whether it is a weight for products of int8."""
+    return found.turned and found.bits == 8
 
 
-def int4_of(found: Quantized) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.bool_]]:
+def int4_of(found: QuantizedLinear) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.bool_]]:
     """Of a weight that `fits_int4`: values int8[outputs, groups, block] from -8 to 7, which go with |scale|, and
     bool[outputs, groups]: where |scale| is to be added to every weight of the group.
 
@@ -106,22 +61,22 @@ def int4_of(found: Quantized) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.bool
     return signed, raised
 
 
-def int4_values(found: Quantized) -> npt.NDArray[np.int8]:
+def int4_values(found: QuantizedLinear) -> npt.NDArray[np.int8]:
     """int8[inputs, outputs] from -8 to 7"""
     return np.ascontiguousarray(int4_of(found)[0].reshape(found.outputs, found.inputs).T)
 
 
-def int4_scales(found: Quantized) -> npt.NDArray[np.float32]:
+def int4_scales(found: QuantizedLinear) -> npt.NDArray[np.float32]:
     """float32[groups, outputs], above 0"""
     return np.ascontiguousarray(np.abs(numpy_of(found.scale).astype(np.float32)).T)
 
 
-def int4_offsets(found: Quantized) -> npt.NDArray[np.float32]:
+def int4_offsets(found: QuantizedLinear) -> npt.NDArray[np.float32]:
     """float32[groups, outputs]: what is added to every weight of a group"""
     return np.where(int4_of(found)[1].T, int4_scales(found), np.float32(0))
 
 
-def as_float(found: Quantized) -> npt.NDArray[np.float32]:
+def as_float(found: QuantizedLinear) -> npt.NDArray[np.float32]:
     """The weight that a quantized linear stands for, float32[inputs, outputs], made `PIECE` outputs at a time."""
     values, scale = numpy_of(found.values), numpy_of(found.scale).astype(np.float32)
     zeros = None if found.zero_point is None else numpy_of(found.zero_point).reshape(found.outputs, -1)
