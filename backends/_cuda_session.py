@@ -17,12 +17,12 @@ from lensc.kernels.rope.reference import quantize_rows
 
 from ._cuda_plan import FEW_ROWS, LayerCache, Plan, Run, plan
 from ._cuda_weights import Source
+from ._engine_cache import begin_step
 from ._program import Program
 from .base import (
     Array,
     Cache,
     check_capacity,
-    check_continues,
     check_feeds,
     check_fork,
     check_indices,
@@ -32,7 +32,7 @@ from .base import (
     check_trim,
     writeable,
 )
-from .errors import ExecutionError, PromptError, UsageError
+from .errors import ExecutionError, PromptError
 
 GRAPHS = 8
 """Sizes of which a session keeps a CUDA graph: those that came last."""
@@ -315,16 +315,11 @@ class CudaDecoderSession(CudaSession):
     ) -> dict[str, Array]:
         """See `CachedSession.step`. Positions must continue those in the cache."""
         self._open()
-        if not isinstance(cache, CudaCache):
-            raise UsageError(f"graph {self.spec.name}: {type(cache).__name__} is not a cache of this session")
-        sizes = check_feeds(self._step_spec, feeds)
-        given = {} if out is None else out
-        outputs = writeable(self._step_spec, check_out(self._step_spec, sizes, given), given)
-        check_continues(self.spec, feeds["position_ids"], sizes["batch"], cache)
+        held, sizes, outputs = begin_step(self.spec, self._step_spec, feeds, cache, CudaCache, out)
         check_indices(self.spec, "logit_positions", feeds["logit_positions"], sizes["tokens"])
         embeds = self._on_device(feeds["inputs_embeds"])
         positions = tuple(int(p) for p in feeds["logit_positions"])
-        logits = self.step_on_device(embeds, cache, positions)
+        logits = self.step_on_device(embeds, held, positions)
         self._fetch_logits(logits, outputs["logits"])
         return outputs
 

@@ -6,19 +6,56 @@ import math
 import mmap
 import sys
 from collections.abc import Mapping
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from lensc.export.graph import GraphSpec
 
-from .base import Array, check_capacity, check_fork, check_reorder, check_restored, check_trim
-from .errors import PromptError
+from .base import (
+    Array,
+    Cache,
+    check_capacity,
+    check_continues,
+    check_feeds,
+    check_fork,
+    check_out,
+    check_reorder,
+    check_restored,
+    check_trim,
+    writeable,
+)
+from .errors import PromptError, UsageError
 
 MAPPED_BYTES = 1 << 20
 """Arrays from this size on have pages of their own: those of tokens to come take no memory, and all go back to the system
 with the array. From the heap 1024 tokens of a full-size model took 90 MB more, in huge pages and in gaps."""
+
+
+C = TypeVar("C", bound=Cache)
+
+
+def begin_step(
+    spec: GraphSpec,
+    step_spec: GraphSpec,
+    feeds: Mapping[str, Array],
+    cache: Cache,
+    kind: type[C],
+    out: Mapping[str, Array] | None,
+) -> tuple[C, dict[str, int], dict[str, Array]]:
+    """What every `CachedSession.step` begins with: its arguments are checked; `step_spec` is `spec` without states.
+
+    Returns the cache, which must be of a `kind`, the sizes of the call, and an array for each output: those of `out`, new ones
+    for others. Raises UsageError.
+    """  # fmt: skip
+    if not isinstance(cache, kind):
+        raise UsageError(f"graph {spec.name}: {type(cache).__name__} is not a cache of this session")
+    sizes = check_feeds(step_spec, feeds)
+    given = {} if out is None else out
+    outputs = writeable(step_spec, check_out(step_spec, sizes, given), given)
+    check_continues(spec, feeds["position_ids"], sizes["batch"], cache)
+    return cache, sizes, outputs
 
 
 class EngineCache:

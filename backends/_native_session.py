@@ -13,11 +13,11 @@ from lensc.export.graph import GraphSpec
 from lensc.export.quantize.scheme import Scheme
 from lensc.kernels.rope.reference import quantize_rows
 
-from ._engine_cache import EngineCache
+from ._engine_cache import EngineCache, begin_step
 from ._native_build import Built, build
 from ._program import Program, count, split
-from .base import Array, Cache, check_continues, check_feeds, check_indices, check_out, map_file, writeable
-from .errors import ExecutionError, UsageError
+from .base import Array, Cache, check_feeds, check_indices, check_out, map_file, writeable
+from .errors import ExecutionError
 
 F32 = npt.NDArray[np.float32]
 
@@ -168,15 +168,10 @@ class NativeDecoderSession(NativeSession):
     ) -> dict[str, Array]:
         """See `CachedSession.step`. Positions must continue those in the cache."""
         self._open()
-        if not isinstance(cache, NativeCache):
-            raise UsageError(f"graph {self.spec.name}: {type(cache).__name__} is not a cache of this session")
-        sizes = check_feeds(self._step_spec, feeds)
-        given = {} if out is None else out
-        outputs = writeable(self._step_spec, check_out(self._step_spec, sizes, given), given)
-        check_continues(self.spec, feeds["position_ids"], sizes["batch"], cache)
-        cache.reserve(sizes["tokens"])
-        self._compute(feeds, outputs, sizes, cache, cache.length)
-        cache.length += sizes["tokens"]
+        held, sizes, outputs = begin_step(self.spec, self._step_spec, feeds, cache, NativeCache, out)
+        held.reserve(sizes["tokens"])
+        self._compute(feeds, outputs, sizes, held, held.length)
+        held.length += sizes["tokens"]
         return outputs
 
     def run(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> dict[str, Array]:

@@ -18,11 +18,11 @@ import numpy.typing as npt
 
 from lensc.export.graph import GraphSpec
 
-from ._engine_cache import EngineCache
+from ._engine_cache import EngineCache, begin_step
 from ._onnxruntime_kv import dequantize, quantize, scales_of
 from ._onnxruntime_lower import LENGTHS, NEW_SCALES, SCALES, TOTAL, WIDEN, present_name
 from ._onnxruntime_session import Weights, engine_errors
-from .base import Array, Cache, check_continues, check_feeds, check_out, writeable
+from .base import Array, Cache, check_feeds, check_out, writeable
 from .errors import ExecutionError, UsageError
 
 F32 = npt.NDArray[np.float32]
@@ -130,23 +130,17 @@ class OrtDecoderSession:
         """`widen`: the scales of an int8 cache, which holds nothing that they stand for, become those of `feeds`."""
         if self._session is None:
             raise ExecutionError(f"graph {self.spec.name}: the session is closed")
-        if not isinstance(cache, OrtCache):
-            raise UsageError(f"graph {self.spec.name}: {type(cache).__name__} is not a cache of this session")
-        given = {} if out is None else out
-        sizes = check_feeds(self._step_spec, feeds)
-        shapes = check_out(self._step_spec, sizes, given)
-        tokens, past = sizes["tokens"], cache.length
-        check_continues(self.spec, feeds["position_ids"], sizes["batch"], cache)
-        cache.reserve(tokens)
+        held, sizes, outputs = begin_step(self.spec, self._step_spec, feeds, cache, OrtCache, out)
+        tokens, past = sizes["tokens"], held.length
+        held.reserve(tokens)
         inputs = {t.name: np.ascontiguousarray(feeds[t.name]) for t in self._fed}
-        outputs = writeable(self._step_spec, shapes, given)
-        if cache.batch > 1 and tokens > 1 and past:
+        if held.batch > 1 and tokens > 1 and past:
             # the operator takes several new tokens of several sequences only while the cache is empty
-            for i in range(cache.batch):
-                self._run_one(i, inputs, outputs, cache, past + tokens, widen)
+            for i in range(held.batch):
+                self._run_one(i, inputs, outputs, held, past + tokens, widen)
         else:
-            self._run(inputs, outputs, self._binding_of(cache), past + tokens, widen)
-        cache.length = past + tokens
+            self._run(inputs, outputs, self._binding_of(held), past + tokens, widen)
+        held.length = past + tokens
         return outputs
 
     def _binding_of(self, cache: OrtCache) -> _Bound:

@@ -15,12 +15,12 @@ import numpy.typing as npt
 
 from lensc.export.graph import GraphSpec
 
+from ._engine_cache import begin_step
 from ._openvino_lower import BEAMS, PAST
 from ._openvino_session import Weights, bind, engine, engine_errors, readable
 from .base import (
     Array,
     Cache,
-    check_continues,
     check_feeds,
     check_fork,
     check_out,
@@ -166,26 +166,21 @@ class OpenVINODecoderSession:
     ) -> dict[str, Array]:
         """See `CachedSession.step`. Positions must continue those in the cache."""
         self._check_open()
-        if not isinstance(cache, OpenVINOCache):
-            raise UsageError(f"graph {self.spec.name}: {type(cache).__name__} is not a cache of this session")
-        given = {} if out is None else out
-        sizes = check_feeds(self._step_spec, feeds)
-        outputs = writeable(self._step_spec, check_out(self._step_spec, sizes, given), given)
-        check_continues(self.spec, feeds["position_ids"], sizes["batch"], cache)
-        if not cache.whole:
+        held, sizes, outputs = begin_step(self.spec, self._step_spec, feeds, cache, OpenVINOCache, out)
+        if not held.whole:
             raise ExecutionError(f"graph {self.spec.name}: the cache is incomplete since a run failed; begin a new one")
-        cache.reserve(sizes["tokens"])
+        held.reserve(sizes["tokens"])
         inputs = {name: readable(array) for name, array in feeds.items()}
-        inputs |= {BEAMS: cache.beams, PAST: np.array([cache.length])}
+        inputs |= {BEAMS: held.beams, PAST: np.array([held.length])}
         with engine_errors(f"graph {self.spec.name}"):
-            bind(cache.request, inputs)
-            bind(cache.request, outputs)
-            cache.whole = False
-            cache.request.infer()
-        cache.whole = True
+            bind(held.request, inputs)
+            bind(held.request, outputs)
+            held.whole = False
+            held.request.infer()
+        held.whole = True
         self._weights.used()
-        cache.beams = np.arange(cache.batch, dtype=np.int32)
-        cache.length += sizes["tokens"]
+        held.beams = np.arange(held.batch, dtype=np.int32)
+        held.length += sizes["tokens"]
         return outputs
 
     def run(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> dict[str, Array]:

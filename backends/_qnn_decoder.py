@@ -16,12 +16,12 @@ import numpy.typing as npt
 
 from lensc.export.graph import DimRange, GraphSpec
 
-from ._engine_cache import EngineCache
+from ._engine_cache import EngineCache, begin_step
 from ._qnn_form import HIDDEN, Form, is_key
 from ._qnn_session import Run
-from .base import Array, Cache, check_continues, check_feeds, check_out, writeable
+from .base import Array, Cache, check_feeds, check_out, writeable
 from .codec import decode, encode, loads
-from .errors import ExecutionError, PromptError, UsageError
+from .errors import ExecutionError, PromptError
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
@@ -171,13 +171,8 @@ class QnnDecoder:
         self, feeds: Mapping[str, Array], cache: Cache, out: Mapping[str, Array] | None = None
     ) -> dict[str, Array]:
         """See `CachedSession.step`. Positions must continue those in the cache."""
-        if not isinstance(cache, QnnCache):
-            raise UsageError(f"graph {self.spec.name}: {type(cache).__name__} is not a cache of this session")
-        sizes = check_feeds(self._step_spec, feeds)
-        given = {} if out is None else out
-        outputs = writeable(self._step_spec, check_out(self._step_spec, sizes, given), given)
-        check_continues(self.spec, feeds["position_ids"], sizes["batch"], cache)
-        end = cache.length + sizes["tokens"]
+        held, sizes, outputs = begin_step(self.spec, self._step_spec, feeds, cache, QnnCache, out)
+        end = held.length + sizes["tokens"]
         if end > self._layout.context:
             raise PromptError(
                 f"{end} tokens do not fit: the decoder was compiled for a context of {self._layout.context}; shorten the "
@@ -188,9 +183,9 @@ class QnnDecoder:
             for start in range(0, sizes["tokens"], self._layout.tokens):
                 piece = embeds[sequence : sequence + 1, start : start + self._layout.tokens]
                 wanted = np.flatnonzero((positions >= start) & (positions < start + piece.shape[1]))
-                logits = self._feed(piece, positions[wanted] - start, cache, sequence, cache.length + start)
+                logits = self._feed(piece, positions[wanted] - start, held, sequence, held.length + start)
                 outputs["logits"][sequence, wanted] = logits
-        cache.length = end
+        held.length = end
         return outputs
 
     def run(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> dict[str, Array]:

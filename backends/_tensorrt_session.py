@@ -14,6 +14,7 @@ import numpy as np
 
 from lensc.export.graph import GraphSpec
 
+from ._engine_cache import begin_step
 from ._tensorrt_cache import Blocks, TensorRTCache
 from ._tensorrt_device import Device
 from ._tensorrt_target import (
@@ -28,7 +29,7 @@ from ._tensorrt_target import (
     present_name,
     profiles,
 )
-from .base import Array, Cache, check_continues, check_feeds, check_indices, check_out, writeable
+from .base import Array, Cache, check_feeds, check_indices, check_out, writeable
 from .errors import ExecutionError, UsageError
 
 Placed = tuple[int, tuple[int, ...]]
@@ -180,16 +181,11 @@ class TensorRTDecoderSession(TensorRTSession):
     ) -> dict[str, Array]:
         """See `CachedSession.step`. Positions must continue those in the cache."""
         self._open()
-        if not isinstance(cache, TensorRTCache):
-            raise UsageError(f"graph {self.spec.name}: {type(cache).__name__} is not a cache of this session")
-        sizes = check_feeds(self._step_spec, feeds)
-        given = {} if out is None else out
-        outputs = writeable(self._step_spec, check_out(self._step_spec, sizes, given), given)
-        check_continues(self.spec, feeds["position_ids"], sizes["batch"], cache)
+        held, sizes, outputs = begin_step(self.spec, self._step_spec, feeds, cache, TensorRTCache, out)
         check_indices(self.spec, "logit_positions", feeds["logit_positions"], sizes["tokens"])
-        cache.reserve(sizes["tokens"])
+        held.reserve(sizes["tokens"])
         for start, end, rows in pieces(feeds["logit_positions"], sizes["tokens"], self._profiles[-1]):
-            self._step(feeds, cache, start, end, rows, outputs["logits"])
+            self._step(feeds, held, start, end, rows, outputs["logits"])
         return outputs
 
     def run(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
