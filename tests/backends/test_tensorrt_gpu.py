@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,10 @@ from lensc.backends.load_options import LoadOptions
 from lensc.export.graph import Graph, GraphSpec
 from lensc.export.quantize.recipe import PRESETS, Recipe
 
+from .graph_feeds import feeds_of
+
+CALLS = {"vision": ((3, 63), (1, 7), (12, 64)), "decoder": ((1, 70, 0), (1, 1, 9), (3, 2, 5))}
+
 Graphs = Callable[[str, Recipe], tuple[GraphSpec, Path]]
 
 CASES = [
@@ -35,28 +39,6 @@ CASES = [
     pytest.param("int4-g32", "w4a16-g32-s4", "versions", 45.0, id="int4-versions"),
 ]
 """Recipe, scheme, words of the target, and the least SQNR in dB, as in test_tensorrt_lower.py; float32 sums in another order."""
-
-
-def feeds_of(spec: GraphSpec) -> Iterator[dict[str, Array]]:
-    """Slices of which some keys are hidden; prompts and tokens, with and without a past."""
-    generator = np.random.default_rng(0)
-    for call in ((3, 63), (1, 7), (12, 64)) if spec.name == "vision" else ((1, 70, 0), (1, 1, 9), (3, 2, 5)):
-        names = ("slices", "patches") if spec.name == "vision" else ("batch", "tokens", "past")
-        sizes = {**dict(zip(names, call, strict=True)), "rows": 2}
-        feeds: dict[str, Array] = {
-            t.name: generator.standard_normal([d if isinstance(d, int) else sizes[d] for d in t.shape], np.float32)
-            for t in spec.inputs
-            if t.dtype == "float32"
-        }
-        if spec.name == "vision":
-            for name in ("attention_bias", "key_bias"):
-                feeds[name][:] = 0
-                feeds[name][-1, 5:] = -10000
-            feeds["position_ids"] = generator.integers(0, 4900, call)
-        else:
-            feeds["position_ids"] = np.arange(sizes["past"], sizes["past"] + sizes["tokens"])
-            feeds["logit_positions"] = np.array([sizes["tokens"] - 1, 0])
-        yield feeds
 
 
 def expected(model: Path, feeds: dict[str, Array]) -> dict[str, Array]:
@@ -79,7 +61,7 @@ def opened(graph: Graph, words: str, folder: Path, **settings: str) -> Session:
 
 def check(session: Session, model: Path, least_db: float) -> None:
     """Every call three times: as it is, recorded, replayed."""
-    for feeds in feeds_of(session.spec):
+    for feeds in feeds_of(session.spec, CALLS):
         reference = expected(model, feeds)
         for _ in range(3):
             got = session.run(feeds)
@@ -100,7 +82,7 @@ def test_an_engine_computes_what_the_portable_graph_does(
 def test_products_of_int8(graphs: Graphs, tmp_path: Path) -> None:
     spec, model = graphs("vision", PRESETS["w8a8-vision"])
     graph = Graph(spec, model, "w8a8", "")
-    samples = [{k: v[:1] for k, v in feeds.items()} for feeds in feeds_of(spec)]
+    samples = [{k: v[:1] for k, v in feeds.items()} for feeds in feeds_of(spec, CALLS)]
     backend.measure_ranges(graph, samples, tmp_path / "ranges.json")
     check(opened(dataclasses.replace(graph, ranges=tmp_path / "ranges.json"), "", tmp_path), model, 18.0)
 

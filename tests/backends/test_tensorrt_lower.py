@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from lensc.backends.errors import ExecutionError, GraphError, UnsupportedError
 from lensc.export.graph import Graph, GraphSpec
 from lensc.export.quantize.recipe import EMBEDDING, PRESETS, Recipe
 
+from .graph_feeds import feeds_of
+
 Graphs = Callable[[str, Recipe], tuple[GraphSpec, Path]]
 
 backend = tensorrt.backend
@@ -29,30 +31,10 @@ backend = tensorrt.backend
 LEAST_DB: dict[Half, float] = {"float32": 100.0, "float16": 45.0}
 """Against the portable graph in float32. In float16, rounding to 11 bits makes 60 to 70 dB of well-scaled values; the
 golden model's random weights leave 50."""
+CALLS = {"vision": ((3, 63), (1, 7)), "decoder": ((1, 7, 0), (1, 1, 9), (3, 2, 5))}
+"""Of awkward sizes."""
 LEAST_INT8_DB = 18.0
 """As on the NPU (test_qnn.py): one scale for all inputs of a product of random weights."""
-
-
-def feeds_of(spec: GraphSpec) -> Iterator[dict[str, Array]]:
-    """Calls of awkward sizes: slices with masked keys; several sequences; tokens with and without a past."""
-    generator = np.random.default_rng(0)
-    for call in ((3, 63), (1, 7)) if spec.name == "vision" else ((1, 7, 0), (1, 1, 9), (3, 2, 5)):
-        names = ("slices", "patches") if spec.name == "vision" else ("batch", "tokens", "past")
-        sizes = {**dict(zip(names, call, strict=True)), "rows": 2}
-        feeds: dict[str, Array] = {
-            t.name: generator.standard_normal([d if isinstance(d, int) else sizes[d] for d in t.shape], np.float32)
-            for t in spec.inputs
-            if t.dtype == "float32"
-        }
-        if spec.name == "vision":
-            for name in ("attention_bias", "key_bias"):
-                feeds[name][:] = 0
-                feeds[name][-1, 5:] = -10000
-            feeds["position_ids"] = generator.integers(0, 4900, call)
-        else:
-            feeds["position_ids"] = np.arange(sizes["past"], sizes["past"] + sizes["tokens"])
-            feeds["logit_positions"] = np.array([sizes["tokens"] - 1, 0])
-        yield feeds
 
 
 def opened(path: Path) -> Any:
@@ -100,7 +82,7 @@ def check(spec: GraphSpec, model: Path, path: Path, half: Half, least_db: float)
     own = engine_spec(spec, half)
     assert {v.name for v in made.get_inputs()} == {t.name for t in own.inputs}
     assert {v.name for v in made.get_outputs()} == {t.name for t in own.outputs}
-    for feeds in feeds_of(spec):
+    for feeds in feeds_of(spec, CALLS):
         expected, got = outputs(portable, feeds), lowered_outputs(spec, made, feeds, half)
         assert expected.keys() == got.keys()
         for name, value in expected.items():
@@ -151,7 +133,7 @@ def test_products_of_int8_have_inputs_of_measured_ranges(graphs: Graphs, tmp_pat
     spec, model = graphs("vision", PRESETS["w8a8-vision"])
     graph = Graph(spec, model, "w8a8", "")
     assert backend.needs_ranges("w8a8") and not backend.needs_ranges("w8a16")
-    samples = [{k: v[:1] for k, v in feeds.items()} for feeds in feeds_of(spec)]
+    samples = [{k: v[:1] for k, v in feeds.items()} for feeds in feeds_of(spec, CALLS)]
     backend.measure_ranges(graph, samples, tmp_path / "ranges.json")
     made = write_lowered(graph, tmp_path / "float.onnx", "float32", has_int8_products=True)
     assert made.kinds["int8"] > 8

@@ -7,7 +7,7 @@ import dataclasses
 import io
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,6 +76,19 @@ def bundle(made: Made) -> Path:
 @pytest.fixture
 def picture() -> Path:
     return GOLDEN / "images" / "tiny64.png"
+
+
+@pytest.fixture(scope="module")
+def no_profile_and_a_short_probe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is measured of the machine takes no time, and no profile of it is there."""
+    from lensc import bench_run
+    from lensc.profiles import measure as rates
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rates, "PRODUCT_ROUNDS", 1000)
+        patch.setattr(bench_run, "PROBE_S", 0)
+        patch.setattr("lensc.profiles.profile.profile_folder", lambda: tmp_path_factory.mktemp("none"))
+        yield
 
 
 @dataclass(frozen=True)

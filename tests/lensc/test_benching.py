@@ -22,7 +22,6 @@ from lensc.backends.base import Target
 from lensc.backends.bundle import load_manifest, write_manifest
 from lensc.bench_record import Figure, Placed, Record, moved
 from lensc.cli import main
-from lensc.profiles import measure as rates
 from lensc.runtime.measure import Values
 from lensc.runtime.result import Metrics
 
@@ -30,14 +29,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 PICTURE = GOLDEN / "images" / "tiny64.png"
 Cli = Callable[..., Any]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_profile_and_a_short_probe(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rates, "PRODUCT_ROUNDS", 1000)
-        patch.setattr(bench_run, "PROBE_S", 0)
-        patch.setattr("lensc.profiles.profile.profile_folder", lambda: tmp_path_factory.mktemp("none"))
-        yield
+pytestmark = pytest.mark.usefixtures("no_profile_and_a_short_probe")
 
 
 @pytest.fixture(scope="module")

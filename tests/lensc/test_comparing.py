@@ -12,28 +12,20 @@ from typing import Any
 
 import pytest
 
-from lensc import bench_run, compare_page, compare_run, compare_text
+from lensc import compare_page, compare_run, compare_text
 from lensc.backends.bundle import ParityRecord, load_manifest, write_manifest
 from lensc.backends.codec import decode
 from lensc.backends.errors import UnavailableError
 from lensc.bench_record import Figure, Placed
 from lensc.cli import main
 from lensc.compare_run import Asked, Comparison
-from lensc.profiles import measure as rates
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAME = "a&b <i>.png"
 PARITY = ParityRecord("decoder", "qnn:npu:sm8650", "torch float32", 0.1, 31.2, 0.999, 0.99, 3, 5, True, "max_abs 0.1")
 Cli = Callable[..., Any]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_profile_and_a_short_probe(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rates, "PRODUCT_ROUNDS", 1000)
-        patch.setattr(bench_run, "PROBE_S", 0)
-        patch.setattr("lensc.profiles.profile.profile_folder", lambda: tmp_path_factory.mktemp("none"))
-        yield
+pytestmark = pytest.mark.usefixtures("no_profile_and_a_short_probe")
 
 
 @pytest.fixture(scope="module")
