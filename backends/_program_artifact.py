@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lensc.export.graph import Graph, GraphSpec
 
+from ._partial import partial_folder
 from ._program import Program
 from ._program_file import check_spec, interface, read, write
 from .base import Artifact, FileRecord, Target, check_compatibility, check_interface, file_record, share_weights
-from .errors import ExecutionError, GraphError, StorageError
+from .errors import ExecutionError, GraphError
 
 
 def save(
@@ -23,20 +23,13 @@ def save(
     StorageError, and what `made` does.
     """
     name, own = f"{target.slug}.json", f"{target.slug}.data"
-    partial = out / f"{target.slug}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+    with partial_folder(out, target) as partial:
         program = made(partial / own)
         write(program, partial / name)
         data = [share_weights(graph.path.parent / file, out) for file in program.files if file != own]
         data += [(partial / file).replace(out / file) for file in program.files if file == own]
         (partial / name).replace(out / name)
         files = tuple(file_record(path, out.parent) for path in (out / name, *data))
-    except OSError as error:
-        raise StorageError(f"{out}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return program, files
 
 

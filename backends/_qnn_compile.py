@@ -108,7 +108,8 @@ def compile_decoder(
     A host that emulates crashes on such a binary, so each form gets one of its own, too, where a prefill has at most
     `emulated_products` multiply-adds. Returns what went where, the layout, and the multiply-adds of a prefill.
     """
-    prefill, decode = (fix(graph, form, made_for) for form in forms(graph.spec, graph.context))
+    many, one = forms(graph.spec, graph.context)
+    prefill, decode = fix(graph, many, made_for), fix(graph, one, made_for)
     emulates = prefill.multiply_adds <= emulated_products
     parts, emulated = [], []
     where: dict[str, list[str]] = {}
@@ -130,12 +131,11 @@ def compile_decoder(
             peak_bytes = max(peak_bytes, compiled.peak_bytes)
             where |= compiled.where if wanted is sources else {}
         shutil.rmtree(folder)
-    form = forms(graph.spec, graph.context)[0]
     groups, frequencies = rotary_of(graph)
     layout = DecoderLayout(
-        context=form.sizes["past"],
-        tokens=form.sizes["tokens"],
-        rows=form.sizes["rows"],
+        context=many.sizes["past"],
+        tokens=many.sizes["tokens"],
+        rows=many.sizes["rows"],
         groups=groups,
         inverse_frequencies=tuple(float(f) for f in frequencies),
         scales=prefill.scales,

@@ -25,6 +25,7 @@ from ._engine_cores import choices, cpus_of, on_cores, staying_on
 from ._onnxruntime_cache import OrtDecoderSession
 from ._onnxruntime_lower import LENGTHS, NEW_SCALES, SCALES, TOTAL, WIDEN, lower, present_name
 from ._onnxruntime_session import OrtSession, Weights, engine_errors, one_line
+from ._partial import partial_folder
 from ._portable import model_of
 from .base import (
     Artifact,
@@ -98,29 +99,23 @@ class OnnxRuntime:
             raise UnsupportedError(reason)
         ort = _engine()
         name = f"{target.slug}.onnx"
-        folder = out / f"{target.slug}.partial"
-        with _writing(out):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            try:
-                scheme = Scheme.parse(graph.scheme)
-                with _disk_for(graph.path, out):
-                    if scheme.weights_are_float:
-                        lowered = folder / "lowered"
-                        lowered.mkdir()
-                        _save(_lowered(graph, scheme), lowered / name)
-                        _optimize(ort, lowered / name, folder / name)
-                        shutil.rmtree(lowered)
-                    else:
-                        _save(_lowered(graph, scheme), folder / name)
-                placement = _placement(ort, folder / name)
-                # the data first: without its model it is never opened
-                made = [path for path in sorted(folder.iterdir()) if path.name != name]
-                own = f"{name}.data"
-                data = [path.replace(out / own) if path.name == own else share_weights(path, out) for path in made]
-                os.replace(folder / name, out / name)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+        with partial_folder(out, target) as folder:
+            scheme = Scheme.parse(graph.scheme)
+            with _disk_for(graph.path, out):
+                if scheme.weights_are_float:
+                    lowered = folder / "lowered"
+                    lowered.mkdir()
+                    _save(_lowered(graph, scheme), lowered / name)
+                    _optimize(ort, lowered / name, folder / name)
+                    shutil.rmtree(lowered)
+                else:
+                    _save(_lowered(graph, scheme), folder / name)
+            placement = _placement(ort, folder / name)
+            # the data first: without its model it is never opened
+            made = [path for path in sorted(folder.iterdir()) if path.name != name]
+            own = f"{name}.data"
+            data = [path.replace(out / own) if path.name == own else share_weights(path, out) for path in made]
+            os.replace(folder / name, out / name)
             files = tuple(file_record(path, out.parent) for path in (out / name, *data))
         return Artifact(
             graph=graph.spec.name,
@@ -320,14 +315,6 @@ def _placement(ort: Any, path: Path) -> dict[str, int]:
 def _cpu_requirement(scheme: str) -> dict[str, str]:
     """Quantized operators are fused differently for x86 (uint8 products) and ARM (int8); float graphs are the same."""
     return {} if Scheme.parse(scheme).weights_are_float else {"machine": platform.machine()}
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager

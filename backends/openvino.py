@@ -15,10 +15,8 @@ import dataclasses
 import functools
 import math
 import os
-import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from ._openvino_fixed import FixedSession, cannot_be_fixed, shapes_at, sizes_of
 from ._openvino_kept import KeptGraph
 from ._openvino_lower import BEAMS, FLOAT_PRODUCTS, INT8_PRODUCTS, PAST, lower, read
 from ._openvino_session import NAME, OpenVINOSession, Weights, engine, engine_errors
+from ._partial import partial_folder
 from .base import (
     Artifact,
     Probe,
@@ -42,7 +41,7 @@ from .base import (
     file_record,
     share_weights,
 )
-from .errors import ExecutionError, StorageError, UnavailableError, UnsupportedError
+from .errors import ExecutionError, UnavailableError, UnsupportedError
 from .load_options import DEFAULTS, PREFILL_CHUNK, Choices, LoadOptions, chunks, settings_of
 
 DEVICES = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
@@ -129,23 +128,18 @@ class OpenVINO:
         if reason:
             raise UnsupportedError(reason)
         ov = engine()
-        name, folder = f"{target.slug}.onnx", out / f"{target.slug}.partial"
-        with _writing(out):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            try:
-                sources, group = _save(graph, folder / name)
-                options = _options(target, graph, group)
-                with engine_errors(str(graph.path)):
-                    model = read(folder / name, options[ATTENTION], options[PRODUCTS])
-                    if target.processor == "npu":
-                        model.reshape(shapes_at(graph.spec, sizes_of(graph.spec)[0]))
-                    placement, executed = _try(ov, model, target, options)
-                # the weights first: without its graph nobody opens them
-                data = [share_weights(source, out) for source in sources]
-                os.replace(folder / name, out / name)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+        name = f"{target.slug}.onnx"
+        with partial_folder(out, target) as folder:
+            sources, group = _save(graph, folder / name)
+            options = _options(target, graph, group)
+            with engine_errors(str(graph.path)):
+                model = read(folder / name, options[ATTENTION], options[PRODUCTS])
+                if target.processor == "npu":
+                    model.reshape(shapes_at(graph.spec, sizes_of(graph.spec)[0]))
+                placement, executed = _try(ov, model, target, options)
+            # the weights first: without its graph nobody opens them
+            data = [share_weights(source, out) for source in sources]
+            os.replace(folder / name, out / name)
             files = tuple(file_record(path, out.parent) for path in (out / name, *data))
         return Artifact(
             graph=graph.spec.name,
@@ -397,14 +391,6 @@ def _check_head(path: Path) -> None:
         raise ExecutionError(f"{path}: cannot be read: {error.strerror or error}") from error
     if head != b"\x08":  # the ir_version, as protobuf writes it
         raise ExecutionError(f"{path}: not an ONNX file; compile it again")
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
 backend = OpenVINO()

@@ -28,6 +28,7 @@ from lensc.export.graph import Graph, GraphSpec
 from lensc.export.quantize.scheme import Scheme
 from lensc.profiles import probe
 
+from ._partial import partial_folder
 from ._qnn_child import Child, interface, open_session
 from ._qnn_chip import Chip, check_context, chip, unknown_chip
 from ._qnn_compile import Compiled, compile_context, compile_decoder, fix, save
@@ -38,7 +39,7 @@ from ._qnn_quantize import WIDE_ARCH
 from ._qnn_session import QnnSession, padded
 from ._ranges import measure, outputs_of, save_ranges
 from .base import Array, Artifact, Probe, Session, Target, check_compatibility, check_interface, file_record
-from .errors import ExecutionError, StorageError, UnavailableError, UnsupportedError
+from .errors import ExecutionError, UnavailableError, UnsupportedError
 from .load_options import DEFAULTS, LoadOptions, settings_of
 
 NAME = "qnn"
@@ -130,10 +131,7 @@ class Qnn:
         made_for, scheme = chip(target.arch), Scheme.parse(graph.scheme)
         provider = PROVIDER_OPTIONS | COMPILER_OPTIONS | made_for.provider_options
         provider |= FLOAT16 if scheme.weights_are_float else {}
-        partial = out / f"{target.slug}.partial"
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+        with partial_folder(out, target) as partial:
             make = _make_decoder if graph.spec.states else _make_vision
             first, compiled, options = make(graph, made_for, provider, partial, target.slug)
             for wrapper in partial.glob("*.onnx"):
@@ -142,10 +140,6 @@ class Qnn:
             placement.write_text(json.dumps(compiled.where, indent=0), encoding="utf-8")
             paths = [partial / first, *(path for path in sorted(partial.iterdir()) if path.name != first)]
             records = tuple(file_record(path.replace(out / path.name), out.parent) for path in paths)
-        except OSError as error:
-            raise StorageError(f"{out}: cannot be written: {error.strerror or error}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
         return Artifact(
             graph=graph.spec.name,
             target=target,

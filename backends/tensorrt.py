@@ -25,6 +25,7 @@ from lensc.export.graph import Graph, GraphSpec
 from lensc.export.quantize.scheme import Scheme
 from lensc.profiles import probe
 
+from ._partial import partial_folder
 from ._ranges import load_ranges, measure, outputs_of, save_ranges
 from ._tensorrt_cache import bytes_of
 from ._tensorrt_device import Gpu, first_gpu
@@ -40,7 +41,7 @@ from .base import (
     check_interface,
     file_record,
 )
-from .errors import ExecutionError, StorageError, UnavailableError, UnsupportedError, UsageError
+from .errors import ExecutionError, UnavailableError, UnsupportedError, UsageError
 from .load_options import DEFAULTS, Choices, LoadOptions, settings_of
 
 _log = logging.getLogger("lensc")
@@ -144,10 +145,8 @@ class TensorRT:
         from ._tensorrt_build import compile_engine
 
         inputs, sizes = engine_spec(graph.spec, build.half).inputs, profiles(graph.spec)
-        partial, name = out / f"{target.slug}.partial", f"{target.slug}.engine"
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+        name = f"{target.slug}.engine"
+        with partial_folder(out, target) as partial:
             source = partial / f"{graph.spec.name}.onnx"
             lowered = write_lowered(graph, source, build.half, self.needs_ranges(graph.scheme), _ranges(graph))
             weights = sum(path.stat().st_size for path in partial.iterdir())
@@ -155,10 +154,6 @@ class TensorRT:
                 _check_memory(f"{graph.spec.name} for {target}", weights, lowered.parameters, gpu.total_bytes, gpu)
             layers = compile_engine(source, partial / name, inputs, sizes, build, gpu.name)
             os.replace(partial / name, out / name)
-        except OSError as error:
-            raise StorageError(f"{out}: cannot be written: {error.strerror or error}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
         return Artifact(
             graph=graph.spec.name,
             target=target,
