@@ -20,7 +20,6 @@ import io
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from lensc.profiles.folders import cache_folder
 from . import _openvino_lower
 from ._openvino_session import one_line
 from .base import Artifact
+from .files import reason, replacing
 
 FOLDER = "openvino"
 SUFFIX = ".blob"
@@ -97,19 +97,13 @@ class KeptGraph:
         stream = io.BytesIO()
         compiled.export_model(stream)
         data = stream.getvalue()
-        temporary = ""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._path.parent, delete=False) as file:
-                temporary = file.name
+            with replacing(self._path) as file:
                 file.write(hashlib.sha256(data).digest() + data)
-            os.replace(temporary, self._path)
             _remove_oldest(self._path.parent)
         except OSError as error:
-            _log.info("%s: not kept: %s", self._path, error.strerror or error)
-            if temporary:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
+            _log.info("%s: not kept: %s", self._path, reason(error))
 
 
 def _remove_oldest(folder: Path) -> None:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsInt
@@ -24,6 +22,7 @@ from ._tensorrt_engine import make_logger
 from ._tensorrt_target import Build, Profile
 from .compiling import report_part
 from .errors import ExecutionError, StorageError, UnsupportedError
+from .files import reason, replacing
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -158,19 +157,13 @@ def save_timing_cache(config: trt.IBuilderConfig, path: Path | None) -> None:
     cache = config.get_timing_cache()
     if path is None or cache is None:
         return
-    temporary = ""
+    serialized: Any = cache.serialize()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            temporary = file.name
-            serialized: Any = cache.serialize()
+        with replacing(path) as file:
             file.write(memoryview(serialized))
-        os.replace(temporary, path)
     except OSError as error:
-        _log.info("%s: not kept: %s", path, error.strerror or error)
-        if temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        _log.info("%s: not kept: %s", path, reason(error))
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------

@@ -35,12 +35,10 @@ from .base import Artifact, FileRecord, file_record
 from .base import sha256_file as sha256_file
 from .codec import decode, encode, loads, shown
 from .errors import FormatTooNewError, IntegrityError, ManifestError, StorageError
+from .files import PARTIAL, reason, write_text
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-PARTIAL = ".partial"
-"""Suffix of temporary top-level names: what carries it was being written when the writer was killed."""
-
 MANIFEST_BYTES = 16 << 20
 """A manifest of 2 graphs and 80 KV pairs is about 100 KB; anything near this limit is not one."""
 
@@ -248,7 +246,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     try:
         files = tuple(file_record(folder / name, folder) for name in found)
     except OSError as error:
-        raise StorageError(f"{path}: not written: {_reason(error)}") from error
+        raise StorageError(f"{path}: not written: {reason(error)}") from error
     manifest = dataclasses.replace(manifest, format=FORMAT, files=files)
     try:
         document = encode(manifest)
@@ -284,20 +282,6 @@ def path_problem(path: str) -> str | None:
     return None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file so that `path` holds either what it held or all of `text`. Raises StorageError."""
-    temporary = path.with_name(path.name + PARTIAL)
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"{path}: not written: {_reason(error)}") from error
-
-
 def _read_json(path: Path) -> object:
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
@@ -310,7 +294,7 @@ def _read_json(path: Path) -> object:
             f"{path} not found: {path.parent} is not a bundle; make one with lensc build, or check the path"
         ) from None
     except OSError as error:
-        raise ManifestError(f"{path}: cannot be read: {_reason(error)}") from error
+        raise ManifestError(f"{path}: cannot be read: {reason(error)}") from error
     except ValueError as error:
         raise ManifestError(f"{path}: not JSON: {error}; copy or build the bundle again") from None
 
@@ -459,7 +443,7 @@ def _compare_files(folder: Path, files: tuple[FileRecord, ...], verify: bool) ->
             elif verify and (digest := sha256_file(folder / record.path)) != record.sha256:
                 differences.append(f"{record.path}: sha256 {digest[:12]}…, the manifest says {record.sha256[:12]}…")
         except OSError as error:
-            problems.append(f"{record.path}: cannot be read: {_reason(error)}")
+            problems.append(f"{record.path}: cannot be read: {reason(error)}")
     return problems, differences
 
 
@@ -472,7 +456,7 @@ def _walk(folder: Path) -> tuple[list[str], list[str]]:
         try:
             entries = list(os.scandir(folder / inside))
         except OSError as error:
-            problems.append(f"{inside or folder}: cannot be listed: {_reason(error)}")
+            problems.append(f"{inside or folder}: cannot be listed: {reason(error)}")
             continue
         for entry in entries:
             path = inside + entry.name
@@ -487,10 +471,6 @@ def _walk(folder: Path) -> tuple[list[str], list[str]]:
             else:
                 problems.append(f"{path}: is neither a file nor a folder")
     return sorted(found), sorted(problems)
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
 
 
 def _message(path: Path, problems: list[str]) -> str:

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lensc.backends.bundle import write_text
 from lensc.backends.errors import InputError, ParityError, StorageError
+from lensc.backends.files import write_text
 from lensc.profiles import probe
 
 RESULTS = Path("bench/results")
 """Relative to the root of the source tree, from which benchmarks are run."""
 
-TOPICS = ("full_size", "native_cpu", "qnn", "gpu", "runtime", "demo_accuracy")
+TOPICS = ("full_size", "native_cpu", "qnn", "gpu", "runtime", "demo_accuracy", "ladder")
 HIGHER_IS_BETTER = frozenset({"tokens/s", "slices/s", "GB/s", "GOP/s", "TOPS", "%", "dB"})
 LOWER_IS_BETTER = frozenset({"s", "ms", "steps", "MB", "GB", "errors", "% errors", "millinats"})
 

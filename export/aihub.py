@@ -24,7 +24,6 @@ import numpy as np
 from lensc.backends.base import Array, Artifact, Target, file_record, sha256_file
 from lensc.backends.bundle import (
     MANIFEST,
-    PARTIAL,
     Manifest,
     MeasuredRecord,
     ParityRecord,
@@ -32,6 +31,7 @@ from lensc.backends.bundle import (
     write_manifest,
 )
 from lensc.backends.errors import ExecutionError, ManifestError, UnsupportedError, UsageError
+from lensc.backends.files import PARTIAL
 from lensc.profiles import profile as profiles
 from lensc.runtime.picture import PictureSource
 

@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 
 from lensc.backends.base import Array
-from lensc.backends.bundle import write_text
 from lensc.backends.errors import ExecutionError, InputError, UnavailableError, UsageError
+from lensc.backends.files import write_text
 from lensc.profiles.profile import nearest
 
 CONFIG_ENV, CONFIG = "QAIHUB_CLIENT_INI", "~/.qai_hub/client.ini"

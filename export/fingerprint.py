@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from lensc.backends.base import sha256_file
 from lensc.backends.errors import CheckpointError
+from lensc.backends.files import replacing
 from lensc.profiles.folders import cache_folder
 
 CACHE = "hashes.json"
@@ -120,13 +120,8 @@ def _keep(cache: Path, file: Path, state: FileState, digest: str) -> None:
     entries.pop(str(file.resolve()), None)
     entries[str(file.resolve())] = {"state": asdict(state), "sha256": digest}
     text = json.dumps({"format": 1, "files": dict(list(entries.items())[-CACHE_ENTRIES:])}, indent=1)
-    temporary = ""
-    try:
+    # a cache that cannot be written is a slower next run, no failure of this one
+    with contextlib.suppress(OSError):
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=cache.parent, prefix=CACHE, delete=False) as out:
-            temporary = out.name
-            out.write(text)
-        os.replace(temporary, cache)
-    except OSError:  # a cache that cannot be written is a slower next run, no failure of this one
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        with replacing(cache) as out:
+            out.write(text.encode())

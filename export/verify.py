@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from lensc.backends.base import Array, Session
-from lensc.backends.bundle import PARTIAL, ModelSpec, ParityRecord, ProbeRecord
+from lensc.backends.bundle import ModelSpec, ParityRecord, ProbeRecord
 from lensc.backends.errors import GraphError, ParityError, StorageError
+from lensc.backends.files import PARTIAL
 from lensc.runtime.embedding import EmbeddingTable
 from lensc.runtime.picture import MASK, PictureSource
 from lensc.runtime.pipeline import VLM

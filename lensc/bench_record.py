@@ -19,9 +19,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from lensc.backends.bundle import write_text
 from lensc.backends.codec import decode, encode, loads
 from lensc.backends.errors import InputError
+from lensc.backends.files import write_text
 from lensc.profiles.probe import Machine
 from lensc.profiles.profile import Figure as Known
 from lensc.runtime.measure import Values

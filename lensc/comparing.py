@@ -36,8 +36,9 @@ def add_compare(verb: argparse.ArgumentParser) -> None:
 
 def compare(options: argparse.Namespace) -> int:
     """Measure, ask, print. Returns 1 if a placement failed that should not."""
-    from lensc.backends.bundle import load_manifest, write_text
+    from lensc.backends.bundle import load_manifest
     from lensc.backends.codec import encode
+    from lensc.backends.files import write_text
 
     from . import compare_page, compare_run, compare_text
 

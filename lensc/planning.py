@@ -55,8 +55,8 @@ def profile(options: argparse.Namespace) -> int:
     """Measure this machine and write its profile."""
     from dataclasses import replace
 
-    from lensc.backends.bundle import write_text
     from lensc.backends.codec import encode
+    from lensc.backends.files import write_text
     from lensc.profiles import measure, probe
     from lensc.profiles.folders import profile_folder
     from lensc.profiles.profile import to_toml

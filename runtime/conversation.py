@@ -13,12 +13,10 @@ conversation is fed again, and a note says so. A file is written under a tempora
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import math
 import os
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ import numpy as np
 
 from lensc.backends.base import Array
 from lensc.backends.errors import InputError, LensError, StorageError
+from lensc.backends.files import reason, replacing
 
 from .picture_source import open_picture
 from .prefix_cache import Held, Rows
@@ -66,21 +65,14 @@ def write(path: Path, messages: Sequence[Message], name: str, identity: Identity
     """Write a conversation with the model `name`. Raises StorageError, also if `path` is something else already."""
     if path.exists() and not _is_conversation(path):
         raise StorageError(f"{path} exists and is no conversation of lensc; choose another name")
-    temporary = ""
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".partial", delete=False) as file:
-            temporary = file.name
+        with replacing(path, private=True) as file:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 _write_all(archive, messages, name, identity, held)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
-        raise StorageError(f"{path}: not written: {error.strerror or error}") from error
-    finally:
-        if temporary:
-            with contextlib.suppress(OSError):  # renamed, if all went well
-                os.unlink(temporary)
+        raise StorageError(f"{path}: not written: {reason(error)}") from error
 
 
 def _write_all(

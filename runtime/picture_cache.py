@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,13 +25,13 @@ import numpy as np
 import numpy.typing as npt
 
 from lensc.backends.errors import UsageError
+from lensc.backends.files import PARTIAL, reason, replacing
 from lensc.profiles.folders import cache_folder
 
 F32 = npt.NDArray[np.float32]
 
 FOLDER = "pictures"
 SUFFIX = ".slice"
-PARTIAL = ".partial"
 FORMAT = 1
 HASH_BYTES = 32
 ABANDONED_S = 3600.0
@@ -79,25 +78,15 @@ class PictureCache:
         data = np.ascontiguousarray(features, np.float32).tobytes()
         if not self._writes or HASH_BYTES + len(data) > self._limit_bytes:
             return
-        temporary = ""
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=PARTIAL, delete=False) as file:
-                temporary = file.name
+            with replacing(self._path(key), private=True) as file:
                 file.write(hashlib.sha256(data).digest())
                 file.write(data)
-            os.replace(temporary, self._path(key))
-            temporary = ""
             self._remove_oldest()
         except OSError as error:
             self._writes = False
-            self._note(
-                f"picture cache {self.folder}: not written: {error.strerror or error}; no more pictures are kept"
-            )
-        finally:
-            if temporary:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
+            self._note(f"picture cache {self.folder}: not written: {reason(error)}; no more pictures are kept")
 
     def only_read(self, why: str) -> None:
         """Keep no more, and note why."""

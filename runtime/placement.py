@@ -9,13 +9,10 @@ processes may share the folder: a file appears whole. It may be deleted at any t
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +22,7 @@ from typing import Any
 from lensc.backends.base import Artifact, Probe, Target
 from lensc.backends.bundle import Manifest
 from lensc.backends.errors import ExecutionError
+from lensc.backends.files import reason, replacing
 from lensc.backends.load_options import LoadOptions
 from lensc.profiles import probe as machine
 from lensc.profiles.folders import cache_folder
@@ -192,18 +190,11 @@ def _keep(path: Path, key: str, outcomes: Outcomes, events: list[Event]) -> None
     candidates: dict[str, dict[str, Any]] = {}
     for (graph, target), outcome in outcomes.items():
         candidates.setdefault(graph, {})[str(target)] = dataclasses.asdict(outcome)
-    temporary = ""
+    document = {"format": FORMAT, "key": key, "candidates": candidates}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False) as file:
-            temporary = file.name
-            json.dump({"format": FORMAT, "key": key, "candidates": candidates}, file, indent=1)
-        os.replace(temporary, path)
-        temporary = ""
+        with replacing(path) as file:
+            file.write(json.dumps(document, indent=1).encode())
     except OSError as error:
-        text = f"{path} was not written: {error.strerror or error}; candidates are timed again at the next load"
+        text = f"{path} was not written: {reason(error)}; candidates are timed again at the next load"
         events.append(Event("not measured", "", "", text))
-    finally:
-        if temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)

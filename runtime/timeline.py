@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lensc.backends.bundle import write_text
+from lensc.backends.files import write_text
 
 TRACKS = ("host", "vision", "decoder")
 

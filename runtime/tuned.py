@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lensc.backends import registry
 from lensc.backends.base import Artifact, Probe, TunableBackend
-from lensc.backends.bundle import PARTIAL
 from lensc.backends.codec import decode, encode, loads
 from lensc.backends.errors import StorageError, UsageError
+from lensc.backends.files import reason, replacing
 from lensc.backends.load_options import PREFILL_CHUNK, Choices, LoadOptions, settings_of
 from lensc.profiles import probe
 from lensc.profiles.folders import profile_folder
@@ -152,20 +150,12 @@ def keep(found: Tuned) -> Path:
     path = path_of(found.key)
     if path is None:
         raise StorageError("there is no home folder to keep what was found in; set XDG_DATA_HOME")
-    temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # a name of its own: another process may be writing the same
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=PARTIAL, delete=False, encoding="utf-8") as file:
-            temporary = file.name
-            file.write(json.dumps(encode(found), indent=1) + "\n")
-        os.replace(temporary, path)
+        with replacing(path) as file:
+            file.write((json.dumps(encode(found), indent=1) + "\n").encode())
     except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise StorageError(
-            f"{path}: not written: {error.strerror or error}; set XDG_DATA_HOME to another folder"
-        ) from error
+        raise StorageError(f"{path}: not written: {reason(error)}; set XDG_DATA_HOME to another folder") from error
     return path
 
 

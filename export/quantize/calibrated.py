@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from lensc.backends.bundle import PARTIAL
 from lensc.backends.errors import GraphError
+from lensc.backends.files import PARTIAL
 
 from .linears import SCALE, ZERO_POINT
 from .weights import QuantizedWeight, WeightFormat, pack, quantize_rtn, unpack

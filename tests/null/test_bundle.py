@@ -19,7 +19,8 @@ import pytest
 
 from lensc.backends import bundle as bundles
 from lensc.backends import errors
-from lensc.backends.bundle import Manifest, load_manifest, sha256_file, write_manifest, write_text
+from lensc.backends.bundle import Manifest, load_manifest, sha256_file, write_manifest
+from lensc.backends.files import write_text
 
 HOSTILE = sorted((Path(__file__).parents[1] / "hostile/manifests").glob("*.json"))
 

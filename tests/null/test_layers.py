@@ -26,6 +26,7 @@ CONTRACT = (
     "backends.registry",
     "backends.load_options",
     "backends.compiling",
+    "backends.files",
 )
 PICTURES_AND_WORDS = tuple(
     f"runtime.{name}"
@@ -65,6 +66,7 @@ LAYERS = {
                 "backends.bundle",
                 "backends.codec",
                 "backends.errors",
+                "backends.files",
                 "backends.load_options",
                 "backends.registry",
             ),
@@ -76,7 +78,7 @@ LAYERS = {
     "backends": Layer(
         (
             *("backends.base", "backends.bundle", "backends.codec", "backends.errors", "backends.load_options"),
-            *("backends.compiling", "export.graph", "export.quantize.scheme", "profiles", "kernels"),
+            *("backends.compiling", "backends.files", "export.graph", "export.quantize.scheme", "profiles", "kernels"),
         ),
         anywhere=frozenset({"numpy"}),
         in_functions=ENGINES,
@@ -87,6 +89,7 @@ LAYERS = {
     },
     "backends.errors": Layer((), siblings=False),
     "backends.codec": Layer(("backends.errors",), siblings=False),
+    "backends.files": Layer(("backends.errors",), siblings=False),
     "backends.load_options": Layer(("backends.errors",), siblings=False),
     "backends.compiling": Layer(("backends.base",), siblings=False),
     "export": Layer(
