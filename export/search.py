@@ -13,8 +13,8 @@ from typing import Any
 
 from lensc.backends import registry
 from lensc.backends.base import Target
-from lensc.backends.bundle import write_text
-from lensc.backends.errors import StorageError, UsageError
+from lensc.backends.errors import UsageError
+from lensc.backends.files import write_text
 
 from . import demo
 from .build import opened
@@ -24,10 +24,11 @@ from .memory import Limit
 from .provenance import lensc_version, timestamp
 from .quantize.recipe import METHODS, PRESETS, Recipe
 from .quantize.scheme import Scheme
-from .quantize.search import ACTIVATIONS, Found, Report, points, search
+from .quantize.search import ACTIVATIONS, STAGES, Found, points, search
 from .quantize.weights import WeightFormat
 from .ranges import Work, works
 from .source import Source
+from .stages import Report, Staging
 
 MOST_LOSS = 50.0
 """Points of 100. What loses more is no model."""
@@ -51,25 +52,24 @@ def search_recipe(
     `method` chooses values below 8 bits: gptq or rtn; `calibration` is a folder of pictures for it. The loss is described
     in `quantize.search`. Raises UsageError for arguments that mean nothing, an `out` that exists, or a loss that no recipe
     keeps; UnsupportedError if a target cannot run what a search makes; what `Source` raises of checkpoint and pictures;
-    MemoryLimitError or StorageError if memory or disk do not suffice. `out` is complete or not there.
+    MemoryLimitError or StorageError if memory or disk do not suffice. `out` is complete or not there; what a search that ends
+    before has measured lies in `<out>.partial/`, and the next one goes on with it.
     """
     path, work = Path(out), works(targets)
     check(path, max_loss, method)
     pictures = None if calibration is None else Path(calibration)
+    source = Source(opened(checkpoint, adapter), PRESETS["f32"], max_memory)
+    mixed = Recipe(path.stem, (("llm.*", "w4-g32-s4"), ("*", "w8")), dict(ACTIVATIONS))
+    check_supported(source.specs, source.required_schemes(mixed), work)
+    is_demo = source.checkpoint.folder.resolve() == demo.CHECKPOINT.resolve()
+    data = calibration_set(source.spec, source.tokenizer, pictures, is_demo=is_demo)
+    held_out = held_out_set(source.spec, source.tokenizer) if is_demo and pictures is None else None
+    usable = partial(_usable, source, work)
     limit = Limit(max_memory)
-    with limit.stage("search"):
-        source = Source(opened(checkpoint, adapter), PRESETS["f32"], max_memory)
-        mixed = Recipe(path.stem, (("llm.*", "w4-g32-s4"), ("*", "w8")), dict(ACTIVATIONS))
-        check_supported(source.specs, source.required_schemes(mixed), work)
-        is_demo = source.checkpoint.folder.resolve() == demo.CHECKPOINT.resolve()
-        data = calibration_set(source.spec, source.tokenizer, pictures, is_demo=is_demo)
-        held_out = held_out_set(source.spec, source.tokenizer) if is_demo and pictures is None else None
-        usable = partial(_usable, source, work)
-        found = search(source, limit, data, held_out, max_loss, method, path.stem, usable, report)
-    try:
+    with Staging(path, STAGES, report, limit) as staging:
+        found = search(source, staging, data, held_out, max_loss, method, path.stem, usable)
         write_text(path, text(found, max_loss, source.checkpoint.sha256, command, limit.peak))
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
+        staging.discard()
     return found
 
 

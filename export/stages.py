@@ -29,10 +29,11 @@ from types import TracebackType
 from typing import IO, Any, Literal, Self, TypeVar
 
 from lensc.backends.base import FileRecord
-from lensc.backends.bundle import PARTIAL, StageRecord, load_manifest, sha256_file
+from lensc.backends.bundle import StageRecord, load_manifest, sha256_file
 from lensc.backends.codec import decode, encode
 from lensc.backends.compiling import listening
 from lensc.backends.errors import IntegrityError, ManifestError, StorageError, UsageError
+from lensc.backends.files import PARTIAL
 
 from .memory import Limit
 
@@ -119,13 +120,13 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 class Staging:
-    """Builds the folder `out` in stages. A context manager: it holds the lock and, unless published, leaves all files.
+    """Builds the folder `out` in stages. A context manager: it holds the lock and, unless published, leaves what was made.
 
     `tree` is the folder that becomes `out`; stages write there or elsewhere under `folder`.
     """
 
     def __init__(self, out: Path, total: int, report: Report | None = None, limit: Limit | None = None) -> None:
-        """`total` is the number of stages, for the reports; `limit` the memory that none may exceed.
+        """`total` is the number of stages, as far as it is known, for the reports; `limit` the memory that none may exceed.
 
         Raises UsageError if `out` must not be replaced.
         """
@@ -157,6 +158,8 @@ class Staging:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._lock is not None:
+            if error is not None and [*_files(self.folder)] == [self.folder / LOCK]:
+                self._remove()  # it failed before anything was made
             self._lock.close()
 
     def require(self, nbytes: int) -> None:
@@ -179,6 +182,7 @@ class Staging:
         `backends.codec`. An OSError becomes a StorageError.
         """
         self._index += 1
+        self._total = max(self._total, self._index)
         key = hashlib.sha256(json.dumps([name, dict(inputs)], sort_keys=True).encode()).hexdigest()
         before = self._journal.get(name)
         if before is not None and before.key == key and self._intact(before):
@@ -224,16 +228,24 @@ class Staging:
                 self._report(StageEvent("move the old folder aside", "done", self._index, self._total))
             os.rename(self.tree, self.out)
             self._report(StageEvent("rename the new folder", "done", self._index, self._total))
-            # The lock goes last: who finds it gone finds nothing left to take over.
-            _prune(self.folder, {self.folder / LOCK})
-            (self.folder / LOCK).unlink()
-            try:
-                os.rmdir(self.folder)
-            except OSError as error:
-                if error.errno != errno.ENOTEMPTY:  # another build has begun in it
-                    raise
+            self._remove()
         self._report(StageEvent(name, "done", self._index, self._total, time.perf_counter() - started))
         return result
+
+    def discard(self) -> None:
+        """Remove all that is staged: what came of it stands elsewhere."""
+        with storage_errors(self.folder):
+            self._remove()
+
+    def _remove(self) -> None:
+        # The lock goes last: who finds it gone finds nothing left to take over.
+        _prune(self.folder, {self.folder / LOCK})
+        (self.folder / LOCK).unlink()
+        try:
+            os.rmdir(self.folder)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:  # another build has begun in it
+                raise
 
     def _recover(self) -> None:
         """Bring the folder into the state after the last finished stage, and `out` back if it was moved aside."""

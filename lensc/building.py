@@ -193,7 +193,7 @@ def _quantize(options: argparse.Namespace) -> int:
             adapter=options.adapter,
             calibration=options.calibration,
             max_memory=_bytes(options.max_memory),
-            report=lambda text, step, total: progress.show(text, (step, total)),
+            report=_reporter(progress),
             command=options.command,
         )
     if options.json:

@@ -15,11 +15,13 @@ how many are chosen otherwise.
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
-import tempfile
+import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import ceil, prod, sqrt
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,9 @@ from lensc.export.calibration import CalibrationSet, Sample
 from lensc.export.memory import Limit, available_bytes, resident_bytes
 from lensc.export.models.linears import linear_rows
 from lensc.export.models.streamed import StreamedModel
+from lensc.export.provenance import lensc_version
 from lensc.export.source import Source
+from lensc.export.stages import Staging
 from lensc.export.writer import Quantize, round_to_nearest
 
 from .calibrate import SliceFeeds, calibrate, decoder_feeds, embedding_rows, footprint
@@ -66,8 +70,10 @@ MOST_TOKENS = 9_000
 """Of the samples that sensitivity is measured with: what a model in memory is shown."""
 STREAMED_TOKENS = 1_536
 """The same for a model that is streamed, whose every trajectory computes as long as all samples do."""
-Report = Callable[[str, int, int], None]
-"""What is done now, the how manieth step it is, and of how many at most."""
+
+STAGES = 2 + VALIDATIONS
+CALIBRATED = "calibrated"
+"""Where the weights of a recipe that is being measured are staged."""
 
 
 @dataclass(frozen=True)
@@ -110,42 +116,59 @@ class Found:
 
 def search(
     source: Source,
-    limit: Limit,
+    staging: Staging,
     data: CalibrationSet,
     held_out: CalibrationSet | None,
     max_loss: float,
     method: str,
     name: str,
     usable: Callable[[str, WeightFormat], bool],
-    report: Report | None = None,
 ) -> Found:
     """Search a recipe called `name` for the checkpoint of `source`, an f32 one, that is calibrated with `data`.
 
     The loss is measured on `held_out`, or where there is none on `data` itself. `usable` says whether a linear may be stored
-    in a format. Raises UsageError if not even the first
-    step keeps within `max_loss`; MemoryLimitError if the limit is too low; what reading weights raises.
+    in a format. What is measured is a stage of `staging`, and is not measured again in its folder, whatever `max_loss` is then.
+    Raises UsageError if not even the first step keeps within `max_loss`; MemoryLimitError if the limit is too low; what reading
+    weights raises.
     """
-    say = report or (lambda text, step, total: None)
-    total = 2 + VALIDATIONS
+    limit = staging.limit
     shapes = {**source.linears, EMBEDDING: _table_shape(source)}
     groups = find_groups(shapes, lambda name: [f for f in _formats(name) if name == EMBEDDING or usable(name, f)])
     exact = not source.is_streamed
     samples = _affordable(source, limit, data, groups, method, exact)
     measured_on = held_out or data
-    say("answers of the float model", 1, total)
+    inputs = {
+        "checkpoint": source.checkpoint.sha256,
+        "calibration": data.sha256,
+        "measured on": measured_on.sha256,
+        "method": method,
+        "lensc": lensc_version(),
+    }
     judge = _Judge(source, limit, data, measured_on.samples)
-    by_answers = judge.right >= ENOUGH_ANSWERS
+    right = staging.stage("answers of the float model", inputs, int, lambda: (judge.right, ()))
+    by_answers = right >= ENOUGH_ANSWERS
 
-    say(f"sensitivity of {len(groups)} groups", 2, total)
-    costs = measure(
-        _streamed(source, limit),
-        source.checkpoint,
-        source.spec,
-        samples,
-        groups,
-        method=method,
-        activations=ACTIVATIONS,
-        exact=exact,
+    def costs_of_groups() -> tuple[tuple[Cost, ...], tuple[Path, ...]]:
+        model = _streamed(source, limit)
+        found = measure(
+            model,
+            source.checkpoint,
+            source.spec,
+            samples,
+            groups,
+            method=method,
+            activations=ACTIVATIONS,
+            exact=exact,
+        )
+        return tuple(found), ()
+
+    tried_of_groups = "; ".join(f"{group.pattern} {' '.join(map(str, group.formats))}" for group in groups)
+    shown = f"{len(samples)} samples, {sum(len(sample.ids) for sample in samples)} tokens"
+    costs = staging.stage(
+        f"sensitivity of {len(groups)} groups",
+        {**inputs, "groups": tried_of_groups, "samples": shown},
+        tuple[Cost, ...],
+        costs_of_groups,
     )
     steps = descent(groups, costs, shapes)
     float_bytes = source.graph_bytes + source.table_bytes
@@ -157,8 +180,12 @@ def search(
     while len(tried) < VALIDATIONS or best is None:
         recipe = recipe_after(steps[:count], name, method)
         nbytes = float_bytes - sum(step.saved_bytes for step in steps[:count])
-        say(f"measure a recipe of {nbytes / 1e6:.1f} MB as a whole", 2 + min(len(tried) + 1, VALIDATIONS), total)
-        loss = judge.loss(recipe)
+        loss = staging.stage(
+            f"recipe of {nbytes / 1e6:.1f} MB as a whole ({count} steps)",
+            {**inputs, "recipe": recipe.to_toml([], {})},
+            Loss,
+            partial(_staged_loss, judge, recipe, inputs, staging.folder / CALIBRATED),
+        )
         value = loss.lost_percent if by_answers else loss.changed_percent
         tried.append(Tried(count, nbytes, loss, value <= max_loss))
         if value <= max_loss:
@@ -179,7 +206,7 @@ def search(
         )
     recipe = recipe_after(steps[: best.steps], name, method)
     return Found(
-        recipe, tuple(groups), tuple(costs), tuple(tried), best, float_bytes, by_answers, exact,
+        recipe, tuple(groups), costs, tuple(tried), best, float_bytes, by_answers, exact,
         str(data), str(measured_on), len(samples),
     )  # fmt: skip
 
@@ -226,21 +253,26 @@ class _Judge:
         self._data = data
         self._samples = _chosen(samples, STREAMED_TOKENS) if source.is_streamed else list(samples)
         self._stops = source.spec.generation.eos_token_ids
-        self._reference = self._logits(None, round_to_nearest)
-        self.right = compare_logits(self._reference, self._reference, self._samples, self._stops).right
 
-    def loss(self, recipe: Recipe) -> Loss:
-        """Calibrate by `recipe`, and compare."""
+    @cached_property
+    def _reference(self) -> list[Array]:
+        return self._logits(None, round_to_nearest)
+
+    @property
+    def right(self) -> int:
+        """How many answers the float model gives as they stand."""
+        return compare_logits(self._reference, self._reference, self._samples, self._stops).right
+
+    def loss(self, recipe: Recipe, folder: Path, key: str) -> Loss:
+        """Calibrate by `recipe`, and compare. Weights that `folder` holds from an earlier run with the same `key` are kept."""
         source = self._source
         formats = recipe.formats([*source.linears, EMBEDDING])
-        with tempfile.TemporaryDirectory() as folder:
-            quantize: Quantize = round_to_nearest
-            if recipe.is_calibrated:
-                checkpoint, spec = source.checkpoint, source.spec
-                calibrate(checkpoint, checkpoint.config, spec, self._data, formats, Path(folder), "", self._limit)
-                quantize = Calibrated(Path(folder))
-            logits = self._logits(formats, quantize)
-        return compare_logits(self._reference, logits, self._samples, self._stops)
+        quantize: Quantize = round_to_nearest
+        if recipe.is_calibrated:
+            checkpoint, spec = source.checkpoint, source.spec
+            calibrate(checkpoint, checkpoint.config, spec, self._data, formats, folder, key, self._limit)
+            quantize = Calibrated(folder)
+        return compare_logits(self._reference, self._logits(formats, quantize), self._samples, self._stops)
 
     def _logits(self, formats: Mapping[str, WeightFormat] | None, quantize: Quantize) -> list[Array]:
         """float32[rows, vocab] of each sample, with the weights and inputs in `formats`, as they are without."""
@@ -262,6 +294,15 @@ class _Judge:
             feeds.append(forced_feeds(sample, [next(embeds)["image_embeds"][0] for _ in sample.slices], words, spec))
         outputs = model.run_decoder(feeds, [["logits"]] * len(feeds), **hooks)
         return [output["logits"][0] for output in outputs]
+
+
+def _staged_loss(
+    judge: _Judge, recipe: Recipe, inputs: Mapping[str, str], folder: Path
+) -> tuple[Loss, tuple[Path, ...]]:
+    key = hashlib.sha256(json.dumps([dict(inputs), recipe.to_toml([], {})]).encode()).hexdigest()
+    loss = judge.loss(recipe, folder, key)
+    shutil.rmtree(folder, ignore_errors=True)  # large, and of no use to the next recipe
+    return loss, ()
 
 
 def _rounded(formats: Mapping[str, WeightFormat], quantize: Quantize, block: str, state: dict[str, Tensor]) -> None:

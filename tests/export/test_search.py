@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +28,14 @@ from lensc.export.models.session import torch_sessions
 from lensc.export.models.streamed import StreamedModel
 from lensc.export.quantize.loss import Divergence, Loss, compare_logits, forced_logits, sum_up
 from lensc.export.quantize.recipe import EMBEDDING, resolve
-from lensc.export.quantize.search import descent, recipe_after
+from lensc.export.quantize.search import _Judge, descent, recipe_after
 from lensc.export.quantize.sensitivity import Cost, Group, find_groups, measure, pattern_of
 from lensc.export.quantize.weights import WeightFormat, dequantize, quantize_rtn, quantize_table
 from lensc.export.question_folder import Item
 from lensc.export.ranges import works
 from lensc.export.search import search_recipe
 from lensc.export.source import Source
+from lensc.export.stages import StageEvent
 from lensc.runtime.embedding import EmbeddingTable
 from lensc.runtime.prompt import Tokenizer
 
@@ -255,11 +255,29 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("few")
-def test_a_search_keeps_its_promise_and_spares_what_is_sensitive(small: Path, tmp_path: Path) -> None:
+def test_a_search_keeps_its_promise_and_spares_what_is_sensitive(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if it was interrupted on the way: it goes on with what it had measured."""
     out = tmp_path / "found.toml"
-    told: list[tuple[str, int, int]] = []
-    report: Callable[[str, int, int], None] = lambda *now: told.append(now)
-    found = search_recipe(small, out, max_loss=10, targets=[ORT], method="rtn", report=report, command="lensc …")
+    told: list[StageEvent] = []
+    asked: dict[str, Any] = {"max_loss": 10, "targets": [ORT], "method": "rtn", "report": told.append}
+    losses = _Judge.loss
+
+    def once(judge: _Judge, *arguments: Any) -> Loss:
+        if [event.state for event in told].count("done") == 3:
+            raise KeyboardInterrupt
+        return losses(judge, *arguments)
+
+    with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+        interrupted.setattr(_Judge, "loss", once)
+        search_recipe(small, out, **asked)
+    assert [path.name for path in tmp_path.iterdir()] == ["found.toml.partial"]
+    told.clear()
+    monkeypatch.setattr("lensc.export.quantize.search.measure", lambda *_, **__: pytest.fail("measured again"))
+    found = search_recipe(small, out, command="lensc …", **asked)
+    assert [event.state for event in told if event.state != "start"][:4] == ["kept", "kept", "kept", "done"]
+    assert [path.name for path in tmp_path.iterdir()] == ["found.toml"]
     assert not found.by_answers and found.exact and found.best.kept and found.best.loss.changed_percent <= 10
     assert any(not one.kept for one in found.tried) and 0.1 < found.best.nbytes / found.float_bytes < 0.6
     assert all(one.nbytes >= found.best.nbytes for one in found.tried if one.kept)
@@ -275,7 +293,8 @@ def test_a_search_keeps_its_promise_and_spares_what_is_sensitive(small: Path, tm
     )
     others = [kl for (pattern, format), kl in costs.items() if "down_proj" in pattern and format == "w4-g128-s4"]
     assert costs[DOWN, "w4-g128-s4"] == max(others)
-    assert [step for _, step, _ in told] == sorted(step for _, step, _ in told) and told[-1][1] <= told[-1][2]
+    assert [event.index for event in told] == sorted(event.index for event in told)
+    assert told[-1].index <= told[-1].total
 
 
 def test_only_what_all_targets_take_is_tried(small: Path) -> None:
@@ -310,7 +329,7 @@ def test_what_no_recipe_keeps_is_an_error_that_says_what_the_least_costs(
         UsageError, match=r"--max-loss 0: no recipe keeps it; the first step alone \(.*\) loses 1 of 50 tokens"
     ):
         search_recipe(small, tmp_path / "r.toml", max_loss=0.0, targets=[ORT], method="rtn")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["r.toml.partial"]  # for a search that may lose more
 
 
 @pytest.mark.parametrize(
@@ -339,4 +358,5 @@ def test_what_cannot_be_meant_is_refused_before_any_work(
     arguments: dict[str, Any] = {"out": "r.toml", "max_loss": 1.0, "targets": [ORT], **more}
     with pytest.raises(error, match=message):
         search_recipe(small, arguments.pop("out"), **arguments)
-    assert not Path("r.toml").exists() and Path("there.toml").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures", "there.toml"]
+    assert Path("there.toml").read_text() == "mine"
