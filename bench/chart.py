@@ -1,6 +1,7 @@
-"""The chart of `bench/results/<topic>.json`: how many times better than the rival, for every row that has one.
+"""The chart of `bench/results/<topic>.json`: how many times better than the rival, for every row that has one; of the ladder,
+what each step reached.
 
-python -m lensc.bench.chart [full_size|native_cpu] [-o docs/full_size.svg]
+python -m lensc.bench.chart [full_size|native_cpu|ladder] [-o docs/full_size.svg]
 """
 
 from __future__ import annotations
@@ -9,17 +10,22 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lensc.backends.errors import InputError, LensError, UnavailableError
 
 from . import record
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 AHEAD, BEHIND = "#1b7f5c", "#b5502b"
+ESTIMATED = "estimated"
+"""In the name of a step that nobody has measured."""
 
 
-def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write the chart as SVG. Raises UnavailableError without matplotlib, InputError if no row has a rival."""
+def _figure(size: tuple[float, float]) -> Figure:
+    """Raises UnavailableError without matplotlib."""
     try:
         import matplotlib
     except ImportError as error:
@@ -29,10 +35,21 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "lensc", "svg.fonttype": "none", "font.size": 9})
     from matplotlib.figure import Figure
 
+    return Figure(figsize=size, layout="constrained")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, format="svg", metadata={"Date": None, "Creator": None})
+    partial.replace(path)
+
+
+def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write the chart as SVG. Raises UnavailableError without matplotlib, InputError if no row has a rival."""
     rows = [row for found in records for row in found["rows"] if "ratio" in row]
     if not rows:
         raise InputError("no row of the record has a rival; run the benchmark with --results first")
-    figure = Figure(figsize=(8, 0.9 + 0.34 * len(rows)), layout="constrained")
+    figure = _figure((8, 0.9 + 0.34 * len(rows)))
     axes = figure.subplots()
     for place, row in enumerate(rows):
         ratio = row["ratio"]
@@ -49,9 +66,29 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_xlim(0, widest + 1.1)
     axes.set_xlabel("times better than the rival in the same run (bar: median, line: smallest and largest)")
     axes.spines[["top", "right"]].set_visible(False)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="svg", metadata={"Date": None, "Creator": None})
-    partial.replace(path)
+    _save(figure, path)
+
+
+def draw_ladder(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write the chart of a ladder as SVG: a panel for each figure, a bar for each step. Raises UnavailableError."""
+    rows = {tuple(row["what"].split(": ")): row for found in records for row in found["rows"]}
+    steps, figures = (list(dict.fromkeys(key[i] for key in rows)) for i in range(2))
+    figure = _figure((11, 0.9 + 0.36 * len(steps)))
+    for axes, name in zip(figure.subplots(1, len(figures), sharey=True), figures, strict=True):
+        known = [(place, rows[step, name]) for place, step in enumerate(steps) if (step, name) in rows]
+        most = max(row["lensc"] for _, row in known)
+        for place, row in known:
+            value, hatch = row["lensc"], "///" if ESTIMATED in steps[place] else None
+            axes.barh(place, value, color="white" if hatch else AHEAD, edgecolor=AHEAD, hatch=hatch, height=0.62)
+            low, high = row.get("spread", (value, value))
+            axes.plot([low, high], [place, place], color="black", linewidth=1.2, marker="|", markersize=5)
+            axes.text(max(value, high) + 0.03 * most, place, f"{value:.3g}", va="center")
+        axes.set_title(f"{name}, {known[0][1]['unit']}", fontsize=9)
+        axes.set_xlim(0, 1.3 * most)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_yticks(range(len(steps)), steps)
+    axes.invert_yaxis()
+    _save(figure, path)
 
 
 def _label(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
@@ -63,12 +100,14 @@ def _label(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw the chart."""
     parser = argparse.ArgumentParser(prog="python -m lensc.bench.chart", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("topic", nargs="?", choices=("full_size", "native_cpu"), default="full_size")
+    parser.add_argument("topic", nargs="?", choices=("full_size", "native_cpu", "ladder"), default="full_size")
     parser.add_argument("-o", "--output", type=Path, help="default: docs/TOPIC.svg")
     options = parser.parse_args(arguments)
     output = options.output or Path(f"docs/{options.topic}.svg")
     try:
-        draw(record.read(record.RESULTS / f"{options.topic}.json"), output)
+        (draw_ladder if options.topic == "ladder" else draw)(
+            record.read(record.RESULTS / f"{options.topic}.json"), output
+        )
     except OSError as error:
         print(f"error: {output}: cannot be written: {error.strerror}", file=sys.stderr)
         return 1

@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lensc.backends.bundle import write_text
 from lensc.backends.errors import InputError, LensError
+from lensc.backends.files import write_text
 from lensc.export.quantize.scheme import ALLOWED_LOSS, USUAL_LOSS
 
 from . import record
@@ -152,6 +152,27 @@ def native_cpu_short(root: Path) -> str:
     return _beside_short(root, "native_cpu", NATIVE)
 
 
+def ladder(root: Path) -> str:
+    """What each step of the ladder reached, and how many times better than the step before it that is."""
+    found, rows = _rows(root, "ladder", "python -m lensc.bench.ladder")
+    steps: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        step, figure = row["what"].split(": ")
+        steps.setdefault(step, {})[figure] = row
+    figures = list(next(iter(steps.values())))
+    lines = [f"| | {' | '.join(figures)} |", "|---" * (1 + len(figures)) + "|"]
+    for step, of in steps.items():
+        lines.append(f"| {step} | {' | '.join(_rung(of.get(figure)) for figure in figures)} |")
+    return "\n".join(lines) + f"\n\n{_reproduce(found)}"
+
+
+def _rung(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    times = f" ({row['ratio']:.2f} ×)" if "ratio" in row else ""
+    return f"{row['lensc']:.3g} {row['unit']}{times}"
+
+
 def kernels(root: Path) -> str:
     """Our kernels beside what the machine could reach, a table for each."""
     parts = []
@@ -228,6 +249,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "full_size": full_size,
     "full_size_short": full_size_short,
     "kernels": kernels,
+    "ladder": ladder,
     "native_cpu": native_cpu,
     "native_cpu_short": native_cpu_short,
     "schemes": schemes,

@@ -51,6 +51,8 @@ COMPILED = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF", "CXXFLAGS": "-fn
 """The environment of pip where it compiles. GCC 12.2 takes most of what llama.cpp stores for `ldtilecfg` for dead and leaves
 it out: on a CPU with AMX the first prompt would end with an illegal instruction."""
 
+THREADS = probe.machine().cores
+
 SHORT, LONG, STEPS, TURNS = 32, 1024, 8, 4
 """Tokens of a short and of a long prompt; after each, so many tokens are decoded in so many turns. Turns are short because
 the bandwidth of a shared machine changes from second to second."""
@@ -265,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)} (default: all)")
     parser.add_argument("--folder", type=Path, default=Path("build/full"), help="default: %(default)s")
     parser.add_argument("--repeat", type=int, default=5, help="runs of each in turn (default 5)")
-    parser.add_argument("--threads", type=int, default=probe.machine().cores, help="default: the physical cores")
+    parser.add_argument("--threads", type=int, default=THREADS, help="default: the physical cores")
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="write the records here (default: do not)")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.sections if name not in SECTIONS]

@@ -181,13 +181,14 @@ class Subject:
 
     def run(self, case: Case, prompt_lookup_num_tokens: int) -> Metrics:
         """Do the work of `case` once. Slices are encoded once only where that is an emulation, which is no time."""
+        emulates = any(p.graph == "vision" and p.state == "emulated" for p in self.plan)
         answer = self.ask(
             {
                 "picture": case.image,
                 "prompt_tokens": case.text_tokens,
                 "new_tokens": case.new_tokens,
                 "prompt_lookup_num_tokens": prompt_lookup_num_tokens,
-                "keep_pictures": any(p.graph == "vision" and p.state == "emulated" for p in self.plan),
+                "keep": "pictures" if emulates else "nothing",
             }
         )
         self.peaks[case] = max(self.peaks.get(case) or 0, answer["peak_bytes"] or 0) or None

@@ -34,13 +34,22 @@ NO_PICTURE = "none"
 """What stands for the picture of a request without one."""
 
 
-def start(name: str, bundle: Path, device: str | None, threads: int | None, tuned: bool = True) -> Contender:
+def start(
+    name: str,
+    bundle: Path,
+    device: str | None,
+    threads: int | None,
+    tuned: bool = True,
+    max_memory_bytes: int | None = None,
+    environment: dict[str, str] | None = None,
+) -> Contender:
     """A process that holds `bundle` on `device`. `ready` of it: where each graph is (`plan`), and `peak_bytes` until then.
 
     Raises what `lensc.load` does, ExecutionError if the process ends instead.
     """
-    asked = json.dumps({"bundle": str(bundle), "device": device, "threads": threads, "tuned": tuned})
-    return Contender(name, [sys.executable, "-P", "-m", "lensc.measured", asked])
+    asked = {"bundle": str(bundle), "device": device, "threads": threads, "tuned": tuned}
+    command = [sys.executable, "-P", "-m", "lensc.measured", json.dumps(asked | {"max_memory_bytes": max_memory_bytes})]
+    return Contender(name, command, environment=environment)
 
 
 def picture_of(text: str) -> PictureSource | None:
@@ -71,7 +80,9 @@ def states(plan: Plan) -> dict[str, str]:
     return found
 
 
-def serve(bundle: str, device: str | None, threads: int | None, tuned: bool) -> None:
+def serve(
+    bundle: str, device: str | None, threads: int | None, tuned: bool, max_memory_bytes: int | None = None
+) -> None:
     """Load the bundle, say so, and answer the lines of stdin."""
     import time
 
@@ -79,7 +90,16 @@ def serve(bundle: str, device: str | None, threads: int | None, tuned: bool) -> 
 
     started = time.perf_counter()
     # nothing takes the place of what fails: it would be measured in its name
-    with load(bundle, device, threads, selftest="error", on_failure="error", tuned=tuned) as vlm:
+    opened = load(
+        bundle,
+        device,
+        threads,
+        selftest="error",
+        on_failure="error",
+        tuned=tuned,
+        max_memory_bytes=max_memory_bytes,
+    )
+    with opened as vlm:
         plan = vlm.plan
         assert plan is not None
         _check_requested(plan)
@@ -94,16 +114,21 @@ def serve(bundle: str, device: str | None, threads: int | None, tuned: bool) -> 
             }
             for p in plan.placements
         ]
-        _say({"load_seconds": time.perf_counter() - started, "plan": placed, "peak_bytes": _peak_bytes()})
-        pictures: dict[str, PictureSource | None] = {}
-        for line in sys.stdin:
-            asked = json.loads(line)
-            name = asked["picture"]
-            if name not in pictures:
-                pictures = {name: picture_of(name)}
-            memory.reset_peak()
-            answer = _answer if "question" in asked else _run
-            _say(answer(vlm, asked, pictures[name]) | {"peak_bytes": _peak_bytes()})
+        answer_lines(vlm, {"load_seconds": time.perf_counter() - started, "plan": placed})
+
+
+def answer_lines(vlm: VLM, ready: Mapping[str, Any]) -> None:
+    """Say that `vlm` is `ready`, and answer the lines of stdin."""
+    _say({**ready, "peak_bytes": _peak_bytes()})
+    pictures: dict[str, PictureSource | None] = {}
+    for line in sys.stdin:
+        asked = json.loads(line)
+        name = asked["picture"]
+        if name not in pictures:
+            pictures = {name: picture_of(name)}
+        memory.reset_peak()
+        answer = _answer if "question" in asked else _run
+        _say(answer(vlm, asked, pictures[name]) | {"peak_bytes": _peak_bytes()})
 
 
 def _check_requested(plan: Plan) -> None:
@@ -118,7 +143,7 @@ def _run(vlm: VLM, asked: Mapping[str, Any], picture: PictureSource | None) -> d
     from lensc.runtime.measure import Work, run
 
     work = Work(asked["prompt_tokens"], asked["new_tokens"], picture, asked["prompt_lookup_num_tokens"])
-    return {"metrics": dataclasses.asdict(run(vlm, work, asked["keep_pictures"]))}
+    return {"metrics": dataclasses.asdict(run(vlm, work, asked["keep"]))}
 
 
 def _answer(vlm: VLM, asked: Mapping[str, Any], picture: PictureSource | None) -> dict[str, Any]:
@@ -140,6 +165,11 @@ def _peak_bytes() -> int | None:
         return None
 
 
+def say_error(error: LensError) -> None:
+    """Tell the parent what it is to raise."""
+    _say({"error": {"type": type(error).__name__, "message": str(error)}})
+
+
 def _say(answer: Mapping[str, Any]) -> None:
     print(json.dumps(answer), flush=True)
 
@@ -158,7 +188,7 @@ def main() -> int:
     try:
         serve(**json.loads(sys.argv[1]))
     except LensError as error:
-        _say({"error": {"type": type(error).__name__, "message": str(error)}})
+        say_error(error)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

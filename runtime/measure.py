@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Literal
 
 import numpy as np
 
@@ -29,6 +30,8 @@ from .picture import PictureSource, SlicePlan
 from .pipeline import VLM
 from .prompt import Prompt, Tokenizer, build_prompt, user_messages
 from .result import Metrics
+
+Kept = Literal["nothing", "pictures", "everything"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,9 +103,10 @@ def measure(
     return summed_up(found[warmup:])
 
 
-def run(vlm: VLM, work: Work, keep_pictures: bool = False) -> Metrics:
-    """Do `work` once, from nothing; with `keep_pictures` embeddings of pictures that were seen before are used."""
-    vlm.forget(pictures=not keep_pictures)
+def run(vlm: VLM, work: Work, keep: Kept = "nothing") -> Metrics:
+    """Do `work` once, from nothing, or with what earlier runs left in caches: embeddings of pictures, or KV caches too."""
+    if keep != "everything":
+        vlm.forget(pictures=keep == "nothing")
     pictures = () if work.picture is None else (work.picture,)
     request = vlm.prepare(user_messages("", pictures))
     prompt = _behind(request.prompt, vlm.tokenizer, vlm.spec, vlm.context, work)

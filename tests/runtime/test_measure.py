@@ -41,7 +41,7 @@ def test_embeddings_of_pictures_are_kept_on_request(tiny: SimpleNamespace) -> No
     vlm, vision, _ = tiny.make()
     work = Work(4, 2, tiny.picture())
     run(vlm, work)
-    assert (run(vlm, work, keep_pictures=True).slices_from_cache, len(vision.runs)) == (1, 1)
+    assert (run(vlm, work, keep="pictures").slices_from_cache, len(vision.runs)) == (1, 1)
     assert (run(vlm, work).slices_from_cache, len(vision.runs)) == (0, 2)
 
 
