@@ -7,8 +7,8 @@ step is a process of its own, and all steps have run once before any runs again.
 question so that engines have prepared, and is then asked about a picture that it has never seen. Ours has passed its golden
 probes when it is asked, or the benchmark ends.
 
-Float32 takes 34 GB: where that is too much, two of the 32 layers are measured as the difference between a model of three and
-one of one, and the others counted as often. The step to the NPU is what `lensc plan` expects of a phone's: an estimate.
+Float32 takes 34 GB, which machines of this kind do not have: what four of the 32 layers take is measured as the difference
+between a decoder of five and one of one, and counted as often as there are others. The step to the NPU is what `lensc plan` expects of a phone's: an estimate.
 """
 
 from __future__ import annotations

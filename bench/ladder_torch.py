@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lensc import measured
-from lensc.backends.errors import LensError, UsageError
+from lensc.backends.errors import ExecutionError, LensError, UsageError
 from lensc.profiles import probe
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from lensc.export.shards import TensorRecord
     from lensc.runtime.pipeline import VLM
 
-LAYERS = (1, 3)
-"""Sizes of which the whole is made: what two layers take is their difference."""
+LAYERS = (1, 5)
+"""Sizes of which the whole is made: what four layers take is their difference."""
 _LAYER = re.compile(r"llm\.model\.layers\.(\d+)\.")
 
 
@@ -92,12 +92,17 @@ def load(folder: Path, layers: int) -> tuple[VLM, int, int]:
 def whole(found: Mapping[int, Mapping[str, float]], layer_bytes: int, num_layers: int) -> dict[str, float]:
     """The figures of all `num_layers` layers, from those of two sizes, the smaller of which encoded no picture.
 
-    Every layer takes as long as the others, and all else is in both sizes.
+    Every layer takes as long as the others, and all else is in both sizes. Raises ExecutionError where more layers took less
+    time.
     """
     (few, less), (many, more) = sorted(found.items())
     missing = num_layers - many
     waits_s = (more["first token"] - more["image"] - less["first token"]) / (many - few)
     step_s = (1 / more["decode"] - 1 / less["decode"]) / (many - few)
+    if min(waits_s, step_s) <= 0:
+        raise ExecutionError(
+            f"{many} layers took less time than {few}: others use this machine; run the ladder again when it is idle"
+        )
     return {
         "image": more["image"],
         "first token": more["first token"] + missing * waits_s,

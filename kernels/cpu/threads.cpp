@@ -1,5 +1,7 @@
 #include "threads.h"
 
+#include <algorithm>
+
 namespace lensc {
 
 namespace {
@@ -14,12 +16,18 @@ inline void pause_briefly() {
 
 // About 50 us: what lies between two tokens of a decoder is shorter, and an idle session soon stops burning a core.
 constexpr int spins_before_sleep = 2000;
-// A barrier waits for others that compute. Beyond this one of them has lost its core, perhaps to this thread.
+// Who waits for a share waits for somebody that computes. Beyond this that member has lost its core, perhaps to this thread.
 constexpr int spins_before_yield = 1000;
+
+// A core that was given away for so long was wanted by others, and if that is so many times what the work took, two members
+// that wait for each other are slower than one. After the first time the caller tries again soon, then later and later.
+constexpr auto long_lost = std::chrono::microseconds(500);
+constexpr int lost_to_work = 4;
+constexpr std::chrono::steady_clock::duration least_alone = std::chrono::milliseconds(50), most_alone = std::chrono::seconds(2);
 
 }  // namespace
 
-Team::Team(int count) : count_(count) {
+Team::Team(int count) : count_(count), claims_(std::make_unique<Claims[]>(static_cast<size_t>(count))) {
     for (int i = 1; i < count; i++) threads_.emplace_back([this, i] { serve(i); });
 }
 
@@ -27,52 +35,94 @@ Team::~Team() {
     {
         const std::lock_guard<std::mutex> lock(mutex_);
         stop_.store(true);
-        generation_.fetch_add(1);
     }
     wake_.notify_all();
     for (std::thread& thread : threads_) thread.join();
 }
 
-void Team::run(const std::function<void(Share)>& work) {
-    if (count_ > 1) {
-        {
-            const std::lock_guard<std::mutex> lock(mutex_);
-            work_ = &work;
-            working_.store(count_ - 1);
-            generation_.fetch_add(1);
-        }
-        wake_.notify_all();
+void Team::run(int phases, const std::function<void(int, Share)>& work) {
+    first_ = end_.load(std::memory_order_relaxed);
+    work_ = &work;
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        end_.store(first_ + phases, std::memory_order_release);
     }
-    work({0, count_});
-    for (int spins = 0; working_.load(std::memory_order_acquire) != 0; spins++)
-        spins < spins_before_yield ? pause_briefly() : std::this_thread::yield();
+    wake_.notify_all();
+    work_on(0);
 }
 
-void Team::barrier() {
-    if (count_ == 1) return;
-    const int round = round_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == count_ - 1) {
-        arrived_.store(0, std::memory_order_relaxed);
-        round_.store(round + 1, std::memory_order_release);
-        return;
+// Until all phases are done; another member than the caller, until it is not wanted.
+void Team::work_on(int index) {
+    while (true) {
+        const int64_t phase = done_.load(std::memory_order_acquire) / count_;
+        if (phase >= end_.load(std::memory_order_acquire)) return;
+        if (index != 0 && alone_.load(std::memory_order_relaxed)) return;
+        const Clock::time_point begun = index == 0 && count_ > 1 ? Clock::now() : Clock::time_point();
+        if (index == 0 && alone_.load(std::memory_order_relaxed) && begun >= alone_until_) call_members();
+        while (take_share(index, phase)) {
+        }
+        wait_for(phase, begun, index == 0);
     }
-    for (int spins = 0; round_.load(std::memory_order_acquire) == round; spins++)
-        spins < spins_before_yield ? pause_briefly() : std::this_thread::yield();
+}
+
+// A share of `phase` that nobody has taken, the member's own first. The phase may have ended meanwhile: then all are taken.
+bool Team::take_share(int index, int64_t phase) {
+    for (int i = 0; i < count_; i++) {
+        const int share = (index + i) % count_;
+        int64_t taken = phase;
+        if (!claims_[share].phases.compare_exchange_strong(taken, phase + 1, std::memory_order_acq_rel)) continue;
+        (*work_)(static_cast<int>(phase - first_), {share, count_});
+        done_.fetch_add(1, std::memory_order_acq_rel);
+        return true;
+    }
+    return false;
+}
+
+// Until those that took the other shares of `phase` have done them. `begun`: when the caller began with its own.
+void Team::wait_for(int64_t phase, Clock::time_point begun, bool is_caller) {
+    for (int spins = 0; done_.load(std::memory_order_acquire) / count_ == phase; spins++) {
+        if (spins < spins_before_yield) {
+            pause_briefly();
+            continue;
+        }
+        const Clock::time_point before = is_caller ? Clock::now() : Clock::time_point();
+        std::this_thread::yield();
+        if (!is_caller || alone_.load(std::memory_order_relaxed)) continue;
+        // Where nobody else wants the core, it comes back at once.
+        const Clock::time_point now = Clock::now();
+        if (now - before > long_lost && now - before > lost_to_work * (before - begun)) leave_members(now);
+    }
+}
+
+void Team::leave_members(Clock::time_point now) {
+    const bool again = now - alone_until_ < alone_for_;
+    alone_for_ = again ? std::min(2 * alone_for_, most_alone) : least_alone;
+    alone_until_ = now + alone_for_;
+    alone_.store(true, std::memory_order_relaxed);
+}
+
+void Team::call_members() {
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        alone_.store(false, std::memory_order_relaxed);
+    }
+    wake_.notify_all();
+}
+
+// Nothing is to be done, or not by others than the caller.
+bool Team::is_idle() const {
+    return alone_.load(std::memory_order_relaxed) ||
+           done_.load(std::memory_order_acquire) / count_ >= end_.load(std::memory_order_acquire);
 }
 
 void Team::serve(int index) {
-    unsigned seen = 0;
-    while (true) {
-        for (int spins = 0; spins < spins_before_sleep && generation_.load(std::memory_order_acquire) == seen; spins++)
-            pause_briefly();
-        if (generation_.load(std::memory_order_acquire) == seen) {
+    while (!stop_.load()) {
+        for (int spins = 0; spins < spins_before_sleep && is_idle(); spins++) pause_briefly();
+        if (is_idle()) {
             std::unique_lock<std::mutex> lock(mutex_);
-            wake_.wait(lock, [&] { return generation_.load() != seen; });
+            wake_.wait(lock, [&] { return stop_.load() || !is_idle(); });
         }
-        seen = generation_.load(std::memory_order_acquire);
-        if (stop_.load()) return;
-        (*work_)({index, count_});
-        working_.fetch_sub(1, std::memory_order_release);
+        work_on(index);
     }
 }
 

@@ -1,8 +1,10 @@
-// A team of threads that is made once. Between two runs its members sleep; within a run they meet at barriers, spinning.
+// A team of threads that is made once. Between two runs its members sleep; within a run they take shares of the work.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -22,22 +24,42 @@ class Team {
 
     int count() const { return count_; }
 
-    // Calls work(Share) in every member and returns when all are done. An exception in a member ends the program: kernels
-    // throw none.
-    void run(const std::function<void(Share)>& work);
-
-    // Called by every member within a run: returns when all have called it.
-    void barrier();
+    // Calls work(phase, share) for every share of every phase, those of a phase once all of the one before are done, and
+    // returns when all are. A member takes its own share, then those that nobody has begun: where others use the machine a
+    // member may be without a core for longer than the whole run takes, and nobody waits for it unless it has begun. Where
+    // waiting for such a member takes many times as long as the work, the caller works alone for a while. An exception in a
+    // member ends the program: kernels throw none.
+    void run(int phases, const std::function<void(int, Share)>& work);
 
   private:
-    void serve(int index);
+    using Clock = std::chrono::steady_clock;
 
+    struct alignas(64) Claims {
+        std::atomic<int64_t> phases{0};  // in which a share was taken
+    };
+
+    void serve(int index);
+    void work_on(int index);
+    bool take_share(int index, int64_t phase);
+    void wait_for(int64_t phase, Clock::time_point begun, bool is_caller);
+    void leave_members(Clock::time_point now);
+    void call_members();
+    bool is_idle() const;
+
+    // Counted over all runs, so that a member that comes late finds what goes on now, and never the run that it missed.
     const int count_;
-    std::atomic<int> arrived_{0}, round_{0};  // of the barrier
-    std::atomic<unsigned> generation_{0};     // of runs
-    std::atomic<int> working_{0};
+    std::unique_ptr<Claims[]> claims_;  // of each share
+    std::atomic<int64_t> done_{0};      // shares
+    std::atomic<int64_t> end_{0};       // phases, with those of the run that goes on
+    int64_t first_ = 0;                 // phase of the run that goes on
+    const std::function<void(int, Share)>* work_ = nullptr;
+
+    // The caller works alone, until when, and for how long it does each time.
+    std::atomic<bool> alone_{false};
+    Clock::time_point alone_until_{};
+    Clock::duration alone_for_{};
+
     std::atomic<bool> stop_{false};
-    const std::function<void(Share)>* work_ = nullptr;
     std::mutex mutex_;
     std::condition_variable wake_;
     std::vector<std::thread> threads_;

@@ -232,9 +232,11 @@ void Program::finish() {
     steps_.assign(std::make_move_iterator(kept.rbegin()), std::make_move_iterator(kept.rend()));
 
     std::vector<bool> fresh(values_.size()), fresh_slots(slots_.size());
-    for (const auto& step : steps_) {
+    for (size_t i = 0; i < steps_.size(); i++) {
+        const auto& step = steps_[i];
         for (const int value : step->reads) step->begins_phase |= fresh[static_cast<size_t>(value)];
         for (const int slot : step->read_slots) step->begins_phase |= fresh_slots[static_cast<size_t>(slot)];
+        if (i == 0 || step->begins_phase) phases_.push_back(i);
         if (step->begins_phase) {
             fresh.assign(values_.size(), false);
             fresh_slots.assign(slots_.size(), false);
@@ -365,11 +367,10 @@ void Program::run(Frame& frame) {
     }
     frame.scratch = scratch_;
 
-    team_.run([&](Share share) {
-        for (const auto& step : steps_) {
-            if (step->begins_phase) team_.barrier();
-            step->run(frame, share);
-        }
+    team_.run(static_cast<int>(phases_.size()), [&](int phase, Share share) {
+        const auto next = static_cast<size_t>(phase) + 1;
+        const size_t end = next < phases_.size() ? phases_[next] : steps_.size();
+        for (size_t i = phases_[next - 1]; i < end; i++) steps_[i]->run(frame, share);
     });
 }
 

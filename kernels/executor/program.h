@@ -115,6 +115,7 @@ class Program {
     int classes_ = 0, arrays_ = 0;  // that a run has to give
     std::vector<Slot> slots_;
     std::vector<std::unique_ptr<Step>> steps_;
+    std::vector<size_t> phases_;  // the first step of each: no barrier is needed between those of one
     std::map<const float*, int> rope_tables_;
     std::map<std::vector<int64_t>, Plan> plans_;
     uint8_t* arena_ = nullptr;

@@ -17,7 +17,7 @@ class Step {
 
     std::vector<int> reads, read_slots;  // values and slots
     std::vector<int> makes, made_slots;
-    bool begins_phase = false;  // a barrier stands before it: it reads what the steps before it make
+    bool begins_phase = false;  // it reads what the steps before it make
 
   protected:
     static float* at(const Frame& frame, int value) { return value < 0 ? nullptr : frame.values[static_cast<size_t>(value)]; }

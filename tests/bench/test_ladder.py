@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lensc.backends.errors import UsageError
+from lensc.backends.errors import ExecutionError, UsageError
 from lensc.bench import chart, docs, ladder, record
 from lensc.bench.checkpoint import write_checkpoint
 from lensc.bench.ladder_torch import FewerLayers, load, whole
@@ -42,6 +42,8 @@ def test_missing_layers_take_as_long_as_those_that_were_measured() -> None:
     found = whole({1: few, 3: many}, layer_bytes=250_000_000, num_layers=32)
     expected = {"image": 7.0, "first token": 7.2 + 16, "decode": 1 / 3.4, "memory": 3.0 + 29 * 0.25}
     assert found == pytest.approx(expected)
+    with pytest.raises(ExecutionError, match="3 layers took less time than 1: others use this machine"):
+        whole({1: few, 3: {**many, "decode": 4.0}}, layer_bytes=1, num_layers=32)
 
 
 def test_rows_stand_beside_the_step_before(tmp_path: Path) -> None:
