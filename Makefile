@@ -1,5 +1,6 @@
 # make demo   build the demo bundle and let it answer questions about pictures
 # make test   run all tests
+# make bench  time kernels, graphs and whole requests, each checked first; ARGS= for pytest, e.g. ARGS=--benchmark-compare
 # make lint   check format, style and types
 # make sanitize       run the kernels' tests on kernels compiled with AddressSanitizer and UBSan (Linux, gcc; minutes)
 # make check-tensorrt check the calls of TensorRT against NVIDIA's bindings (g++; no GPU; a minute)
@@ -19,6 +20,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := build/installed
 BUNDLE := build/demo-bundle
+BENCH_BUNDLE := build/bench-bundle
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 KERNELS := $(shell find kernels -name '*.cpp' -o -name '*.h')
 SOURCES := $(shell find backends export runtime lensc profiles kernels -name '*.py' -o -name '*.safetensors' -o -name '*.toml')
@@ -26,9 +28,9 @@ SOURCES := $(shell find backends export runtime lensc profiles kernels -name '*.
 # The root folders must not be importable by their bare names (`kernels` is somebody else's package).
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test lint sanitize check-tensorrt check-aarch64 check-x86 clean
+.PHONY: demo test bench lint sanitize check-tensorrt check-aarch64 check-x86 clean
 # A bundle is swapped in whole, so an interrupted build leaves the former one: make must not delete it.
-.PRECIOUS: $(BUNDLE)/manifest.json
+.PRECIOUS: $(BUNDLE)/manifest.json $(BENCH_BUNDLE)/manifest.json
 
 demo: $(BUNDLE)/manifest.json
 	@$(BIN)/python -m lensc.bench.demo $(BUNDLE)
@@ -36,6 +38,10 @@ demo: $(BUNDLE)/manifest.json
 # Two processes, each with whole files, whose fixtures it makes once; in the order of the folders, the long ones first.
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+bench: $(BENCH_BUNDLE)/manifest.json
+	@$(BIN)/python -c 'import pytest_benchmark' 2>/dev/null || $(PIP) install -qq -c constraints.txt pytest-benchmark
+	@$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
 
 lint: $(INSTALLED)
 	@failed=0; \
@@ -75,6 +81,10 @@ clean:
 
 $(BUNDLE)/manifest.json: $(INSTALLED) $(SOURCES)
 	@$(BIN)/python -m lensc build demo --target $(TARGET) -o $(BUNDLE)
+	@touch $@
+
+$(BENCH_BUNDLE)/manifest.json: $(INSTALLED) $(SOURCES)
+	@$(BIN)/python -m lensc build demo --target onnxruntime:cpu --target openvino:cpu --target native:cpu -o $(BENCH_BUNDLE)
 	@touch $@
 
 $(BIN)/python:

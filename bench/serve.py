@@ -52,14 +52,14 @@ ROOM = 128
 def serve(bundle: Path, what: str, target: Target, threads: int) -> Iterator[Answer]:
     """Answer the lines of stdin."""
     started = time.perf_counter()
-    with ExitStack() as opened:
+    with ExitStack() as stack:
         if what == "whole":
-            answer = _whole(opened.enter_context(lensc.load(bundle, str(target), threads=threads)))
+            answer = _whole(stack.enter_context(lensc.load(bundle, str(target), threads=threads)))
         else:
             manifest = load_manifest(bundle)
-            session = _open(bundle, manifest, what, target, threads)
-            opened.callback(session.close)
-            answer = (_decoder if what == "decoder" else _vision)(bundle, manifest, session)
+            session = opened(bundle, manifest, what, target, threads)
+            stack.callback(session.close)
+            answer = GRAPHS[what](bundle, manifest, session)
         yield {"ready": True, "load_seconds": time.perf_counter() - started}
         for line in sys.stdin:
             asked = line.strip()
@@ -68,7 +68,7 @@ def serve(bundle: Path, what: str, target: Target, threads: int) -> Iterator[Ans
             yield {"what": asked} | answer(asked.split())
 
 
-def _open(bundle: Path, manifest: Manifest, graph: str, target: Target, threads: int) -> Session:
+def opened(bundle: Path, manifest: Manifest, graph: str, target: Target, threads: int) -> Session:
     """The graph on `target`, its golden probes passed. Raises UnsupportedError if the bundle has none for it."""
     artifact = next((a for a in manifest.artifacts if a.graph == graph and a.target == target), None)
     if artifact is None:
@@ -131,6 +131,10 @@ def _vision(bundle: Path, manifest: Manifest, session: Session) -> Callable[[lis
 
     run(1)
     return answer
+
+
+GRAPHS = {"decoder": _decoder, "vision": _vision}
+"""What answers the lines for a graph whose session is open."""
 
 
 def _whole(vlm: VLM) -> Callable[[list[str]], Answer]:
