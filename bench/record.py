@@ -49,6 +49,7 @@ class Row:
     rival_spread: tuple[float, float] | None = None
     pair_ratio: float | None = None
     ratio_spread: tuple[float, float] | None = None
+    ratio_interval: tuple[float, float] | None = None
     limit: float | None = None
     parity: Parity = "none"
 

@@ -1,25 +1,40 @@
-"""What guessing tokens ahead gains where documents repeat themselves, and what it costs where they do not.
+"""What guessing tokens ahead gains where a text repeats itself, and what it costs where it does not or only seems to.
 
-    python -m lensc.bench.speculation build/demo-bundle [--target native:cpu …] [--runs 9] [--results FOLDER]
+    python -m lensc.bench.speculation build/demo-bundle [--target native:cpu …] [--results FOLDER]
 
-Each target answers every case with guesses and without, in turn, after a round that does not count. A case whose two answers
-differ in a token gets no speed. The pictures are drawn by the demo's generator and held out from its training:
+Each target answers every case with guesses and without, in turn, after a round that does not count; a ratio is of two answers
+that followed each other, and the figure is the median of these ratios with two standard errors to either side. Pairs end when
+that interval is on one side of FLOOR, at the latest after `--pairs`. Tokens/s are those after the first, over all pictures of a
+case. A case whose answers differ in a token gets no speed.
+
+Pictures of the demo's generator, held out from its training, for a bundle of the demo model:
 
     repeated lines   a page of three lines that stand there four times
     pages            pages of unrelated lines, read once: nothing to guess from
     draws            200 tokens drawn at so high a temperature that nothing repeats
 
-Tokens/s are those after the first, over all pictures of a case.
+Texts that are said whatever the logits are, so that every model says them; what it would have said instead is compared:
+
+    fresh tokens     no pair occurs twice
+    few tokens       drawn from four: pairs and triples recur all the time, and are followed by something else
+    decoys           of eight tokens, and what follows a pair or a triple is never what followed it before
+    broken repeats   what was said before is said again for 3 to 12 tokens, then something new, again and again
+    repeats          a passage of 40 tokens, again and again
+    first answer     the same as broken repeats, the first answer after loading: nothing is prepared, nothing was learnt
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
+from statistics import median
 from typing import Any
 
 from PIL import Image
@@ -27,7 +42,11 @@ from PIL import Image
 import lensc
 from lensc.backends.bundle import load_manifest
 from lensc.backends.errors import LensError
-from lensc.runtime.pipeline import VLM, Result
+from lensc.runtime.options import resolve
+from lensc.runtime.pipeline import VLM
+from lensc.runtime.prompt import user_messages
+from lensc.runtime.result import Metrics
+from lensc.runtime.tune import interval_of
 
 from . import record
 from .turns import compared
@@ -36,17 +55,24 @@ QUESTION = "Read the text."
 SEED = 2026
 AREA = 150_000
 """Square pixels of a page of twelve lines."""
+FLOOR = 0.97
+"""Of the speed without guesses: what guessing must never fall below."""
+LEAST_PAIRS = 5
+FIRST = "first answer"
 
 
 @dataclass(frozen=True)
 class Case:
-    """Pictures that are read, and how tokens are chosen."""
+    """What is answered, and how tokens are chosen: by `options`, or as `script` says."""
 
-    pictures: tuple[Image.Image, ...]
+    pictures: tuple[Image.Image, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    script: tuple[int, ...] = ()
+    gains: bool = False
+    """Whether there is something to guess from, so that being no faster is a failure."""
 
 
-def cases() -> dict[str, Case]:
+def pictures() -> dict[str, Case]:
     """Drawn anew, always the same."""
     from lensc.export.demo.content import Page, note
     from lensc.export.demo.draw import draw_page
@@ -59,82 +85,201 @@ def cases() -> dict[str, Case]:
     pages = tuple(sample.drawing.image for sample in held_out_samples("page", 6, SEED))
     drawn = {"do_sample": True, "temperature": 8.0, "top_k": 0, "top_p": 1.0, "seed": SEED, "max_new_tokens": 200}
     return {
-        "repeated lines": Case(tuple(repeated(SEED + i) for i in range(4))),
+        "repeated lines": Case(tuple(repeated(SEED + i) for i in range(4)), gains=True),
         "pages": Case(pages),
         "draws": Case(pages[:2], drawn),
     }
 
 
-def answers(vlm: VLM, case: Case, most_guessed: int | None) -> list[Result]:
-    """Of all pictures of the case, from nothing but the prompt."""
-    found = []
-    for picture in case.pictures:
-        vlm.forget()
-        found.append(vlm.generate(QUESTION, [picture], prompt_lookup_num_tokens=most_guessed, **case.options))
-    return found
+def texts(vocabulary: int, tokens: int) -> dict[str, Case]:
+    """Scripts of so many tokens, always the same."""
+    rng = Random(SEED)
+    passage = rng.sample(range(vocabulary), 40)
+    found = {
+        "fresh tokens": rng.sample(range(vocabulary), min(tokens, vocabulary)),
+        "few tokens": rng.choices(rng.sample(range(vocabulary), 4), k=tokens),
+        "decoys": decoys(rng, rng.sample(range(vocabulary), 8), tokens),
+        "broken repeats": broken_repeats(rng, vocabulary, tokens),
+        "repeats": (passage * (1 + tokens // len(passage)))[:tokens],
+    }
+    found[FIRST] = found["broken repeats"]
+    return {name: Case(script=tuple(text), gains=name == "repeats") for name, text in found.items()}
 
 
-def tokens_per_s(results: Sequence[Result]) -> float:
+def decoys(rng: Random, ids: Sequence[int], tokens: int) -> list[int]:
+    """A text in which every guess from a pair or a triple is wrong."""
+    text = [*ids[:3]]
+    followed: dict[tuple[int, ...], int] = {}
+    while len(text) < tokens:
+        before = tuple(text[-2:]), tuple(text[-3:])
+        wrong = {followed.get(key) for key in before}
+        text.append(rng.choice([token for token in ids if token not in wrong]))
+        followed |= dict.fromkeys(before, text[-1])
+    return text[:tokens]
+
+
+def broken_repeats(rng: Random, vocabulary: int, tokens: int) -> list[int]:
+    """A text that repeats something of itself for 3 to 12 tokens, and then does not, again and again."""
+    text = rng.sample(range(vocabulary), 16)
+    while len(text) < tokens:
+        begin = rng.randrange(len(text) - 12)
+        text += text[begin : begin + rng.randint(3, 12)]
+        text += rng.sample(range(vocabulary), rng.randint(1, 4))
+    return text[:tokens]
+
+
+@dataclass(frozen=True)
+class Said:
+    """What was said, or would have been, and the seconds from the first token to the last."""
+
+    token_ids: tuple[int, ...]
+    seconds: float
+    metrics: Metrics
+
+
+def answers(vlm: VLM, case: Case, clock: Callable[[], float], most_guessed: int | None) -> list[Said]:
+    """About all pictures of the case, or its text, from nothing but the prompt."""
+    return [answer(vlm, case, picture, clock, most_guessed) for picture in case.pictures or (None,)]
+
+
+def answer(
+    vlm: VLM, case: Case, picture: Image.Image | None, clock: Callable[[], float], most_guessed: int | None
+) -> Said:
+    """One answer; `token_ids` of a script are what the model would have said at each place of it."""
+    vlm.forget()
+    asked = case.options or {"do_sample": False}
+    if case.script:
+        asked = {**asked, "max_new_tokens": len(case.script)}
+    options = resolve(vlm.spec.generation, prompt_lookup_num_tokens=most_guessed, **asked)
+    request = vlm.prepare(user_messages(QUESTION, () if picture is None else (picture,)))
+    generation = vlm.begin(request, dataclasses.replace(options, ignore_eos=bool(case.script)))
+    would: list[int] = []
+
+    def choose(logits: Any, generator: object) -> int:
+        would.append(int(logits.argmax()))
+        return case.script[len(would) - 1]
+
+    if case.script:
+        # the one place where an answer chooses its tokens
+        generation._choose = choose  # type: ignore[method-assign]
+    tokens = generation.tokens()
+    said = [next(tokens)]
+    started = clock()
+    said += tokens
+    return Said(tuple(would or said), clock() - started, generation.result("").metrics)
+
+
+def tokens_per_s(said: Sequence[Said]) -> float:
     """Of all tokens but the first of each answer."""
-    timed = [r.metrics for r in results if r.metrics.decode_tokens_per_s]
-    seconds = sum((m.new_tokens - 1) / (m.decode_tokens_per_s or 1.0) for m in timed)
-    return sum(m.new_tokens - 1 for m in timed) / seconds
+    return sum(len(s.token_ids) - 1 for s in said) / sum(s.seconds for s in said)
 
 
-def measure(vlm: VLM, name: str, case: Case, runs: int) -> tuple[record.Row, str]:
-    """The row of a case, and in words how many guesses there were in the last run."""
+def measure(answer: Callable[[int | None], list[Said]], name: str, pairs: int, warmup: int) -> tuple[record.Row, str]:
+    """The row of a case, and in words how many guesses there were in the last run. `answer(most_guessed)` answers it."""
     guessed: list[float] = []
     plain: list[float] = []
     same, said = True, ""
-    for run in range(runs + 1):
+    for run in range(warmup + pairs):
         # in turn, and who comes first in turn, too
         ways = [None, 0] if run % 2 else [0, None]
-        found = {way: answers(vlm, case, way) for way in ways}
+        found = {way: answer(way) for way in ways}
         same &= all(a.token_ids == b.token_ids for a, b in zip(found[None], found[0], strict=True))
-        if run:
+        if run >= warmup:
             guessed.append(tokens_per_s(found[None]))
             plain.append(tokens_per_s(found[0]))
-        metrics = [r.metrics for r in found[None]]
+        metrics = [s.metrics for s in found[None]]
         drafted, accepted = sum(m.drafted_tokens for m in metrics), sum(m.accepted_tokens for m in metrics)
         said = f"{sum(m.new_tokens for m in metrics)} tokens, {drafted} guessed, {accepted} right"
+        if len(guessed) >= LEAST_PAIRS:
+            low, high = interval_of([a / b for a, b in zip(guessed, plain, strict=True)])
+            if low >= FLOOR or high < FLOOR:
+                break
     if not same:
         return record.Row(name, "tokens/s", None, parity="fail"), said
-    return compared(name, "tokens/s", guessed, plain, "without guesses"), said
+    row = compared(name, "tokens/s", guessed, plain, "without guesses")
+    ratios = [a / b for a, b in zip(guessed, plain, strict=True)]
+    return dataclasses.replace(row, pair_ratio=median(ratios), ratio_interval=interval_of(ratios)), said
+
+
+def verdict(row: record.Row, gains: bool) -> str:
+    """Empty if the row keeps the promise, else what it breaks."""
+    if row.parity == "fail":
+        return "guesses changed a token: no speed"
+    ratio = row.ratio or 0.0
+    if ratio < FLOOR:
+        return f"slower than {FLOOR:g} of the speed without guesses"
+    return "no faster, with so much to guess from" if gains and ratio < 1 else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a line for every target and case, write the record; 1 if guesses changed a token."""
+    """Print a line for every target and case, write the record; 1 if guesses changed a token or made a case slower."""
     parser = argparse.ArgumentParser(prog="python -m lensc.bench.speculation", description=str(__doc__).split("\n")[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--target", action="append", default=[], help="default: every target of the bundle")
-    parser.add_argument("--runs", type=int, default=9, help="counted runs of every case (default 9)")
+    parser.add_argument("--case", action="append", default=[], help="of the names above; default: all")
+    parser.add_argument("--pairs", type=int, default=25, help="most pairs of every case (default 25)")
+    parser.add_argument("--tokens", type=int, default=300, help="of every text (default 300)")
+    parser.add_argument("--threads", type=int, help="default: the physical cores")
+    text = "count the time of the processor, with one thread: where others load the machine"
+    parser.add_argument("--processor-time", action="store_true", help=text)
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="write the record here (default: do not)")
     options = parser.parse_args(arguments)
-    if options.runs < 1:
-        parser.error(f"--runs {options.runs}: expected at least 1")
+    if options.pairs < LEAST_PAIRS or options.tokens < 40:
+        parser.error(f"--pairs {options.pairs} --tokens {options.tokens}: expected at least {LEAST_PAIRS} and 40")
+    if options.processor_time and options.threads != 1:
+        parser.error("--processor-time: threads that wait for each other take it, too; expected --threads 1")
     rows: list[record.Row] = []
+    broken = 0
     try:
-        asked = cases()
-        for target in options.target or sorted({str(a.target) for a in load_manifest(options.bundle).artifacts}):
-            with lensc.load(options.bundle, target) as vlm:
-                for name, case in asked.items():
-                    row, said = measure(vlm, f"{target}, {name}: decode", case, options.runs)
-                    rows.append(row)
-                    print(f"{row.what:44} {_shown(row)}   {said}", flush=True)
+        manifest = load_manifest(options.bundle)
+        asked = texts(manifest.model.decoder.vocab_size, options.tokens)
+        if manifest.model.name == "demo":
+            asked = pictures() | asked
+        if unknown := set(options.case) - asked.keys():
+            parser.error(f"--case {min(unknown)!r}: expected one of {', '.join(asked)}")
+        for target in options.target or sorted({str(a.target) for a in manifest.artifacts}):
+            for row, gains, said in of_target(options, target, asked):
+                rows.append(row)
+                wrong = verdict(row, gains)
+                broken += bool(wrong)
+                print(f"{row.what:44} {_shown(row)}   {said}   {wrong}".rstrip(), flush=True)
         if options.results:
-            path = record.write("runtime", f"python -m lensc.bench.speculation {options.bundle}", rows, options.results)
-            print(f"written to {path}", file=sys.stderr)
+            command = f"python -m lensc.bench.speculation {options.bundle}"
+            command += f" --threads {options.threads}" if options.threads else ""
+            command += " --processor-time" if options.processor_time else ""
+            print(f"written to {record.write('runtime', command, rows, options.results)}", file=sys.stderr)
     except LensError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    return int(any(row.parity == "fail" for row in rows))
+    return int(broken > 0)
+
+
+def of_target(
+    options: argparse.Namespace, target: str, asked: dict[str, Case]
+) -> Iterator[tuple[record.Row, bool, str]]:
+    """Row, whether it must gain, and words of each case in turn."""
+    clock = time.process_time if options.processor_time else time.perf_counter
+
+    def load() -> VLM:
+        return lensc.load(options.bundle, target, threads=options.threads)
+
+    def first(most: int | None) -> list[Said]:
+        with load() as fresh:
+            return answers(fresh, asked[FIRST], clock, most)
+
+    names = options.case or [*asked]
+    with load() as vlm:
+        for name in names:
+            answer = first if name == FIRST else partial(answers, vlm, asked[name], clock)
+            row, said = measure(answer, f"{target}, {name}", options.pairs, 1)
+            yield row, asked[name].gains, said
 
 
 def _shown(row: record.Row) -> str:
-    if row.lensc is None or row.ratio is None or row.ratio_spread is None:
-        return "another answer: no speed" if row.lensc is None else f"{row.lensc:.0f} {row.unit}"
-    low, high = row.ratio_spread
-    return f"{row.lensc:7.0f} {row.unit}, without {row.rival_value:6.0f}: {row.ratio:.2f} x ({low:.2f} to {high:.2f})"
+    if row.lensc is None or row.ratio is None or row.ratio_interval is None:
+        return "no speed"
+    low, high = row.ratio_interval
+    return f"{row.lensc:7.4g} {row.unit}, without {row.rival_value:7.4g}: {row.ratio:.3f} x ({low:.3f} to {high:.3f})"
 
 
 if __name__ == "__main__":

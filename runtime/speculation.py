@@ -20,11 +20,16 @@ SIZES = (2, 4, 8)
 """Tokens of a step with guesses. Few sizes, because engines prepare for each."""
 
 LOSS = 0.01
-"""The share of an answer's decoding time that failed guesses may take. Thinking about them takes 2 us a token besides."""
+"""The share of an answer's decoding time that failed guesses may take. Thinking about them takes some us a token besides."""
 GAIN = 1.05
 """How many times faster a step must be expected to be."""
 LEAST_CHANCE = 0.25
 """That a guess is right; below, it is not worth a thought, which takes its time, too."""
+FORGET, RECONSIDER = 0.999, 16
+"""What is left, after each thought, of the time that a size is believed to take which did not pay; and after how many tokens a
+chance is thought about again at which none did: a thought takes as long as all else, which a step of 0.5 ms would notice."""
+LIKELY = 0.8
+"""A guess as likely as this is always worth a thought."""
 PLACEHOLDER = -1
 """In place of a token that nobody says: a row of a picture."""
 
@@ -51,6 +56,10 @@ class Pace:
     right: dict[tuple[int, int], float] = field(default_factory=lambda: dict(FIRST_GUESS))
     """How often the guesses of a kind are right."""
     _begun: set[int] = field(default_factory=set)
+    _hopeless: float = 0.0
+    """At a chance as low as this no size pays, as far as is known."""
+    _passed: int = 0
+    """How often that was taken for granted."""
 
     def measured(self, tokens: int, seconds: float) -> None:
         """A step took so long. The first of a size does not count: engines prepare for it."""
@@ -63,7 +72,8 @@ class Pace:
         elif self.plain_s:
             before = self.ratios.get(tokens)
             ratio = seconds / self.plain_s
-            self.ratios[tokens] = ratio if before is None else before + 0.2 * (ratio - before)
+            self._hopeless = 0.0
+            self.ratios[tokens] = ratio if before is None else before + 0.2 * (min(ratio, 2 * before) - before)
 
     def ratio(self, tokens: int) -> float:
         """Of a step of so many tokens; a size that was not measured is taken to cost more than the next smaller one."""
@@ -80,16 +90,25 @@ class Pace:
         """
         if not self.plain_s:
             return 1
-        best, size = GAIN, 1
+        forget = FORGET
+        if chance <= self._hopeless:
+            self._passed += 1
+            if self._passed % RECONSIDER:
+                return 1
+            forget = FORGET**RECONSIDER
+        best, size, pays = GAIN, 1, False
         for n in SIZES:
             if n > most:
                 break
             ratio = self.ratio(n)
             brings = (1 - chance**n) / (1 - chance) if chance < 1 else n
+            pays |= brings / ratio > GAIN
             if brings / ratio > best and (ratio - 1) * self.plain_s <= may_lose_s:
                 best, size = brings / ratio, n
             elif n in self.ratios:
-                self.ratios[n] = ratio * 0.999  # so that it is tried again some day
+                self.ratios[n] = ratio * forget  # so that it is tried again some day
+        if not pays and most >= SIZES[-1] and chance < LIKELY:
+            self._hopeless = max(self._hopeless, chance)
         return size
 
 

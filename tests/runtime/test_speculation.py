@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lensc.backends.errors import UsageError
+from lensc.bench.speculation import texts
 from lensc.runtime.options import resolve
 from lensc.runtime.prompt import user_messages
 from lensc.runtime.speculation import FIRST_GUESS, PLACEHOLDER, SIZES, Pace, Speculation
@@ -171,8 +172,10 @@ def test_pictures_are_neither_guessed_nor_guessed_from() -> None:
 # --- whether it pays ----------------------------------------------------------------------------------------------
 
 
-def answer(pace: Pace, costs: dict[int, float], ids: list[int], prompt: list[int]) -> tuple[float, float]:
-    """Time with guesses and without, of an engine whose steps cost `costs` by tokens."""
+def answer(
+    pace: Pace, costs: dict[int, float], ids: list[int], prompt: list[int], rng: np.random.Generator | None = None
+) -> tuple[float, float]:
+    """Time with guesses and without, of an engine whose steps cost `costs` by tokens; with `rng` the clock is disturbed."""
     speculation = Speculation(pace, prompt, 7)
     spent, at = 0.0, 0
     while at < len(ids):
@@ -185,7 +188,8 @@ def answer(pace: Pace, costs: dict[int, float], ids: list[int], prompt: list[int
             right += 1
             at += 1
         spent += costs[1 + len(draft)]
-        speculation.stepped(1 + len(draft), 1 + right, costs[1 + len(draft)])
+        disturbed = 1 if rng is None else (10 if rng.random() < 0.02 else np.exp(0.1 * rng.standard_normal()))
+        speculation.stepped(1 + len(draft), 1 + right, costs[1 + len(draft)] * disturbed)
     return spent, len(ids) * costs[1]
 
 
@@ -193,6 +197,31 @@ CHEAP = {n: 0.1 * (1 + 0.02 * (n - 1)) for n in range(1, 9)}
 DEAR = {n: 0.1 * n for n in range(1, 9)}
 STEP = {1: 0.1, **{n: 0.35 for n in range(2, 9)}}
 """Dear with two, and no dearer with eight."""
+
+
+MEASURED = {
+    "native, f32": (1.10, 1.27, 1.52),
+    "onnxruntime, f32": (1.38, 1.59, 2.01),
+    "openvino, f32": (2.24, 2.15, 2.58),
+    "native, int4": (1.88, 3.04, 5.13),
+    "onnxruntime, int4": (2.52, 3.58, 4.50),
+    "openvino, int4": (3.59, 4.06, 4.14),
+}
+"""Steps of 2, 4 and 8 tokens beside one of one, with what they cost the step behind: the demo model on an AMD EPYC with AVX2."""
+
+
+@pytest.mark.parametrize("engine", MEASURED)
+@pytest.mark.parametrize("text", ["fresh tokens", "few tokens", "decoys", "broken repeats", "repeats"])
+def test_no_text_is_slower_on_any_engine_that_was_measured(engine: str, text: str) -> None:
+    """Nor a first answer; of the clock, every fiftieth step is interrupted for ten times as long."""
+    two, four, eight = (0.1 * ratio for ratio in MEASURED[engine])
+    costs = {1: 0.1, 2: two, **dict.fromkeys(range(3, 5), four), **dict.fromkeys(range(5, 9), eight)}
+    said = [*texts(560, 300)[text].script]
+    pace, rng = Pace(), np.random.default_rng(3)
+    spent, plain = zip(*(answer(pace, costs, said, [], rng) for _ in range(6)), strict=True)
+    assert all(a <= b / 0.97 for a, b in zip(spent, plain, strict=True))
+    if text == "repeats" and costs[8] < 0.3:
+        assert sum(plain) > 1.3 * sum(spent)
 
 
 @pytest.mark.parametrize("costs", [CHEAP, DEAR, STEP], ids=["cheap", "dear", "step"])
