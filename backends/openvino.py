@@ -69,6 +69,9 @@ ATTENTION = "attention"
 PRODUCTS = "products"
 """Our own option: whether inputs are quantized by the graph, see `_openvino_lower.read`."""
 
+IN_FLOAT = {PRODUCTS: FLOAT_PRODUCTS, PRECISION: "f32", QUANTIZATION: "0"}
+"""What takes the place of products in int8 where they are not exact."""
+
 LATENCY = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
 
 QUANTIZATION_GROUPS = (128, 64, 32, 16)
@@ -94,7 +97,7 @@ class OpenVINO:
             return tuple(Probe(NAME, kind, False, str(error), _state(kind)) for kind in DEVICES)
         version = f"openvino {_version(ov)}"
         return tuple(
-            Probe(NAME, kind, True, f"{version}, {name}" if kind != "cpu" else version, _state(kind))
+            Probe(NAME, kind, True, f"{version}, {name}" if kind != "cpu" else version + _exactly(), _state(kind))
             if name is not None
             else Probe(NAME, kind, False, f"{version} sees no {DEVICES[kind]}: {ABSENT[DEVICES[kind]]}", _state(kind))
             for kind, name in found.items()
@@ -165,6 +168,9 @@ class OpenVINO:
         device = DEVICES[artifact.target.processor]
         if _full_name(ov, device) is None:
             raise UnavailableError(f"target {artifact.target}: openvino sees no {device}: {ABSENT[device]}")
+        if artifact.options.get(PRODUCTS) == INT8_PRODUCTS and probe.machine().saturates_bytes:
+            # its sums would lose what does not fit, and nobody would say so
+            artifact = dataclasses.replace(artifact, options=artifact.options | IN_FLOAT)
         properties = _properties(artifact.options) | _engine_properties(chosen)
         if device == "CPU":
             properties[THREADS] = str(probe.machine().cores if options.threads is None else options.threads)
@@ -201,6 +207,10 @@ def _indivisible(scheme: Scheme, linear_inputs: Collection[int]) -> str | None:
         f"scheme {scheme}: backend {NAME} needs groups that divide the inputs, {group} does not divide "
         f"{', '.join(map(str, odd))}; the nearest is {nearest}"
     )
+
+
+def _exactly() -> str:
+    return "; no VNNI: int8 vision is computed in float32" if probe.machine().saturates_bytes else ""
 
 
 def _state(kind: str) -> str:

@@ -63,6 +63,13 @@ class Machine:
     threads: int
     memory_bytes: int | None
 
+    @property
+    def saturates_bytes(self) -> bool:
+        """Whether products of unsigned and signed bytes are summed two by two in 16 bits, where 2 * 255 * 127 has no room: the
+        engines' kernels for x86 without VNNI (`vpmaddubsw`).
+        """
+        return self.arch in ("x86_64", "AMD64") and not {"avx_vnni", "avx512_vnni"} & {*self.isa}
+
     def __str__(self) -> str:
         memory = f", {self.memory_bytes / 2**30:.1f} GiB" if self.memory_bytes else ""
         return f"{self.cpu} ({self.arch}), {self.cores} cores, {self.threads} threads{memory}"

@@ -243,7 +243,9 @@ def test_missing_engine_says_how_to_install_it(
 
 def test_probe_names_the_version() -> None:
     (probe,) = backend.probe()
-    assert (probe.usable, probe.processor, probe.reason) == (True, "cpu", f"onnxruntime {ort.__version__}")
+    assert (probe.usable, probe.processor) == (True, "cpu") and probe.reason.startswith(
+        f"onnxruntime {ort.__version__}"
+    )
 
 
 @pytest.mark.parametrize(("free", "expected"), [(10, StorageError), (1 << 40, ExecutionError)])

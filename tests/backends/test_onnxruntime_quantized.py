@@ -138,6 +138,15 @@ def test_a_scale_per_output_becomes_an_integer_product(
     assert 30 < sqnr_db(expected, run(artifact, tmp_path, X)) < 90
 
 
+def test_products_of_bytes_lose_nothing(small_mlp: Any, tmp_path: Path) -> None:
+    """Also where a processor sums two of them in 16 bits: there half of these did not fit."""
+    (tmp_path / "vision").mkdir()
+    graph = Graph(small_mlp.spec, small_mlp.path, "w8a8", "0" * 64)
+    session = backend.load(backend.compile(graph, TARGET, tmp_path / "vision"), small_mlp.spec, tmp_path)
+    patches = np.random.default_rng(1).standard_normal((2, 7, small_mlp.width), np.float32)
+    assert sqnr_db(small_mlp.made(patches), session.run({"patches": patches})["made"]) > 35
+
+
 @pytest.mark.parametrize(
     ("text", "bits", "known", "found"),
     [

@@ -32,6 +32,7 @@ from lensc.backends.errors import (
 from lensc.backends.load_options import LoadOptions
 from lensc.backends.openvino import backend
 from lensc.export.graph import Graph, GraphSpec
+from lensc.profiles import probe
 
 TARGET = Target("openvino", "cpu")
 
@@ -207,7 +208,8 @@ def test_activations_are_quantized_only_where_the_scheme_says_so(int4_decoder: D
     expected = int4_decoder.logits(embeds)
     error = step(session, session.new_cache(20), embeds) - expected
     relative = float(np.sqrt((error**2).mean() / (expected**2).mean()))
-    assert 1e-3 < relative < 3e-2  # int8 of groups of 32 values: a few thousandths in each product
+    # int8 of groups of 32 values: a few thousandths in each product; without VNNI it computes them in float
+    assert (relative > 1e-3 or probe.machine().saturates_bytes) and relative < 3e-2
 
 
 @pytest.mark.parametrize(
@@ -258,7 +260,6 @@ def test_inputs_are_quantized_in_groups_that_fit_all_weights(weights: list[tuple
 
 
 def test_threads(float_decoder: Decoder, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lensc.profiles import probe
 
     artifact = compile_graph(float_decoder.graph, bundle)
     found = dataclasses.replace(probe.machine(), cores=1)
@@ -304,7 +305,7 @@ def test_probe_asks_openvino_what_it_sees(monkeypatch: pytest.MonkeyPatch) -> No
             return f"some {device}"
 
     cpu = backend.probe()[0]
-    assert (cpu.usable, cpu.state, cpu.reason) == (True, "runs here", f"openvino {VERSION}")
+    assert (cpu.usable, cpu.state, cpu.reason) == (True, "runs here", f"openvino {VERSION}{module._exactly()}")
     monkeypatch.setattr(module, "_core", lambda _: Seen())
     cpu, gpu, npu = backend.probe()
     assert (gpu.usable, gpu.state, gpu.reason) == (True, "untested", f"openvino {VERSION}, some GPU")
