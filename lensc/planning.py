@@ -106,6 +106,7 @@ def _measured(found: DeviceProfile, path: Path) -> str:
     names = {"float32": "float32 product", "int8": "int8 vision", "int4": "4-bit prefill"}
     for dtype, name in names.items():
         row(name, [rates.achieved_tops.get(dtype) for rates in cpu.by_threads], "GOP/s", 1e3)
+    row("attention, prefill", [rates.attention_tops for rates in cpu.by_threads], "GOP/s", 1e3)
     blank = [""] * (len(threads) - 1)
     for dtype, peak in cpu.peak_tops.items():
         rows.append([f"{dtype} peak", *blank, f"{peak.value * 1e3:.4g}", "GOP/s", peak.reference.split(", ")[0]])

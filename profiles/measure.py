@@ -44,6 +44,8 @@ PATCHES, WIDTH, INNER, HEADS = 1024, 1152, 4304, 16
 """A layer of SigLIP and the patches of a slice of 448 x 448."""
 HIDDEN, KV, MLP, GROUP, TOKENS, LAYERS = 4096, 1024, 14336, 128, 256, 4
 """A layer of Llama-3-8B, the weights that share a scale, the rows of a prefill, and how many layers follow each other."""
+QUERY_HEADS, KV_HEADS, HEAD_DIM, PROMPT = 32, 8, 128, 512
+"""Its attention, and the tokens that attend to those before them."""
 VISION_LAYER_OPERATIONS = 2 * PATCHES * (4 * WIDTH**2 + 2 * WIDTH * INNER) + 4 * PATCHES**2 * WIDTH
 DECODER_LAYER_WEIGHTS = 2 * HIDDEN**2 + 2 * HIDDEN * KV + 3 * HIDDEN * MLP
 
@@ -221,6 +223,25 @@ def _parts(pool: U8, begin: int) -> Iterator[U8]:
         begin += size // 2
 
 
+def prompt_attention(compiled: Any, threads: int) -> Layers:
+    """The causal attention of a layer of Llama-3-8B over a prompt, with what is rotated and stored for it in float16."""
+    program = compiled.Program(compiled.usable_isas()[0], threads)
+    frequencies = (500_000.0 ** -(np.arange(0, HEAD_DIM, 2) / HEAD_DIM)).astype(np.float32)
+    widths = (QUERY_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM)
+    values = [program.value(0, width) for width in widths]
+    y = program.value(0, widths[0])
+    program.causal_attention(*values, y, 1, 0, QUERY_HEADS, HEAD_DIM**-0.5, frequencies)
+    program.output(y)
+    program.finish()
+    random = np.random.default_rng(5)
+    given = [random.standard_normal((PROMPT, width), np.float32) for width in widths]
+    stored = [np.zeros((1, KV_HEADS, PROMPT, HEAD_DIM), np.float16) for _ in range(2)]
+    cache = compiled.Caches([stored[0]], [stored[1]], [], [])
+    bound = [*zip(values, given, strict=True), (y, np.empty_like(given[0]))]
+    operations = 2.0 * QUERY_HEADS * HEAD_DIM * PROMPT**2
+    return Layers(operations, lambda: program.run([PROMPT, 1], bound, [], cache, 0, 1, PROMPT), (stored, frequencies))
+
+
 def float_linear(compiled: Any, threads: int) -> Layers:
     """A product of 256 rows by 4096 x 4096 in float32: by our kernel, by numpy where there is none."""
     random = np.random.default_rng(4)
@@ -290,6 +311,7 @@ def measure(
         peak_tops={name: peak for name, peak in peaks.items() if peak.value >= _reached(most, name)},
         achieved_tops=most.achieved_tops,
         achieved_gb_s=most.achieved_gb_s,
+        attention_tops=most.attention_tops,
         overheads_us={
             name: Figure(
                 _rounded(value), "measured", f"a {name} of a program of our kernels, {_threads(threads)}; median"
@@ -312,6 +334,7 @@ def rates_of(compiled: Any, threads: int, report: Callable[[str], None] = lambda
     del data
     figures: dict[str, Figure] = {}
     streamed: Figure | None = None
+    attention: Figure | None = None
 
     def reached(dtype: str, layers: Layers, what: str) -> None:
         report(f"{what}, {of}")
@@ -328,9 +351,14 @@ def rates_of(compiled: Any, threads: int, report: Callable[[str], None] = lambda
         report(f"{what}, {of}")
         gb_s = decoder_layers(compiled, threads, 1, pool).rate()
         read = max(read, gb_s)
+        del pool
+        mixed = f"causal attention of {PROMPT} tokens in a layer of Llama-3-8B"
+        report(f"{mixed}, {of}")
+        tops = prompt_attention(compiled, threads).rate() / 1e3
+        attention = Figure(_rounded(tops), "measured", f"{mixed}, {of}; mean of {SECONDS:g} s")
         streamed = Figure(_rounded(gb_s), "measured", f"{what}, {of}; mean of {SECONDS:g} s")
     how = f"read of {nbytes >> 20} MiB, {of}, in up to {max(ways) or 1} places at once; best of {TRIES}"
-    return Rates(threads, Figure(_rounded(read), "measured", how), figures, streamed)
+    return Rates(threads, Figure(_rounded(read), "measured", how), figures, streamed, attention)
 
 
 def _reached(rates: Rates, dtype: str) -> float:

@@ -49,6 +49,7 @@ class Rates:
     bandwidth_gb_s: Figure | None = None
     achieved_tops: dict[str, Figure] = field(default_factory=dict)
     achieved_gb_s: Figure | None = None
+    attention_tops: Figure | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Processor:
 
     `achieved_tops` is what somebody's transformer reached, by the dtype of its weights, and `achieved_gb_s` what its
     decoder read: where a maker states no peak these are all there is, and where he does they say how far away it is.
+    `attention_tops` is what the causal attention of a prompt reached, whose products no weight is part of.
 
     `soc_model` and `htp_arch` are the two numbers by which Qualcomm's compiler knows a chip and the generation of its
     NPU; they go together, and `htp_arch` is the number in `arch`. `vtcm_mb` is that NPU's memory on the chip.
@@ -78,6 +80,7 @@ class Processor:
     peak_tops: dict[str, Figure] = field(default_factory=dict)
     achieved_tops: dict[str, Figure] = field(default_factory=dict)
     achieved_gb_s: Figure | None = None
+    attention_tops: Figure | None = None
     soc_model: int | None = None
     htp_arch: int | None = None
     vtcm_mb: Figure | None = None
@@ -204,6 +207,7 @@ def _processor_problems(processor: Processor) -> list[str]:
         if rates.threads < 1:
             problems.append(f"by_threads[{i}].threads: {rates.threads}, expected at least 1")
         few = [("bandwidth_gb_s", rates.bandwidth_gb_s), ("achieved_gb_s", rates.achieved_gb_s)]
+        few.append(("attention_tops", rates.attention_tops))
         few += [(f"achieved_tops.{dtype}", figure) for dtype, figure in rates.achieved_tops.items()]
         numbers |= {f"by_threads[{i}].{name}": figure for name, figure in few if figure}
     for kind in ("peak_tops", "achieved_tops"):

@@ -117,6 +117,10 @@ class Stored:
         bits = (model.layer_weights - inner) * self.layer_bits + inner * (self.gate_and_up_bits or 0)
         return round((bits + model.head_weights * self.head_bits) / 8)
 
+    def head_bytes(self, model: Model) -> int:
+        """Of the head alone."""
+        return round(model.head_weights * self.head_bits / 8)
+
     def cache_bytes(self, model: Model, context: int) -> int:
         """Keys and values of so many tokens."""
         return round(2 * model.layers * model.kv_heads * model.head_dim * context * self.kv_bits / 8)
@@ -186,12 +190,20 @@ def predict(model: Model, stored: Stored, processor: Processor, request: Request
 
     slices = [longer(model.slice_operations(patches), seen, vision) for patches in request.patches]
     image = None if None in slices else sum(one for one in slices if one is not None)
-    prompt = longer(tokens * model.token_operations(tokens // 2), read, decoder)
+    prompt = longer(tokens * model.token_operations(0), read, decoder - stored.head_bytes(model))
+    head = longer(2 * model.head_weights, read, stored.head_bytes(model))
+    mixing = tokens * (model.token_operations(tokens // 2) - model.token_operations(0))
+    mixed = None if read is None else mixing / read
+    if known := processor.attention_tops:  # no quantized product computes it
+        mixed = mixing / (known.value * 1e12)
+        basis.append(f"prefill: {_shown('attention_tops', known, 'TOPS')}")
+    if prompt is not None and head is not None and mixed is not None:
+        prompt += head + mixed
     token = None
     if gb_s is not None:
         context = (tokens + request.context) // 2
         token = (decoder + stored.cache_bytes(model, context)) / gb_s + steps_s
-    ttft = None if image is None or prompt is None else image + prompt + (2 * model.head_weights / read if read else 0)
+    ttft = None if image is None or prompt is None else image + prompt
     return Prediction(
         scheme=stored.name,
         processor=processor.kind,

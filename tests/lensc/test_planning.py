@@ -34,6 +34,7 @@ SMALL: dict[str, float] = {
     "KV": 128,
     "MLP": 512,
     "LAYERS": 2,
+    "PROMPT": 32,
     "DECODER_LAYER_WEIGHTS": 2 * 256**2 + 2 * 256 * 128 + 3 * 256 * 512,
     "VISION_LAYER_OPERATIONS": 10**7,
 }
@@ -73,6 +74,7 @@ def test_profile_is_measured_kept_and_used(small: Path, cli: Cli) -> None:
     assert "float32" in cpu.achieved_tops
     if measure.kernels() is not None:
         assert {"int4", "int8"} <= set(cpu.achieved_tops) and cpu.achieved_gb_s is not None
+        assert cpu.attention_tops is not None and "attention, prefill" in shown.out
         assert set(cpu.overheads_us) == {"call", "step"}
         assert "unknown: " not in cli("plan", planning.OFFICIAL, "--scheme", "int4").out
     assert not list(small.glob("*.partial"))
@@ -127,6 +129,7 @@ def test_layers_compute_what_they_say() -> None:
     outputs = 2 * (2 * 256 + 2 * 128 + 2 * 512 + 256)
     assert row.amount == SMALL["DECODER_LAYER_WEIGHTS"] * (1 / 2 + 1 / measure.GROUP) * 2 + 4 * outputs
     assert row.rate() > 0 and measure.vision_layer(compiled, 1).rate() > 0
+    assert measure.prompt_attention(compiled, 1).rate() > 0
 
 
 # --- plan ---------------------------------------------------------------------------------------------------------

@@ -37,11 +37,20 @@ def test_times_are_operations_over_what_was_reached() -> None:
     tops = {"int8": figure(1e-3), "int4": figure(2e-3)}
     found = predict(MODEL, FOUR, cpu(achieved_tops=tops, achieved_gb_s=figure(1e6)), REQUEST)
     image_s = 2 * 1000 * (100 + 50) / 1e9
-    prompt_s = 40 * (2 * 8_000_000 + 4 * 4 * 64 * 20) / 2e9
+    prompt_s = (40 * (2 * 8_000_000 + 4 * 4 * 64 * 20) + 2 * 2_000_000) / 2e9
     assert found.image_ms == pytest.approx(1e3 * image_s)
     assert found.prefill_tokens_s == pytest.approx(40 / prompt_s)
-    assert found.ttft_ms == pytest.approx(1e3 * (image_s + prompt_s + 2 * 2_000_000 / 2e9))
+    assert found.ttft_ms == pytest.approx(1e3 * (image_s + prompt_s))
     assert found.unknown == ()
+
+
+def test_attention_has_a_rate_of_its_own_where_it_was_measured() -> None:
+    tops = {"int8": figure(1e-3), "int4": figure(2e-3)}
+    processor = cpu(achieved_tops=tops, achieved_gb_s=figure(1e6), attention_tops=figure(1e-4))
+    prompt_s = (40 * 2 * 8_000_000 + 2 * 2_000_000) / 2e9 + 40 * 4 * 4 * 64 * 20 / 1e8
+    found = predict(MODEL, FOUR, processor, REQUEST)
+    assert found.prefill_tokens_s == pytest.approx(40 / prompt_s)
+    assert "prefill: attention_tops 0.0001 TOPS (measured: here)" in found.rests_on
 
 
 def test_what_only_reads_takes_as_long_as_it_reads() -> None:
@@ -53,7 +62,7 @@ def test_what_only_reads_takes_as_long_as_it_reads() -> None:
 def test_peaks_count_by_the_share_that_is_named() -> None:
     share = roofline.SHARES["cpu", "prefill", True]
     found = predict(MODEL, FOUR, cpu(peak_tops={"int8": figure(1.0)}, bandwidth_gb_s=figure(1e6)), REQUEST)
-    prompt_s = 40 * MODEL.token_operations(20) / (share.value * 1e12)
+    prompt_s = (40 * MODEL.token_operations(20) + 2 * 2_000_000) / (share.value * 1e12)
     assert found.prefill_tokens_s == pytest.approx(40 / prompt_s)
     assert any(f"times {share.value:g} (estimated: {share.reference})" in text for text in found.rests_on)
 
