@@ -27,6 +27,7 @@ MAX_THREADS = 1024
 HELP = """\
 /image PATH   show a picture with the next message; repeat for several
 /save FILE    write the conversation to a file; /load FILE goes on with one
+/drop         forget the oldest turn
 /clear        forget the conversation
 /metrics      times and sizes of the last answer, and what runs where
 /help         this list
@@ -125,6 +126,8 @@ class Conversation:
             print(
                 f"({rest}: {len(self.messages)} messages, {restored.cached_tokens} tokens of KV cache)", file=sys.stderr
             )
+        elif command == "/drop":
+            self.drop()
         elif command == "/clear":
             self.messages, self.pictures = [], []
             self.vlm.forget()
@@ -162,28 +165,40 @@ class Conversation:
         try:
             result = self._generate(messages)
         except PromptError as error:
-            if not self.messages:
+            if not self.messages or self.options.when_full == "drop_oldest":
                 raise
-            raise PromptError(f"{error}; /clear forgets the conversation") from error
+            ways = "/drop forgets the oldest turn, /clear all; lensc chat --when-full drop_oldest leaves out what is too much"
+            raise PromptError(f"{error}. {ways}") from error
         self.last = result
-        if not self.options.quiet:
-            given_up = [note for note in result.metrics.notes if "max_ttft_ms" in note]
-            _print_notes([*(event.text for event in result.metrics.events), *given_up])
+        if not self.options.quiet:  # what was noted of pictures was told when they were opened
+            notes = result.metrics.notes
+            _print_notes([n for n in notes if "max_ttft_ms" in n or not n.startswith("picture ")])
         if self.options.json:
             console.print_json(_as_json(result, self.vlm))
         if result.text or result.finish_reason != "cancelled":
             self.messages, self.pictures = [*messages, {"role": "assistant", "content": result.text}], []
 
+    def drop(self) -> None:
+        """Forget the oldest turn: what was asked first, and the answer."""
+        first = 1 if self.messages and self.messages[0]["role"] == "system" else 0
+        if len(self.messages) == first:
+            raise UsageError("/drop: nothing was said yet")
+        following = [i for i, m in enumerate(self.messages) if i > first and m["role"] == "user"]
+        self.messages = [*self.messages[:first], *self.messages[following[0] :]] if following else []
+        turns = len(following)
+        print(f"(forgotten; {turns or 'no'} {'turn is' if turns == 1 else 'turns are'} left)", file=sys.stderr)
+
     def _generate(self, messages: list[dict[str, Any]]) -> Result:
+        arguments = self.arguments | {"when_full": self.options.when_full}
         with console.Progress() as progress:
             progress.show("thinking")
             if self.options.json or (self.options.num_beams or 1) > 1:
-                result: Result = self.vlm.chat(messages, **self.arguments)
+                result: Result = self.vlm.chat(messages, **arguments)
                 progress.clear()
                 if not self.options.json:
                     print(result.text, flush=True)
                 return result
-            stream = self.vlm.chat(messages, stream=True, **self.arguments)
+            stream = self.vlm.chat(messages, stream=True, **arguments)
             with _interrupt_cancels(stream):
                 return _print_pieces(stream, progress)
 

@@ -115,6 +115,8 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("bundle", metavar="BUNDLE")
     chat.add_argument("--image", metavar="PICTURE", action="append", default=[], help="picture of the first message")
     chat.add_argument("--system", metavar="TEXT", default="", help="system prompt")
+    text = "a conversation has no room in the context: error (the default), or drop_oldest, which leaves out its oldest turns"
+    chat.add_argument("--when-full", choices=("error", "drop_oldest"), default="error", help=text)
     _generation(chat)
 
     more = "Bandwidth, products by dtype and threads, a layer of each half of the model, what the engine costs: half a minute."

@@ -11,14 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from lensc.backends.base import Array, Cache, CachedSession, Session
-from lensc.backends.bundle import DecoderSpec, ModelSpec
+from lensc.backends.bundle import DecoderSpec
 from lensc.backends.errors import ExecutionError, GraphError, PromptError
 from lensc.export.graph import GraphSpec
 
 from .costs import Curve
 from .embedding import EmbeddingTable
 from .kv_cache import KVCache
-from .prompt import Prompt
 from .timeline import Timeline
 
 F32 = npt.NDArray[np.float32]
@@ -288,24 +287,6 @@ class HostCachedSession:
 def with_cache(session: Session, decoder: DecoderSpec) -> CachedSession:
     """`session`, or one that keeps its cache on the host if the engine keeps none."""
     return session if isinstance(session, CachedSession) else HostCachedSession(session, decoder)
-
-
-def context_of(graph: GraphSpec, decoder: DecoderSpec) -> int:
-    """Tokens that prompt and answer may have: the model's context, or the smaller one that the decoder was compiled for."""
-    past = graph.dims.get("past")
-    return decoder.context_length if past is None else min(decoder.context_length, past.max)
-
-
-def check_fits(prompt: Prompt, context: int, spec: ModelSpec) -> None:
-    """Raise PromptError unless `prompt` and a token of answer fit `context`."""
-    if len(prompt.ids) < context:
-        return
-    owner = "the model" if context == spec.decoder.context_length else "this decoder"
-    raise PromptError(
-        f"the prompt has {len(prompt.ids)} tokens ({len(prompt.image_bounds)} slices of {spec.picture.query_num} among them), "
-        f"{owner}'s context is {context} and the answer needs at least 1; shorten the text, leave out early turns or use fewer "
-        "or smaller pictures"
-    )
 
 
 def scatter(embeds: F32, image_bounds: I64, image_embeds: Sequence[F32]) -> None:

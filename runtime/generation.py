@@ -47,6 +47,8 @@ class Request:
     ttft_estimate_ms: float | None = None
     slices_given_up: int = 0
     """For the sake of `max_ttft_ms`; see `budget`."""
+    cut_note: str = ""
+    """What is noted of an answer that did not end by itself."""
 
 
 class Generation:
@@ -226,6 +228,8 @@ class Generation:
         decode_s = self._busy - (self._first_token_at or 0.0)
         first = self._busy if self._first_token_at is None or self.hypotheses else self._first_token_at
         self._note_reused()
+        if self.finish_reason == "length" and not self._options.ignore_eos:
+            self._notes.append(self._request.cut_note)
         peak, limit = peak_memory_bytes(), self._max_memory_bytes
         if limit is not None and peak is not None and peak > limit:
             self._notes.append(

@@ -25,6 +25,7 @@ import numpy as np
 from lensc.backends.bundle import ModelSpec
 from lensc.backends.errors import UsageError
 
+from .context import Context
 from .options import resolve
 from .picture import PictureSource, SlicePlan
 from .pipeline import VLM
@@ -127,7 +128,8 @@ def prompt_of(plan: SlicePlan | None, tokenizer: Tokenizer, spec: ModelSpec, wor
     pictures = () if plan is None else (b"",)  # it is not opened
     plans = () if plan is None else (plan,)
     made = build_prompt(user_messages("", pictures), plans, tokenizer, spec.picture.query_num)
-    return _behind(made, tokenizer, spec, spec.decoder.context_length, work)
+    most = spec.decoder.context_length
+    return _behind(made, tokenizer, spec, Context(most, most), work)
 
 
 def summed_up(runs: Sequence[Metrics]) -> Measured:
@@ -146,7 +148,7 @@ def summed_up(runs: Sequence[Metrics]) -> Measured:
     )
 
 
-def _behind(made: Prompt, tokenizer: Tokenizer, spec: ModelSpec, context: int, work: Work) -> Prompt:
+def _behind(made: Prompt, tokenizer: Tokenizer, spec: ModelSpec, context: Context, work: Work) -> Prompt:
     """The tokens of the picture of `made`, without the template around them, and the work's own behind them."""
     if work.prompt_tokens < 1 or work.new_tokens < 1:
         raise UsageError(
@@ -159,11 +161,11 @@ def _behind(made: Prompt, tokenizer: Tokenizer, spec: ModelSpec, context: int, w
         seen = ids[begin : begin + int((ids[begin:] == tokenizer.special.eot).argmax())]
         bounds = bounds - begin
     total = len(seen) + work.prompt_tokens + work.new_tokens
-    if total > context:
+    if total > context.tokens:
         picture = f"{len(seen)} tokens of picture, " if len(seen) else ""
         raise UsageError(
-            f"{picture}{work.prompt_tokens} of prompt and {work.new_tokens} of answer are {total}, the model's context "
-            f"is {context}; expected fewer"
+            f"{picture}{work.prompt_tokens} of prompt and {work.new_tokens} of answer are {total}, {context}; "
+            "expected fewer"
         )
     text = np.random.default_rng(work.prompt_tokens).integers(0, spec.decoder.vocab_size, work.prompt_tokens)
     return Prompt(np.concatenate([seen, text]), bounds)

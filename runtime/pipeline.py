@@ -22,6 +22,7 @@ from lensc.export.graph import GraphSpec
 
 from . import conversation, decoder, vision
 from .budget import Cuts, Fitted, Fitting, Graphs
+from .context import Context, check_policy
 from .conversation import NOBODY, Identity, Restored
 from .decoder import DecoderError
 from .embedding import EmbeddingTable
@@ -30,7 +31,7 @@ from .generation import Generation, Request
 from .loader import Loader
 from .options import GenerationOptions, Parameters, resolve
 from .overlap import Overlap, decide, piece_tokens
-from .picture import PictureSource, open_picture, slice_picture
+from .picture import PictureSlices, PictureSource, open_picture, slice_picture
 from .picture_cache import PictureCache
 from .plan import Plan
 from .prefix_cache import PREFIX_BYTES, Held, PrefixCache, rows_of
@@ -189,7 +190,7 @@ class VLM:
             stream=stream,
             most_drafted=self._most_drafted,
         )
-        messages = user_messages(prompt, _pictures(images), system_prompt)
+        messages = user_messages(prompt, images, system_prompt)
         return self._answer(messages, options, stream, strip_pad, should_stop)
 
     @overload
@@ -201,6 +202,7 @@ class VLM:
         stream: Literal[False] = ...,
         strip_pad: bool | None = ...,
         should_stop: Callable[[], bool] | None = ...,
+        when_full: str = ...,
         **parameters: Unpack[Parameters],
     ) -> Result: ...
 
@@ -213,6 +215,7 @@ class VLM:
         stream: Literal[True],
         strip_pad: bool | None = ...,
         should_stop: Callable[[], bool] | None = ...,
+        when_full: str = ...,
         **parameters: Unpack[Parameters],
     ) -> Stream: ...
 
@@ -234,12 +237,15 @@ class VLM:
         stream: bool = False,
         strip_pad: bool | None = None,
         should_stop: Callable[[], bool] | None = None,
+        when_full: str = "error",
     ) -> Result | Stream:
         """Answer a conversation: a list of `{"role", "content"}`, see `parse_messages`; the rest as for `generate`.
 
         `images` are the pictures of those `{"type": "image"}` parts that name none. Pictures seen in an earlier call
         are not encoded again, and what the conversation has in common with an earlier call is not fed again.
+        `when_full="drop_oldest"`: of a conversation longer than the context the oldest turns are left out; see `context`.
         """
+        check_policy(when_full)
         options = resolve(
             self.spec.generation,
             do_sample=do_sample,
@@ -255,31 +261,41 @@ class VLM:
             stream=stream,
             most_drafted=self._most_drafted,
         )
-        return self._answer(parse_messages(messages, _pictures(images)), options, stream, strip_pad, should_stop)
+        said = parse_messages(messages, images)
+        return self._answer(said, options, stream, strip_pad, should_stop, when_full == "drop_oldest")
 
     @property
-    def context(self) -> int:
-        """See `decoder.context_of`."""
-        return decoder.context_of(self._decoder.session.spec, self.spec.decoder)
+    def context(self) -> Context:
+        """How many tokens prompt and answer may have together."""
+        return Context.of(self._decoder.session.spec, self.spec.decoder)
 
-    def prepare(self, messages: Sequence[Message], max_ttft_ms: float | None = None) -> Request:
+    def prepare(
+        self, messages: Sequence[Message], max_ttft_ms: float | None = None, keep_room_for: int | None = None
+    ) -> Request:
         """Open and slice the pictures of `messages` and make the prompt. Nothing runs on an engine, unless there is a
-        `max_ttft_ms` and nothing was measured yet.
+        `max_ttft_ms` and nothing was measured yet. `keep_room_for` tokens of answer the oldest turns are left out.
         """
         started, timeline = time.perf_counter(), Timeline()
         timeline.titles = {p.graph: f"{p.graph} on {p.effective}" for p in (self.plan.placements if self.plan else ())}
-        sliced, fitted = [], None
-        if max_ttft_ms is not None:
-            fitted = self._fitted(messages, max_ttft_ms, started, timeline)
-            sliced = fitted.sliced
-        else:
+        sliced, fitted, dropped = [], None, None
+        if max_ttft_ms is None or keep_room_for is not None:
             for i, part in enumerate(pictures_of(messages), 1):
                 with timeline.span("host", f"open and cut picture {i}"):
                     sliced.append(slice_picture(part.source, self.spec.picture))
+        if keep_room_for is not None:
+            with timeline.span("host", "choose what fits the context"):
+                whole = self._prompt(messages, sliced)
+                header = self.tokenizer.special.start_header
+                messages, dropped = self.context.kept(messages, whole, header, keep_room_for)
+                sliced = sliced[len(sliced) - len(pictures_of(messages)) :]
+        if max_ttft_ms is not None:
+            fitted = self._fitted(messages, max_ttft_ms, started, timeline)
+            sliced = fitted.sliced
         with timeline.span("host", "make the prompt"):
-            prompt = build_prompt(messages, [s.plan for s in sliced], self.tokenizer, self.spec.picture.query_num)
-        decoder.check_fits(prompt, self.context, self.spec)
-        notes = [f"picture {i}: {note}" for i, s in enumerate(sliced, 1) for note in s.notes]
+            prompt = self._prompt(messages, sliced)
+        self.context.check_fits(prompt, self.spec, messages)
+        notes = [dropped] if dropped else []
+        notes += [f"picture {i}: {note}" for i, s in enumerate(sliced, 1) for note in s.notes]
         slices = tuple(pixels for s in sliced for pixels in s.pixels)
         counts = tuple(len(s.pixels) for s in sliced)
         request = Request(prompt, slices, counts, tuple(notes), (time.perf_counter() - started) * 1e3, timeline)
@@ -288,6 +304,9 @@ class VLM:
         notes += fitted.notes
         estimate_ms, given_up = fitted.estimate_ms, fitted.slices_given_up
         return dataclasses.replace(request, notes=tuple(notes), ttft_estimate_ms=estimate_ms, slices_given_up=given_up)
+
+    def _prompt(self, messages: Sequence[Message], sliced: Sequence[PictureSlices]) -> Prompt:
+        return build_prompt(messages, [s.plan for s in sliced], self.tokenizer, self.spec.picture.query_num)
 
     def _fitted(self, messages: Sequence[Message], budget_ms: float, started_s: float, timeline: Timeline) -> Fitted:
         """The pictures of `messages`, cut for a budget; see `budget`."""
@@ -310,19 +329,13 @@ class VLM:
     def begin(
         self, request: Request, options: GenerationOptions, should_stop: Callable[[], bool] | None = None
     ) -> Generation:
-        """Set up the generation of an answer to `request`, cutting max_new_tokens to what the context leaves."""
+        """Set up the generation of an answer to `request`, of as many tokens as the context leaves."""
         beams = self._decoder.session.spec.dims.get("batch")
         if beams is not None and options.num_beams > beams.max:
             raise UsageError(f"num_beams={options.num_beams}: this bundle's decoder was made for at most {beams.max}")
-        prompt_tokens = len(request.prompt.ids)
-        room = self.context - prompt_tokens
-        if options.max_new_tokens > room:
-            note = (
-                f"max_new_tokens cut from {options.max_new_tokens} to {room}: {prompt_tokens} tokens of prompt are in "
-            )
-            note += f"a context of {self.context}"
-            request = dataclasses.replace(request, notes=(*request.notes, note))
-            options = dataclasses.replace(options, max_new_tokens=room)
+        most, cut_note = self.context.limit(options, len(request.prompt.ids))
+        request = dataclasses.replace(request, cut_note=cut_note)
+        options = dataclasses.replace(options, max_new_tokens=most)
         overlap = self.overlap
         if self._overlap and not overlap.on and request.slices:
             note = f"pictures are not encoded beside the prompt: {overlap.reason}"
@@ -350,7 +363,7 @@ class VLM:
         """
         parsed = parse_messages(messages)
         sliced = [slice_picture(part.source, self.spec.picture) for part in pictures_of(parsed)]
-        prompt = build_prompt(parsed, [s.plan for s in sliced], self.tokenizer, self.spec.picture.query_num)
+        prompt = self._prompt(parsed, sliced)
         rows = rows_of(prompt, self._vision.keys([pixels for s in sliced for pixels in s.pixels]))
         prefixes = self._decoder.prefixes
         cache = prefixes.take(rows)
@@ -473,19 +486,15 @@ class VLM:
         stream: bool,
         strip_pad: bool | None,
         should_stop: Callable[[], bool] | None,
+        drops_oldest: bool = False,
     ) -> Result | Stream:
         if self._closed:
             raise UsageError(CLOSED)
-        generation = self.begin(self.prepare(messages, options.max_ttft_ms), options, should_stop)
+        room = options.max_new_tokens if drops_oldest else None
+        generation = self.begin(self.prepare(messages, options.max_ttft_ms, room), options, should_stop)
         if stream:
             return Stream(generation, self.tokenizer.decode_stream(strip_pad or False))
         for _ in generation.tokens():
             pass
         strip = True if strip_pad is None else strip_pad
         return generation.result(self.tokenizer.decode_answer(generation.token_ids, strip))
-
-
-def _pictures(images: Sequence[PictureSource]) -> Sequence[PictureSource]:
-    if isinstance(images, str | bytes) or not isinstance(images, Sequence):
-        raise UsageError(f"images: got {type(images).__name__}; expected a list, e.g. images=[picture]")
-    return images

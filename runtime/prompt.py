@@ -80,6 +80,7 @@ class Prompt:
 
 def user_messages(text: str, images: Sequence[PictureSource] = (), system_prompt: str = "") -> list[Message]:
     """A conversation of one user turn: all pictures, then the text. An empty system prompt is left out."""
+    _check_listed(images)
     messages = [Message("user", (*map(Picture, images), Text(text)))]
     if system_prompt:
         messages.insert(0, Message("system", (Text(system_prompt),)))
@@ -101,6 +102,7 @@ def parse_messages(messages: Sequence[Mapping[str, Any]], images: Sequence[Pictu
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise UsageError(f"messages: {_found(messages)}; expected a list of messages with role and content")
+    _check_listed(images)
     parsed = [_parse_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
     _check_roles(parsed)
     waiting = sum(part is None for _, parts in parsed for part in parts)
@@ -142,6 +144,11 @@ def build_prompt(
         pieces.append(special.eot)
     pieces += [special.start_header, "assistant", special.end_header, "\n\n"]
     return _prompt(pieces, tokenizer)
+
+
+def _check_listed(images: Sequence[PictureSource]) -> None:
+    if isinstance(images, str | bytes) or not isinstance(images, Sequence):
+        raise UsageError(f"images: got {type(images).__name__}; expected a list, e.g. images=[picture]")
 
 
 def _joined(content: Sequence[Text | Picture]) -> list[str | Picture]:

@@ -32,7 +32,8 @@ from lensc.backends.load_options import LoadOptions
 
 from . import child
 from . import selftest as golden
-from .decoder import Decoder, context_of
+from .context import Context
+from .decoder import Decoder
 from .embedding import open_table
 from .plan import Timing
 from .vision import VisionEncoder
@@ -119,7 +120,7 @@ def _vision(manifest: Manifest, session: Session) -> Timing:
 def _decoder(folder: Path, manifest: Manifest, session: Session) -> Timing:
     spec = manifest.model.decoder
     table = open_table(folder, manifest.tables)
-    tokens = min(PREFILL_TOKENS, context_of(session.spec, spec) - STEPS - 1)
+    tokens = min(PREFILL_TOKENS, Context.of(session.spec, spec).tokens - STEPS - 1)
     embeds = table.gather(np.random.default_rng(0).integers(0, spec.vocab_size, tokens))
     decoder = Decoder(session, spec, table, tokens + STEPS)
 

@@ -10,7 +10,8 @@ import numpy as np
 from lensc.backends.base import Array, CachedSession, Session
 from lensc.backends.bundle import Manifest
 
-from .decoder import Decoder, context_of
+from .context import Context
+from .decoder import Decoder
 from .embedding import EmbeddingTable
 from .picture import vision_feeds
 from .speculation import SIZES
@@ -64,7 +65,7 @@ class DecoderWork:
     def __init__(self, manifest: Manifest, table: EmbeddingTable, session: Session, budget_s: float) -> None:
         self._spec = manifest.model.decoder
         self._table = table
-        self._context = context = context_of(session.spec, self._spec)
+        self._context = context = Context.of(session.spec, self._spec).tokens
         request = min(PROMPT_SLICES * manifest.model.picture.query_num + PROMPT_TEXT, context - NEW_TOKENS - 1)
         self._request = max(1, request)
         drawn = np.random.default_rng(1).integers(0, self._spec.vocab_size, self._request)

@@ -130,11 +130,9 @@ def test_the_decoder_runs_there_too_within_the_context_it_was_compiled_for(
             answers.append(vlm.generate("What?", [picture], max_new_tokens=5))
             context = vlm.context
             if decoder.startswith("qnn"):
-                assert context == 128
+                assert context.tokens == 128
                 with pytest.raises(PromptError, match="this decoder's context is 128"):
                     vlm.generate("What? " * 200)
-                cut = vlm.generate("What?", [picture], max_new_tokens=1000, should_stop=lambda: True)
-                assert any("in a context of 128" in note for note in cut.metrics.notes)
     assert answers[0].token_ids == answers[1].token_ids
 
 

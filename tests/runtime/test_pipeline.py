@@ -272,21 +272,6 @@ def test_max_new_tokens(tiny: Any) -> None:
     assert (len(result.token_ids), result.finish_reason) == (5, "length")
 
 
-def test_max_new_tokens_is_cut_to_the_context_with_a_note(tiny: Any) -> None:
-    vlm, _, _ = tiny.make()
-    result = vlm.generate("a " * 100, max_new_tokens=500)
-    assert len(result.token_ids) + result.metrics.prompt_tokens == tiny.CONTEXT
-    assert result.finish_reason == "length"
-    assert any("max_new_tokens cut from 500 to" in note for note in result.metrics.notes)
-
-
-def test_a_prompt_longer_than_the_context_is_refused_with_numbers(tiny: Any) -> None:
-    vlm, vision, decoder = tiny.make()
-    with pytest.raises(PromptError, match=r"the prompt has \d+ tokens .*context is 160.*shorten"):
-        vlm.generate("many words " * 100, [tiny.picture()])
-    assert not vision.runs and not decoder.tokens
-
-
 def test_should_stop_ends_between_steps(tiny: Any) -> None:
     vlm, _, _ = tiny.make()
     full = vlm.generate(QUESTION).token_ids
