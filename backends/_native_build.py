@@ -30,9 +30,10 @@ from ._program import (
 )
 from .base import Array
 
-SUM_MULTIPLES = ("amx", "avx512")
-"""Instruction sets that look up 64 weights at once. On others multiples become scales again when a program is built: products
-of whole bytes take more instructions there than products of 4 bits with a scale for every group."""
+SUM_MULTIPLES = ("amx", "avx512", "avx2")
+"""Instruction sets that look up 64 weights at once, or multiply sums of pairs by a multiple for nothing. On others multiples become
+scales again when a program is built: products of whole bytes take more instructions there than products of 4 bits with a scale
+for every group."""
 
 
 @dataclass(frozen=True)

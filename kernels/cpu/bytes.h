@@ -9,6 +9,9 @@
 // Speed on ARM is unmeasured: the code was run under emulation only.
 #if (defined(__AVX2__) && !defined(__AVX512F__)) || defined(__ARM_FEATURE_DOTPROD)
 #define LENSC_BYTES
+#if defined(__AVX2__) && !defined(__AVXVNNI__)
+#define LENSC_PAIRS  // products are summed in pairs, as int16, before they are int32
+#endif
 
 namespace lensc::LENSC_ISA {
 
@@ -54,7 +57,11 @@ struct Products {
 #else
     // vpmaddubsw sums two products in an int16 and saturates: 2 * 15 * 127 fits in 8 times
     static constexpr int most = 8;
-    static Sum add(Sum sum, vbytes weights, vbytes x) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(weights, x)); }
+    static Sum add(Sum sum, vbytes weights, vbytes x) {
+        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(weights, x));
+        asm("" : "+x"(sum));  // in this order: in another, terms of many sums wait for each other outside the registers
+        return sum;
+    }
     static vint whole(Sum sum) { return reinterpret_cast<vint>(_mm256_madd_epi16(sum, _mm256_set1_epi16(1))); }
 #endif
     static Sum zero() { return _mm256_setzero_si256(); }
@@ -68,7 +75,9 @@ struct Products<8> {
     // The sign of the weight goes to x, which has room for it: 2 * 128 * 127 just fits in an int16.
     static Sum add(Sum sum, vbytes weights, vbytes x) {
         const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights));
-        return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        asm("" : "+x"(sum));
+        return sum;
     }
     // x within +-127 and weights that may be -128.
     static Sum add_channels(Sum sum, vbytes x, vbytes weights) { return add(sum, weights, x); }

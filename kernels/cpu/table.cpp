@@ -26,6 +26,11 @@ const Table kernels = {
 #else
     8,
 #endif
+#if defined(LENSC_PAIRS)
+    true,
+#else
+    false,
+#endif
     rows,
     rows_scratch,
     float_linear,

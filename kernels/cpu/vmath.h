@@ -52,6 +52,10 @@ inline vfloat max(vfloat a, vfloat b) {
 inline float reduce_add(vfloat x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps(x);
+#elif defined(__AVX2__)
+    const __m128 fours = _mm256_castps256_ps128(x) + _mm256_extractf128_ps(x, 1);
+    const __m128 twos = fours + _mm_movehl_ps(fours, fours);
+    return twos[0] + twos[1];
 #endif
     float sum = 0;
     for (int i = 0; i < kLanes; ++i) sum += x[i];
@@ -66,6 +70,29 @@ inline float reduce_max(vfloat x) {
     for (int i = 1; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
     return most;
 }
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+
+// 8 x 8, turned.
+inline void turn_8x8(__m256 (&x)[8]) {
+    __m256 y[8];
+    for (int i = 0; i < 8; i += 2) {
+        y[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+        y[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            x[i + 2 * j] = _mm256_shuffle_ps(y[i + j], y[i + j + 2], 0x44);
+            x[i + 2 * j + 1] = _mm256_shuffle_ps(y[i + j], y[i + j + 2], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        y[i] = _mm256_permute2f128_ps(x[i], x[i + 4], 0x20);
+        y[i + 4] = _mm256_permute2f128_ps(x[i], x[i + 4], 0x31);
+    }
+    for (int i = 0; i < 8; i++) x[i] = y[i];
+}
+
+#endif
 
 inline vfloat as_float(vint x) { return reinterpret_cast<vfloat>(x); }
 inline vint as_int(vfloat x) { return reinterpret_cast<vint>(x); }

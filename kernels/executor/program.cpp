@@ -106,7 +106,8 @@ void Program::float_linear(int x, const float* floats, const GroupWeight& weight
 void Program::int4_linear(int x, const GroupWeight& weight, const float* bias, int residual, int y) {
     Slot format;
     format.channels = false, format.inputs = weight.inputs, format.padded = weight.padded_inputs();
-    format.planes = weight.planes(), format.unit = weight.unit();
+    format.planes = weight.planes(), format.unit = weight.unit(), format.group = format.unit;
+    if (weight.multiples && kernels_.corrects_multiples) format.group = weight.group;
     format.factor = weight.zero_points ? 1 : static_cast<float>(weight.zero_point);
     format.has_multiples = weight.multiples != nullptr;
     Int4LinearStep step;
@@ -120,7 +121,7 @@ void Program::int4_linear(int x, const GroupWeight& weight, const float* bias, i
 void Program::int8_linear(int x, const ChannelWeight& weight, const float* bias, int residual, int y) {
     Slot format;
     format.channels = true, format.inputs = weight.inputs, format.padded = weight.padded_inputs();
-    format.planes = format.unit = 0, format.factor = 0, format.has_multiples = false;
+    format.planes = format.unit = format.group = 0, format.factor = 0, format.has_multiples = false;
     Int8LinearStep step;
     step.program = this, step.slot = slot_of(x, format), step.residual = residual, step.y = y;
     step.fixed = {weight, {}, bias, nullptr, nullptr};
@@ -135,7 +136,7 @@ int Program::slot_of(int x, Slot format) {
     for (size_t i = 0; i < slots_.size(); i++) {
         const Slot& s = slots_[i];
         if (s.x == x && s.channels == format.channels && s.planes == format.planes && s.unit == format.unit &&
-            s.factor == format.factor && s.has_multiples == format.has_multiples)
+            s.group == format.group && s.factor == format.factor && s.has_multiples == format.has_multiples)
             return static_cast<int>(i);
     }
     const int id = static_cast<int>(slots_.size());
@@ -251,25 +252,27 @@ void Program::finish() {
 Program::SlotLayout Program::layout_of(const Slot& slot, int64_t rows) const {
     const int64_t multiple = slot.channels ? channel_rows_multiple : in_panels(slot, rows) ? panel_rows : 1;
     const int64_t held = (rows + multiple - 1) / multiple * multiple;
-    const int64_t units = slot.channels ? 1 : (slot.inputs + slot.unit - 1) / slot.unit;
+    const auto bytes_of = [&](int64_t inputs) {
+        return aligned(static_cast<size_t>(held * ((slot.inputs + inputs - 1) / inputs)) * sizeof(float));
+    };
     const size_t scales = aligned(static_cast<size_t>(held * slot.padded));
-    const size_t corrections = scales + aligned(static_cast<size_t>(held * units) * sizeof(float));
-    return {scales, corrections, slot.channels ? corrections : corrections + (corrections - scales)};
+    const size_t corrections = scales + bytes_of(slot.channels ? slot.inputs : slot.unit);
+    return {scales, corrections, slot.channels ? corrections : corrections + bytes_of(corrected_inputs(slot, rows))};
 }
 
 QuantizedRows Program::group_rows(int id, const Frame& frame) const {
     const int64_t rows = frame.counts[static_cast<size_t>(slot(id).row_class)];
     const SlotLayout layout = layout_of(slot(id), rows);
     uint8_t* at = frame.slots[static_cast<size_t>(id)];
-    const bool summed = slot(id).has_multiples;
-    uint8_t* behind = at + layout.corrections;  // of one size
+    const bool summed = !has_corrections(slot(id), rows);
+    uint8_t* behind = at + layout.corrections;
     return {reinterpret_cast<int8_t*>(at),
             reinterpret_cast<float*>(at + layout.scales),
             summed ? nullptr : reinterpret_cast<float*>(behind),
             summed ? reinterpret_cast<int32_t*>(behind) : nullptr,
             rows,
             in_panels(slot(id), rows),
-            block_panels_of(slot(id).padded, summed)};
+            block_panels_of(slot(id).padded, slot(id).has_multiples)};
 }
 
 ChannelRows Program::channel_rows(int id, const Frame& frame) const {

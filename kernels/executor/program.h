@@ -37,8 +37,9 @@ struct Slot {
     bool channels;           // for int8_linear: a scale per row
     int64_t inputs, padded;  // of a row
     int64_t planes, unit;    // for int4_linear
+    int64_t group;           // inputs that share a correction
     float factor;
-    bool has_multiples;      // of the weights: rows have sums, else corrections
+    bool has_multiples;      // of the weights
 };
 
 class Program {
@@ -85,6 +86,14 @@ class Program {
     const Slot& slot(int id) const { return slots_[static_cast<size_t>(id)]; }
     QuantizedRows group_rows(int slot, const Frame& frame) const;
     ChannelRows channel_rows(int slot, const Frame& frame) const;
+    // Whether rows have corrections, else sums.
+    bool has_corrections(const Slot& slot, int64_t rows) const {
+        return !slot.has_multiples || (kernels_.corrects_multiples && !in_panels(slot, rows));
+    }
+    // Inputs that share a correction, or a sum.
+    int64_t corrected_inputs(const Slot& slot, int64_t rows) const {
+        return has_corrections(slot, rows) ? slot.group : slot.unit;
+    }
 
   private:
     // Where the parts of a slot lie behind its values.

@@ -49,7 +49,8 @@ struct RowsStep : Step {
             arguments.channels = program->channel_rows(slot, frame);
             a.channels = &arguments.channels, a.channel_width = format.padded;
         } else {
-            arguments.groups = {format.inputs, format.planes, format.unit, format.padded, format.factor,
+            arguments.groups = {format.inputs, format.planes, format.unit, format.padded,
+                                program->corrected_inputs(format, a.rows), format.factor,
                                 program->group_rows(slot, frame)};
             a.groups = &arguments.groups;
         }

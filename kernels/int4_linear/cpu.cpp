@@ -251,13 +251,7 @@ inline void multiply_block(const Int4LinearArgs& a, int64_t output, int64_t bloc
         }
     }
     fold_pending();
-    for (int64_t o = 0; o < outputs; o += 16) {
-        const Ending ending(a, output + o);
-        for (int64_t p = 0; p < panels; p++) {
-            const int64_t lanes = p / 2 * 2 + 1 < panels ? 32 : 16;  // a pair of panels, or the last one alone
-            put_panel(a, ending, sums + p / 2 * 32 * 32 + o * lanes + p % 2 * 16, lanes, output + o, first + p);
-        }
-    }
+    put_block<2>(a, output, first, panels, sums);
 }
 
 // A block of rows stays in the cache while all weights pass.

@@ -61,8 +61,9 @@ struct QuantizedRows {
     int8_t* values;      // [rows, chunks, planes, 64], or of each block [chunks, panels, planes, 16, 16 rows, 4]
     float* scales;       // [rows, units], or of each block [units, panels, 16]
     float* corrections;  // as scales: what a unit has too much per unit of zero point, scale * sum of values * `factor`;
-                         // null for weights with multiples, which have
-    int32_t* sums;       // as scales: the sum of the values
+                         // null for weights with multiples, which have sums; or, of few rows where the kernels of an
+                         // instruction set ask for it, corrections for each group of a row
+    int32_t* sums;       // as scales: the sum of the values; null where there are corrections
     int64_t rows;
     bool in_panels;
     int64_t block_panels;  // at most, of a block
@@ -90,6 +91,7 @@ struct Int4LinearArgs {
 
 struct QuantizeArgs {
     int64_t inputs, planes, unit, padded_inputs;
+    int64_t group;  // inputs that share a correction
     float factor;  // of corrections: the weights' zero point if they have one for all, else 1
     QuantizedRows out;
 };

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "multiples.h"
+#include "pairs.h"
 #include "panels.h"
 #include "streams.h"
 
@@ -32,15 +33,6 @@ class ByteSums {
 };
 
 #endif
-
-// A finished sum to y: times the step, and with bias and residual.
-inline void put_sum(const Int4LinearArgs& a, int64_t output, int64_t row, float sum) {
-    const int64_t at = row * a.weight.outputs + output;
-    float y = sum * a.weight.scales[output];
-    if (a.bias) y += a.bias[output];
-    if (a.residual) y += a.residual[at];
-    a.y[at] = y;
-}
 
 // --- few rows: weights stream past -----------------------------------------------------------------------------------
 
@@ -106,7 +98,7 @@ inline void stream_apart(const Int4LinearArgs& a, const GroupsOfChunks& groups, 
         for (int r = 0; r < Rows; r++) put_sum(a, output + o * apart, row + r, _mm512_reduce_add_ps(sums[o][r]));
 }
 
-#else
+#elif !defined(LENSC_PAIRS)
 
 // One output of `rows` rows.
 template <int Bits, bool Lanes>
@@ -135,12 +127,15 @@ inline void stream_output(const Int4LinearArgs& a, const GroupsOfChunks& groups,
 
 template <int Bits, bool Lanes>
 void stream_multiples(const Int4LinearArgs& a, Range outputs) {
+#if defined(LENSC_PAIRS)
+    stream_by_rows(a.x.rows, [&](auto rows, int64_t row) { stream_pairs<Bits, Lanes, decltype(rows)::value>(a, outputs, row); });
+#elif defined(__AVX512VNNI__)
     const GroupsOfChunks groups(a.weight);
-#if defined(__AVX512VNNI__)
     stream_past(a.x.rows, outputs, [&](auto at_once, auto rows, int64_t output, int64_t apart, int64_t row) {
         stream_apart<Bits, Lanes, decltype(at_once)::value, decltype(rows)::value>(a, groups, output, apart, row);
     });
 #else
+    const GroupsOfChunks groups(a.weight);
     for (int64_t row = 0; row < a.x.rows; row += most_streamed_rows)
         for (int64_t o = outputs.begin; o < outputs.end; o++)
             stream_output<Bits, Lanes>(a, groups, o, row, std::min(most_streamed_rows, a.x.rows - row));
@@ -149,8 +144,15 @@ void stream_multiples(const Int4LinearArgs& a, Range outputs) {
 
 // --- many rows: panels ------------------------------------------------------------------------------------------------
 
-// A line more: rows of whole pages would share the few lines of a cache that have one place.
-constexpr int64_t unpacked_bytes = span_inputs + chunk_bytes;
+#if defined(LENSC_PAIRS)
+
+template <int Bits, bool Lanes>
+void multiply_multiples(const Int4LinearArgs& a, Range outputs, int64_t block) {
+    for (int64_t output = outputs.begin; output < outputs.end; output += block_outputs)
+        multiply_pairs<Bits, Lanes>(a, output, block);
+}
+
+#else
 
 // Products of a unit and a pair of panels (or the last alone) on their way to sums: sums += (products - too much) * scale.
 struct PendingUnit {
@@ -310,6 +312,8 @@ void multiply_multiples(const Int4LinearArgs& a, Range outputs, int64_t block) {
     end_pending();
     while (finished.is_left()) finished.put_next();
 }
+
+#endif
 
 template <int Bits, bool Lanes>
 void multiply_blocks(const Int4LinearArgs& a, Range outputs) {

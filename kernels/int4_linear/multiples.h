@@ -10,6 +10,18 @@
 
 namespace lensc::LENSC_ISA {
 
+// A finished sum to y: times the step, and with bias and residual.
+inline void put_sum(const Int4LinearArgs& a, int64_t output, int64_t row, float sum) {
+    const int64_t at = row * a.weight.outputs + output;
+    float y = sum * a.weight.scales[output];
+    if (a.bias) y += a.bias[output];
+    if (a.residual) y += a.residual[at];
+    a.y[at] = y;
+}
+
+// Of an output that is unpacked: a line more, as rows of whole pages would share the few lines of a cache that have one place.
+constexpr int64_t unpacked_bytes = span_inputs + chunk_bytes;
+
 // Whole bytes of weights are unsigned, 128 more, where the products want them so.
 #if defined(LENSC_BYTES)
 constexpr int byte_offset = bytes_are_signed ? 0 : 128;

@@ -86,9 +86,9 @@ inline void stream_outputs(const Int4LinearArgs& a, int64_t output, int64_t apar
 // c[32][Panels * 16], see multiply() in panels.h; values are of `Bits` bits at most.
 template <int Bits, int Panels>
 inline void multiply_bytes(const TileRange& t, const uint8_t* values, const int8_t* x, int32_t* c) {
-    constexpr int vectors = 64 / vector_bytes * Panels, together = vectors <= 4 ? 2 : 1;
     typedef Products<Bits> P;
-    constexpr bool at_once = P::most >= 1 << 16;  // else sums are taken over before they overflow
+    constexpr bool at_once = P::most >= 1 << 16;  // else sums are taken over before they overflow, to as many more
+    constexpr int vectors = 64 / vector_bytes * Panels, together = vectors <= 4 && at_once ? 2 : 1;
     const int64_t most = std::min(P::most, 16) * 4;
     for (int64_t o = 0; o < 32; o += together) {
         vint whole[together][vectors] = {};

@@ -135,6 +135,14 @@ inline void turn(const float* sums, int64_t sums_stride, float* turned) {
         _mm512_storeu_ps(turned + i * 16, _mm512_shuffle_f32x4(b[i], b[i + 8], 0x88));
         _mm512_storeu_ps(turned + (i + 8) * 16, _mm512_shuffle_f32x4(b[i], b[i + 8], 0xdd));
     }
+#elif defined(__AVX2__)
+    for (int64_t o = 0; o < 16; o += 8)
+        for (int64_t r = 0; r < 16; r += 8) {
+            __m256 part[8];
+            for (int64_t i = 0; i < 8; i++) part[i] = load(sums + (o + i) * sums_stride + r);
+            turn_8x8(part);
+            for (int64_t i = 0; i < 8; i++) store(turned + (r + i) * 16 + o, part[i]);
+        }
 #else
     for (int64_t r = 0; r < 16; r++)
         for (int64_t o = 0; o < 16; o++) turned[r * 16 + o] = sums[o * sums_stride + r];
@@ -176,6 +184,20 @@ inline void put_panel(const Int4LinearArgs& a, const Ending& ending, const float
     for (int64_t r = 0; r < rows; r++) {
         const int64_t at = (panel * panel_rows + r) * a.weight.outputs + output;
         ending.put(turned + r * 16, a.residual ? a.residual + at : nullptr, a.y + at);
+    }
+}
+
+// Sums of 32 outputs and a block of `panels` panels from `first` on to y: [32][16 * AtOnce], again and again; the last has as many
+// lanes as there are panels.
+template <int64_t AtOnce>
+void put_block(const Int4LinearArgs& a, int64_t output, int64_t first, int64_t panels, const float* sums) {
+    for (int64_t o = 0; o < 32 && output + o < a.weight.outputs; o += 16) {
+        const Ending ending(a, output + o);
+        for (int64_t p = 0; p < panels; p++) {
+            const int64_t begin = p / AtOnce * AtOnce, lanes = std::min(AtOnce, panels - begin) * panel_rows;
+            const float* of_panel = sums + (begin * 32 + p % AtOnce) * panel_rows + o * lanes;
+            put_panel(a, ending, of_panel, lanes, output + o, first + p);
+        }
     }
 }
 

@@ -30,22 +30,27 @@ inline void stream_rows(Range outputs, int64_t row, Compute compute) {
     for (o += (streams - 1) * apart; o < outputs.end; o++) compute(Constant<1>(), Constant<Rows>(), o, 0, row);
 }
 
+// compute(rows, first row), the first as a `Constant`, for any number of rows.
+template <class Compute>
+inline void stream_by_rows(int64_t rows, Compute compute) {
+    int64_t row = 0;
+    for (; row + most_streamed_rows <= rows; row += most_streamed_rows) compute(Constant<most_streamed_rows>(), row);
+    switch (rows - row) {
+        case 1: return compute(Constant<1>(), row);
+        case 2: return compute(Constant<2>(), row);
+        case 3: return compute(Constant<3>(), row);
+        case 4: return compute(Constant<4>(), row);
+        case 5: return compute(Constant<5>(), row);
+        case 6: return compute(Constant<6>(), row);
+        case 7: return compute(Constant<7>(), row);
+        default: return;
+    }
+}
+
 // As stream_rows, for any number of rows.
 template <class Compute>
 inline void stream_past(int64_t rows, Range outputs, Compute compute) {
-    int64_t row = 0;
-    for (; row + most_streamed_rows <= rows; row += most_streamed_rows)
-        stream_rows<most_streamed_rows>(outputs, row, compute);
-    switch (rows - row) {
-        case 1: return stream_rows<1>(outputs, row, compute);
-        case 2: return stream_rows<2>(outputs, row, compute);
-        case 3: return stream_rows<3>(outputs, row, compute);
-        case 4: return stream_rows<4>(outputs, row, compute);
-        case 5: return stream_rows<5>(outputs, row, compute);
-        case 6: return stream_rows<6>(outputs, row, compute);
-        case 7: return stream_rows<7>(outputs, row, compute);
-        default: return;
-    }
+    stream_by_rows(rows, [&](auto at_once, int64_t row) { stream_rows<decltype(at_once)::value>(outputs, row, compute); });
 }
 
 }  // namespace lensc::LENSC_ISA

@@ -72,6 +72,21 @@ inline void put_streamed(const Int4LinearArgs& a, int64_t output, int64_t row, f
 inline __mmask64 held_of(int64_t left) { return left >= chunk_bytes ? ~__mmask64(0) : (__mmask64(1) << left) - 1; }
 #endif
 
+#if defined(LENSC_BYTES)
+
+template <int Bits>
+inline void unpack_bytes(const uint8_t* bytes, uint8_t flip, uint8_t* values, int64_t stride) {
+    for (int part = 0; part < chunk_bytes; part += vector_bytes) {
+        const vbytes packed = load_bytes(bytes + part);
+        for (int p = 0; p < 8 / Bits; p++) {
+            const vbytes plane = plane_of_bytes<Bits>(packed, p, flip);
+            std::memcpy(values + p * stride + part, &plane, sizeof plane);
+        }
+    }
+}
+
+#endif
+
 // The `count` bytes of a chunk as values of a byte each: planes of 64, `stride` apart; what is missing is 0.
 inline void unpack(const GroupWeight& w, const uint8_t* bytes, int64_t count, uint8_t* values, int64_t stride) {
 #if defined(__AVX512BW__)
@@ -88,17 +103,25 @@ inline void unpack(const GroupWeight& w, const uint8_t* bytes, int64_t count, ui
             _mm512_storeu_si512(values + p * stride, _mm512_and_si512(_mm512_srli_epi16(packed, 2 * p), mask));
     }
 #else
-    uint8_t whole[chunk_bytes] = {};
-    std::memcpy(whole, bytes, static_cast<size_t>(count));
+    uint8_t whole[chunk_bytes];
+    if (count < chunk_bytes) {
+        std::memset(whole, 0, sizeof whole);
+        std::memcpy(whole, bytes, static_cast<size_t>(count));
+        bytes = whole;
+    }
 #if defined(LENSC_BYTES)
-    const uint8_t flip = w.bits == 8 && w.is_signed != bytes_are_signed ? 0x80 : 0;
+    switch (w.bits) {
+        case 8: return unpack_bytes<8>(bytes, w.is_signed != bytes_are_signed ? 0x80 : 0, values, stride);
+        case 4: return unpack_bytes<4>(bytes, 0, values, stride);
+        default: return unpack_bytes<2>(bytes, 0, values, stride);
+    }
 #else
     const uint8_t flip = w.is_signed ? 0x80 : 0;
-#endif
     const auto mask = static_cast<uint8_t>((1 << w.bits) - 1);
     for (int64_t p = 0; p < w.planes(); p++)
         for (int64_t i = 0; i < chunk_bytes; i++)
-            values[p * stride + i] = ((whole[i] >> (p * w.bits)) & mask) ^ flip;
+            values[p * stride + i] = ((bytes[i] >> (p * w.bits)) & mask) ^ flip;
+#endif
 #endif
 }
 
