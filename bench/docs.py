@@ -211,15 +211,17 @@ def _beside(root: Path, topic: str, command: str) -> str:
 
 
 def _beside_short(root: Path, topic: str, command: str) -> str:
-    """The medians of a command's rows that have a rival, in one table."""
-    lines = ["| | lensc | beside it | | times better |", "|---|---|---|---|---|"]
+    """The medians of a command's rows that have a rival, in a table for each processor."""
+    tables: dict[str, list[str]] = {}
     for found in _records(root, topic, command):
+        head = [f"| {found['machine']['cpu']} | lensc | beside it | | times better |", "|---|---|---|---|---|"]
+        lines = tables.setdefault(found["machine"]["cpu"], head)
         for row in found["rows"]:
             if "rival" in row:
                 unit, ratio = row["unit"], f"{row['ratio']:.2f}" if "ratio" in row else ""
                 values = (f"{row['lensc']:.3g} {unit}", row["rival"], f"{row['rival_value']:.3g} {unit}")
                 lines.append(f"| {row['what']} | {' | '.join(values)} | {ratio} |")
-    return "\n".join(lines)
+    return "\n\n".join("\n".join(lines) for lines in tables.values())
 
 
 def _spread(row: dict[str, Any], name: str) -> str:

@@ -1,7 +1,7 @@
 """Results as data: `bench/results/<topic>.json`, from which the tables of README and docs are made.
 
-A file holds a list of records, one per command; writing replaces the record of the same command. A row whose parity
-failed has no speed.
+A file holds a list of records, one per command; writing replaces the record of the same command. Of topics in `BESIDE`
+there is one per command and processor, so that machines stand beside each other. A row whose parity failed has no speed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ RESULTS = Path("bench/results")
 """Relative to the root of the source tree, from which benchmarks are run."""
 
 TOPICS = ("full_size", "native_cpu", "qnn", "gpu", "runtime", "demo_accuracy", "ladder")
+BESIDE = frozenset({"native_cpu"})
+"""Topics in which each processor keeps records of its own: what is measured there is code for that processor."""
 HIGHER_IS_BETTER = frozenset({"tokens/s", "slices/s", "GB/s", "GOP/s", "TOPS", "%", "dB"})
 LOWER_IS_BETTER = frozenset({"s", "ms", "steps", "MB", "GB", "errors", "% errors", "millinats"})
 
@@ -116,9 +118,16 @@ def entry(
 
 
 def put(path: Path, record: Mapping[str, Any]) -> None:
-    """Put a record into a file, in the place of that of the same command. Raises InputError, StorageError."""
-    records = [r for r in read(path) if r["command"] != record["command"]] if path.exists() else []
+    """Put a record into a file, in the place of that of the same command (and processor, see `BESIDE`). Raises InputError,
+    StorageError.
+    """
+    records = [r for r in read(path) if _key(r) != _key(record)] if path.exists() else []
     write_text(path, json.dumps([*records, record], indent=1, ensure_ascii=False) + "\n")
+
+
+def _key(record: Mapping[str, Any]) -> tuple[str, str | None]:
+    """What there is one record of."""
+    return record["command"], record["machine"]["cpu"] if record.get("topic") in BESIDE else None
 
 
 def read(path: Path) -> list[dict[str, Any]]:

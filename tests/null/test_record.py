@@ -52,6 +52,18 @@ def test_record_replaces_that_of_the_same_command(tmp_path: Path) -> None:
     assert "python" in records[1]["versions"]
 
 
+def test_processors_stand_beside_each_other_where_kernels_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = record.machine()
+    for cpu in ("one", "other", "one"):
+        monkeypatch.setattr(record, "machine", lambda cpu=cpu: here | {"cpu": cpu})
+        path = record.write("native_cpu", "a", [], tmp_path)
+        record.write("runtime", "a", [], tmp_path)
+    assert [r["machine"]["cpu"] for r in record.read(path)] == ["other", "one"]
+    assert [r["machine"]["cpu"] for r in record.read(tmp_path / "runtime.json")] == ["one"]
+
+
 def test_wrong_place_or_topic_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="bench topic 'speed' is not one of"):
         record.write("speed", "a", [], tmp_path)
