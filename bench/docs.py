@@ -22,7 +22,7 @@ from lensc.export.quantize.scheme import ALLOWED_LOSS, USUAL_LOSS
 
 from . import record
 
-FILES = ("README.md", "docs/cli.md", "docs/full_size.md", "docs/native_cpu.md", "docs/planning.md")
+FILES = ("README.md", "docs/cli.md", "docs/full_size.md", "docs/ladder.md", "docs/native_cpu.md", "docs/planning.md")
 REACH = {
     "bandwidth_gb_s": "GB/s",
     "int8_product_gop_s": "GOP/s in int8 in registers",
