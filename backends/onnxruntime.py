@@ -147,9 +147,11 @@ class OnnxRuntime:
         of_session.add_session_config_entry("session.intra_op.allow_spinning", str(int(chosen["spinning"] == "on")))
         if chosen["blocks"] == "halving":
             of_session.add_session_config_entry("session.dynamic_block_base", "4")
-        if probe.machine().saturates_bytes and _multiplies_bytes(Scheme.parse(artifact.scheme)):
+        if probe.machine().saturates_bytes and _multiplies_bytes(artifact):
             # one of these is the engine's own pass that makes weights unsigned, whose products have room; 10 dB on the demo
             of_session.add_session_config_entry("session.x64quantprecision", "1")
+            # another one would give weights that stay DequantizeLinear a zero point of the wrong shape
+            of_session.add_session_config_entry("session.qdqisint8allowed", "1")
             of_session.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         # all threads pack: one alone takes twice as long on two cores
         of_session.add_session_config_entry("session.prepack.enable_parallel", "1")
@@ -169,9 +171,9 @@ class OnnxRuntime:
         return on_cores(decoder, cpus)
 
 
-def _multiplies_bytes(scheme: Scheme) -> bool:
-    """Whether there are products of unsigned inputs and whole bytes of weights: those with a scale per output."""
-    return scheme.activation_bits == 8 and scheme.group_size is None and not scheme.weights_are_float
+def _multiplies_bytes(artifact: Artifact) -> bool:
+    """Whether it has products of unsigned inputs and whole bytes of weights: those with a scale per output."""
+    return artifact.options.get("products") == "int8" and Scheme.parse(artifact.scheme).group_size is None
 
 
 def _no_kernel(scheme: Scheme) -> str | None:
