@@ -298,7 +298,8 @@ def test_chat_commands(bundle: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) 
     shown = cli("chat", bundle, *SHORT)
     lines = shown.err.splitlines()
     assert lines[0] == "no answer yet" and answers.HELP in shown.err
-    assert lines[-1] == "decoder      onnxruntime:cpu: best usable: runs here, onnxruntime " + version("onnxruntime")
+    runs = f"decoder      onnxruntime:cpu: best usable: runs here, onnxruntime {version('onnxruntime')}"
+    assert lines[-1].startswith(runs)
     assert len(shown.out.splitlines()) == 1
 
 
