@@ -25,6 +25,7 @@ from lensc.backends.errors import (
 from lensc.backends.load_options import LoadOptions
 from lensc.backends.openvino import backend
 from lensc.export.graph import Graph
+from lensc.profiles import probe
 
 TARGET = Target("openvino", "cpu")
 
@@ -149,7 +150,9 @@ def test_cache_in_fewer_bits(int4_decoder: Decoder, bundle: Path, scheme: str, r
     step(session, cache, embeds[:, :20])
     got = np.concatenate([step(session, cache, embeds[:, i : i + 1]) for i in range(20, 30)], axis=1)
     np.testing.assert_allclose(got, expected[:, 20:], atol=atol)
-    assert np.abs(got - expected[:, 20:]).max() > 1e-5, "nothing was rounded"
+    # on a CPU without VNNI it computes products of 8 bits, and what is beside them, in float32
+    in_float = scheme == "w4a8-g32" and probe.machine().saturates_bytes
+    assert np.abs(got - expected[:, 20:]).max() > 1e-5 or in_float, "nothing was rounded"
     assert cache.used_bytes == 30 * 2 * int4_decoder.layers * int4_decoder.kv_heads * row_bytes
     assert cache.used_bytes <= cache.nbytes <= 4 * cache.used_bytes
 
