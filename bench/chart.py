@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lensc.backends.errors import InputError, LensError, UnavailableError
+from lensc.backends.files import replacing
 
 from . import record
 
@@ -39,9 +40,8 @@ def _figure(size: tuple[float, float]) -> Figure:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="svg", metadata={"Date": None, "Creator": None})
-    partial.replace(path)
+    with replacing(path) as file:
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
 
 
 def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
