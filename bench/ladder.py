@@ -156,8 +156,7 @@ def expected_image_s(place: full_size.Place, picture: str) -> float | None:
     manifest = load_manifest(place.folder / INTEGERS[0])
     plan = bench_run.cut(picture, manifest)
     assert plan is not None
-    side = manifest.model.picture.patch_size
-    patches = tuple((width // side) * (height // side) for width, height in plan.sizes)
+    patches = plan.patches(manifest.model.picture.patch_size)
     model, (stored,), _, _ = planning.model_of(planning.OFFICIAL, [INTEGERS[1]])
     (npu,) = (p for p in profile.get(PHONE).processors if p.kind == "npu")
     found = predict(model, stored, npu, Request(patches, PROMPT_TOKENS, 2048)).image_ms

@@ -73,8 +73,7 @@ def cases_of(
     found = []
     for name in images:
         plan = cut(name, manifest)
-        side = spec.picture.patch_size
-        patches = () if plan is None else tuple((w // side) * (h // side) for w, h in plan.sizes)
+        patches = () if plan is None else plan.patches(spec.picture.patch_size)
         for text in prompts:
             for new in answers:
                 prompt = prompt_of(plan, tokenizer, spec, Work(text, new))

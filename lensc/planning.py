@@ -196,8 +196,7 @@ def _request(options: argparse.Namespace, picture: PictureSpec, model: Model) ->
         raise UsageError(f"--image {options.image}: expected WIDTHxHEIGHT in pixels, e.g. 1344x1344")
     if options.prompt_tokens < 0:
         raise UsageError(f"--prompt-tokens {options.prompt_tokens}: expected at least 0")
-    sizes = plan_slices(int(match[1]), int(match[2]), picture, "--image").sizes
-    patches = tuple((width // picture.patch_size) * (height // picture.patch_size) for width, height in sizes)
+    patches = plan_slices(int(match[1]), int(match[2]), picture, "--image").patches(picture.patch_size)
     request = Request(patches, options.prompt_tokens, options.context)
     if request.tokens(model) >= options.context:
         raise UsageError(

@@ -75,6 +75,10 @@ class SlicePlan:
             return (self.overview,)
         return (self.overview,) + (self.cell,) * (self.grid[0] * self.grid[1])
 
+    def patches(self, patch_size: int) -> tuple[int, ...]:
+        """How many patches each slice has, of patches of `patch_size` pixels a side."""
+        return tuple((width // patch_size) * (height // patch_size) for width, height in self.sizes)
+
 
 @dataclass(frozen=True, eq=False)
 class PictureSlices:
