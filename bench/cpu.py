@@ -27,7 +27,6 @@ from statistics import median
 from lensc.backends import _program_file
 from lensc.backends._program import Constant, GatherRows, Place, Program, WeightRecord
 from lensc.backends.bundle import DecoderSpec, load_manifest
-from lensc.backends.errors import LensError, StorageError
 from lensc.contender import Contender, end_with_us
 from lensc.export.quantize.scheme import Scheme
 from lensc.profiles import probe
@@ -309,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bundle = options.bundle.resolve() if options.bundle else folder / "native"
     bench = Bench(full_size.Place(folder, options.threads, options.repeat), bundle, options.longest)
     end_with_us()
-    try:
+    with turns.told_errors():
         prepare(bench, sections)
         for section in sections:
             reach = limits.measure(options.threads)
@@ -321,12 +320,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.results:
                 command = f"{COMMAND} {section}" + (f" --bundle {bundle.name}" if options.bundle else "")
                 record.write("native_cpu", command, rows, options.results, reach)
-    except OSError as error:
-        print(f"error: {StorageError(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
-        return 1
-    except LensError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
     return 0
 
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lensc.backends.bundle import load_manifest
-from lensc.backends.errors import ExecutionError, LensError, StorageError
+from lensc.backends.errors import ExecutionError
 from lensc.contender import Contender, end_with_us
 from lensc.profiles import probe
 
@@ -279,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sections = options.sections or list(SECTIONS)
     place = Place(options.folder.resolve(), options.threads, options.repeat)
     end_with_us()
-    try:
+    with turns.told_errors():
         prepare(place, sections)
         for section in sections:
             reach = limits.measure(options.threads)
@@ -290,12 +290,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.results:
                 command = f"python -m lensc.bench.full_size {section}"
                 record.write("full_size", command, rows, options.results, reach)
-    except OSError as error:
-        print(f"error: {StorageError(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
-        return 1
-    except LensError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
     return 0
 
 

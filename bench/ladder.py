@@ -25,7 +25,6 @@ from typing import Any
 
 from lensc import bench_run, measured, planning
 from lensc.backends.bundle import load_manifest
-from lensc.backends.errors import LensError, StorageError
 from lensc.contender import Contender, end_with_us
 from lensc.profiles import profile
 from lensc.runtime.roofline import Request, predict
@@ -198,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--image {options.image}: expected WIDTHxHEIGHT, e.g. 1344x1344")
     place = full_size.Place(options.folder.resolve(), options.threads, options.repeat)
     end_with_us()
-    try:
+    with turns.told_errors():
         prepare(place, options.budget)
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in (PLAIN, *(step.name for step in STEPS))}
         for number in range(place.repeat):
@@ -211,12 +210,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         turns.show("ladder", rows, {})
         if options.results:
             record.write("ladder", f"{COMMAND} --image {options.image}", rows, options.results)
-    except OSError as error:
-        print(f"error: {StorageError(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
-        return 1
-    except LensError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
     return 0
 
 

@@ -1,13 +1,15 @@
-"""Contenders that take turns, and the rows that this makes."""
+"""Contenders that take turns, the rows that this makes, and how such a benchmark ends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
 from lensc.backends.bundle import load_manifest
-from lensc.backends.errors import UnsupportedError
+from lensc.backends.errors import LensError, StorageError, UnsupportedError
 from lensc.contender import Contender
 
 from . import record
@@ -82,6 +84,19 @@ def files_of(bundle: Path, graph: str, target: str) -> list[Path]:
     if artifact is None:
         raise UnsupportedError(f"{bundle}: no {graph} for {target}; build it with --target {target}")
     return [bundle / file.path for file in artifact.files]
+
+
+@contextmanager
+def told_errors() -> Iterator[None]:
+    """End the process with one line for what goes wrong inside, and with its exit code."""
+    try:
+        yield
+    except OSError as error:
+        print(f"error: {StorageError(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
+        sys.exit(1)
+    except LensError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 def show(section: str, rows: Sequence[record.Row], reach: Mapping[str, float]) -> None:
