@@ -14,6 +14,7 @@ from ..models.config import ModelConfig
 from ..models.functions import MASK
 from ..models.minicpmv import MiniCPMV
 from .batches import IGNORED, PATCH_CLASSES, Batch
+from .muon import Muon
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,13 @@ class Learner(nn.Module):
         return aux, F.cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=IGNORED)
 
 
-def optimizers(learner: Learner, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for embeddings, norms, biases, queries and heads."""
+def optimizers(learner: Learner, recipe: Recipe, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+    """Muon, with products in `dtype`, for the matrices inside the layers; AdamW for embeddings, norms and heads."""
     inner: list[nn.Parameter] = []
     outer: list[nn.Parameter] = []
     for name, parameter in learner.named_parameters():
         is_inner = parameter.ndim == 2 and not any(k in name for k in ("embed", "lm_head", "query", "head."))
         (inner if is_inner else outer).append(parameter)
-    muon = torch.optim.Muon(inner, lr=recipe.muon_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(inner, recipe.muon_lr, recipe.weight_decay, dtype)
     adamw = torch.optim.AdamW(outer, lr=recipe.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
     return [muon, adamw]

@@ -6,10 +6,10 @@ One process draws, one learns. Three stages, by share of the budget:
 2. the whole model on short lines and scenes, lines growing longer as the loss falls; the head stays as an auxiliary loss;
 3. pages, receipts and forms join in, small ones first.
 
-Hidden matrices are trained with Muon, everything else with AdamW, in bfloat16 autocast; the learning rate falls to
-zero over the last third; the weights that are saved are an exponential moving average. Interrupted, `--resume` goes
-on from the last state in FOLDER. The pictures follow from the seed; how many are seen follows from the machine's speed
-when the budget is in minutes, so two runs give equally good models, not equal ones.
+Hidden matrices are trained with Muon, everything else with AdamW, in bfloat16 where that is fast; the learning rate
+falls to zero over the last third; the weights that are saved are an exponential moving average. Interrupted,
+`--resume` goes on from the last state in FOLDER. The pictures follow from the seed; how many are seen follows from the
+machine's speed when the budget is in minutes, so two runs give equally good models, not equal ones.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from .batches import Batch, Encoder, Stage, draw_samples, make_batch
 from .files import QUERIES, config_json, picture_spec, write_checkpoint
 from .fonts import font
 from .learner import Learner, Recipe, optimizers
+from .muon import compute_dtype
 from .tokenizer import write_tokenizer
 
 STATE = "train.state"
@@ -128,7 +129,8 @@ def train(
         learner.model.load_state_dict(Checkpoint(init).load_model().state_dict())
         start, recipe = Position(stage=PAGES), replace(recipe, vision_share=0.0)
     learner.to(machine.device)
-    opts = optimizers(learner, recipe)
+    dtype = compute_dtype(machine.device)
+    opts = optimizers(learner, recipe, dtype)
     average = {name: tensor.clone() for name, tensor in learner.state_dict().items()}
     at = _restore(out / STATE, learner, average, opts) if resume else start
     try:
@@ -154,6 +156,7 @@ def train(
         step=at.step,
         parameters=parameters,
         init=init_name,
+        dtype=str(dtype).removeprefix("torch."),
         **asdict(machine),
         **asdict(budget),
         **asdict(recipe),
@@ -165,7 +168,7 @@ def train(
         while (used := budget.used(at.spent_s, at.step)) < 1:
             batch = drawing.next()
             vision_only = used < recipe.vision_share
-            aux, answer = _step(learner, opts, batch, recipe, used, at.step, vision_only)
+            aux, answer = _step(learner, opts, batch, recipe, used, at.step, vision_only, dtype)
             recent.setdefault("aux", deque(maxlen=50)).append(aux)
             line_loss, page_loss = at.line_loss, at.page_loss
             if not vision_only:
@@ -204,13 +207,14 @@ def _step(
     used: float,
     step: int,
     vision_only: bool,
+    dtype: torch.dtype,
 ) -> tuple[float, float]:
     """One update; returns the auxiliary and the answer loss before it."""
     factor = min(1.0, (step + 1) / 100, max(0.0, (1 - used) / recipe.cooldown_share))
     for opt, rate in zip(opts, (recipe.muon_lr, recipe.adam_lr), strict=True):
         for group in opt.param_groups:
             group["lr"] = rate * factor
-    with torch.autocast(learner.waves.device.type, torch.bfloat16):
+    with torch.autocast(learner.waves.device.type, dtype, enabled=dtype != torch.float32):
         aux, answer = learner.losses(batch, vision_only)
     (answer + recipe.aux_weight * aux).backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
