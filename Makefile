@@ -5,6 +5,7 @@
 # make sanitize       run the kernels' tests on kernels compiled with AddressSanitizer and UBSan (Linux, gcc; minutes)
 # make check-tensorrt check the calls of TensorRT against NVIDIA's bindings (g++; no GPU; a minute)
 # make check-aarch64  run the kernels of aarch64 under emulation (g++-aarch64-linux-gnu, qemu-user-static; a minute)
+# make check-avx512   run the kernels' tests with AVX-512 and AMX as functions, on any x86 (SIMDe is fetched; 8 minutes)
 # make check-x86      run the kernels under emulation of processors without AVX-512, and without AVX (qemu-user-static; minutes)
 # make clean  remove what was built, the virtual environment included
 #
@@ -28,7 +29,10 @@ SOURCES := $(shell find backends export runtime lensc profiles kernels -name '*.
 # The root folders must not be importable by their bare names (`kernels` is somebody else's package).
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test bench lint sanitize check-tensorrt check-aarch64 check-x86 clean
+SIMDE ?= build/simde
+SIMDE_COMMIT := c285589af53dac2ef79a18e9cf9910b388863f60
+
+.PHONY: demo test bench lint sanitize check-tensorrt check-aarch64 check-avx512 check-x86 clean
 # A bundle is swapped in whole, so an interrupted build leaves the former one: make must not delete it.
 .PRECIOUS: $(BUNDLE)/manifest.json $(BENCH_BUNDLE)/manifest.json
 
@@ -50,8 +54,10 @@ lint: $(INSTALLED)
 	$(BIN)/mypy || failed=1; \
 	exit $$failed
 
+# nanobind: pip removes what it needed to build lensc.
 # Python itself is not instrumented, so the sanitizer's library comes first; what Python leaks at its end is not ours.
 sanitize: $(INSTALLED)
+	@$(PIP) install -qq -c constraints.txt nanobind
 	cmake -S kernels -B build/sanitize -DLENSC_SANITIZE=address,undefined -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	cmake --build build/sanitize --parallel
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
@@ -67,6 +73,17 @@ check-aarch64:
 	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static
 	cmake --build build/check-aarch64 --parallel
 	qemu-aarch64-static build/check-aarch64/lensc_check neon generic
+
+check-avx512: $(INSTALLED) $(SIMDE)/simde
+	@$(PIP) install -qq -c constraints.txt nanobind
+	cmake -S kernels -B build/check-avx512 -DLENSC_EMULATE=$(abspath $(SIMDE)) -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	cmake --build build/check-avx512 --parallel
+	$(BIN)/python tests/kernels/with_module.py build/check-avx512/_cpu.*.so -q -p no:cacheprovider tests/kernels
+
+$(SIMDE)/simde:
+	git init -q $(SIMDE)
+	git -C $(SIMDE) fetch -q --depth 1 https://github.com/simd-everywhere/simde $(SIMDE_COMMIT)
+	git -C $(SIMDE) checkout -q FETCH_HEAD
 
 check-x86:
 	cmake -S kernels -B build/check-x86 -DLENSC_CHECK=ON

@@ -3,10 +3,10 @@
 The peak is the largest resident size: pages in memory, those of mapped files included, those of the system's file cache
 not. Reading a file costs nothing of it, mapping one does.
 
-Freed memory does not always go back to the system. glibc maps every block of 32 MiB or more on its own and unmaps it when
-it is freed; smaller ones may come from a heap, which shrinks at its end only. The weights of a full-size layer are above
-that limit, so what stays behind after one are its smaller activations, about 0.1 GB for 1500 tokens; `trim` gives them
-back in a few milliseconds.
+Freed memory does not always go back to the system. glibc maps every block of 32 MiB or more that does not fit into a hole
+of its heap on its own, and unmaps it when it is freed; others come from the heap, which shrinks at its end only. The
+weights of a full-size layer are above that limit, so what stays behind after one are its smaller activations, about 0.1 GB
+for 1500 tokens; `trim` gives them back in a few milliseconds.
 """
 
 from __future__ import annotations

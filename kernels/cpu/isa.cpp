@@ -39,6 +39,9 @@ bool has_avx2() {
 }
 
 bool has_avx512() {
+#if defined(LENSC_EMULATED)
+    return true;
+#endif
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512vnni") &&
@@ -46,7 +49,9 @@ bool has_avx512() {
 }
 
 bool has_amx() {
-#if defined(__linux__)
+#if defined(LENSC_EMULATED)
+    return true;
+#elif defined(__linux__)
     if (!has_avx512() || !__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("amx-int8") ||
         !__builtin_cpu_supports("amx-bf16"))
         return false;

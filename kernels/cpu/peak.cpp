@@ -19,7 +19,9 @@ void repeat(int64_t rounds, Add add) {
 #pragma GCC unroll 12
         for (Vector& sum : sums) {
             sum = add(sum);
-#if defined(__x86_64__)
+#if defined(LENSC_EMULATED)
+            asm volatile("" : "+m"(sum));
+#elif defined(__x86_64__)
             asm volatile("" : "+x"(sum));
 #else
             asm volatile("" : "+w"(sum));

@@ -1,7 +1,7 @@
 // AMX tile instructions. The compiler's own wrappers (gcc 12) do not tell it that they read memory, so it may keep in
 // registers what a tile is about to load.
 #pragma once
-#if defined(__AMX_TILE__)
+#if defined(__AMX_TILE__) && !defined(LENSC_EMULATED)
 #include <cstdint>
 
 namespace lensc {

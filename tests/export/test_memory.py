@@ -29,6 +29,12 @@ MIB = 1 << 20
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 
 
+@pytest.fixture(autouse=True)
+def no_free_heap() -> None:
+    """What a block takes is seen only if it does not fit into what tests before left free in the heap."""
+    memory.trim()
+
+
 # --- amounts ------------------------------------------------------------------------------------------------------
 
 
