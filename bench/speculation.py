@@ -2,10 +2,11 @@
 
     python -m lensc.bench.speculation build/demo-bundle [--target native:cpu …] [--results FOLDER]
 
-Each target answers every case with guesses and without, in turn, after a round that does not count; a ratio is of two answers
-that followed each other, and the figure is the median of these ratios with two standard errors to either side. Pairs end when
-that interval is on one side of FLOOR, at the latest after `--pairs`. Tokens/s are those after the first, over all pictures of a
-case. A case whose answers differ in a token gets no speed.
+Each target is loaded twice and answers every case with guesses and without at the same time, BLOCK tokens in turn, so that what
+else the machine does falls on both; the two change roles with every pair, and a first pair does not count. The figure is the
+median of the pairs' ratios with two standard errors to either side. Pairs end when that interval is on one side of FLOOR, at
+the latest after `--pairs`. Tokens/s are those after the first, over all pictures of a case. A case whose answers differ in a
+token gets no speed.
 
 Pictures of the demo's generator, held out from its training, for a bundle of the demo model:
 
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +59,9 @@ AREA = 150_000
 """Square pixels of a page of twelve lines."""
 FLOOR = 0.97
 """Of the speed without guesses: what guessing must never fall below."""
-LEAST_PAIRS = 5
+LEAST_PAIRS = 6
+BLOCK = 8
+"""Tokens that are said in turn: a few ms of a small model, 2 s of a large one on two cores."""
 FIRST = "first answer"
 
 
@@ -137,36 +141,58 @@ class Said:
     metrics: Metrics
 
 
-def answers(vlm: VLM, case: Case, clock: Callable[[], float], most_guessed: int | None) -> list[Said]:
-    """About all pictures of the case, or its text, from nothing but the prompt."""
-    return [answer(vlm, case, picture, clock, most_guessed) for picture in case.pictures or (None,)]
+class Answer:
+    """One answer, from nothing but the prompt, some tokens at a time; the first is there at once."""
+
+    def __init__(
+        self, vlm: VLM, case: Case, picture: Image.Image | None, clock: Callable[[], float], most_guessed: int | None
+    ) -> None:
+        vlm.forget()
+        asked = case.options or {"do_sample": False}
+        if case.script:
+            asked = {**asked, "max_new_tokens": len(case.script)}
+        options = resolve(vlm.spec.generation, prompt_lookup_num_tokens=most_guessed, **asked)
+        request = vlm.prepare(user_messages(QUESTION, () if picture is None else (picture,)))
+        self._generation = vlm.begin(request, dataclasses.replace(options, ignore_eos=bool(case.script)))
+        self._would: list[int] = []
+        if case.script:
+
+            def choose(logits: Any, generator: object) -> int:
+                self._would.append(int(logits.argmax()))
+                return case.script[len(self._would) - 1]
+
+            # the one place where an answer chooses its tokens
+            self._generation._choose = choose  # type: ignore[method-assign]
+        self._clock = clock
+        self._tokens = self._generation.tokens()
+        self._said = [next(self._tokens)]
+        self._seconds = 0.0
+
+    def go_on(self, tokens: int) -> bool:
+        """Say so many more; False if that was the end."""
+        started = self._clock()
+        more = list(itertools.islice(self._tokens, tokens))
+        self._seconds += self._clock() - started
+        self._said += more
+        return len(more) == tokens
+
+    def said(self) -> Said:
+        """All of it; `token_ids` of a script are what the model would have said at each place of it."""
+        return Said(tuple(self._would or self._said), self._seconds, self._generation.result("").metrics)
 
 
-def answer(
-    vlm: VLM, case: Case, picture: Image.Image | None, clock: Callable[[], float], most_guessed: int | None
-) -> Said:
-    """One answer; `token_ids` of a script are what the model would have said at each place of it."""
-    vlm.forget()
-    asked = case.options or {"do_sample": False}
-    if case.script:
-        asked = {**asked, "max_new_tokens": len(case.script)}
-    options = resolve(vlm.spec.generation, prompt_lookup_num_tokens=most_guessed, **asked)
-    request = vlm.prepare(user_messages(QUESTION, () if picture is None else (picture,)))
-    generation = vlm.begin(request, dataclasses.replace(options, ignore_eos=bool(case.script)))
-    would: list[int] = []
-
-    def choose(logits: Any, generator: object) -> int:
-        would.append(int(logits.argmax()))
-        return case.script[len(would) - 1]
-
-    if case.script:
-        # the one place where an answer chooses its tokens
-        generation._choose = choose  # type: ignore[method-assign]
-    tokens = generation.tokens()
-    said = [next(tokens)]
-    started = clock()
-    said += tokens
-    return Said(tuple(would or said), clock() - started, generation.result("").metrics)
+def answers(guessing: VLM, plain: VLM, case: Case, clock: Callable[[], float]) -> tuple[list[Said], list[Said]]:
+    """With guesses and without, about all pictures of the case, or its text."""
+    both: tuple[list[Said], list[Said]] = [], []
+    for picture in case.pictures or (None,):
+        pair = [Answer(guessing, case, picture, clock, None), Answer(plain, case, picture, clock, 0)]
+        going = [*pair]
+        while going:
+            # who comes first changes, too: the second finds the caches as the first has left them
+            going = [answer for answer in reversed(going) if answer.go_on(BLOCK)]
+        for said, answer in zip(both, pair, strict=True):
+            said.append(answer.said())
+    return both
 
 
 def tokens_per_s(said: Sequence[Said]) -> float:
@@ -174,20 +200,23 @@ def tokens_per_s(said: Sequence[Said]) -> float:
     return sum(len(s.token_ids) - 1 for s in said) / sum(s.seconds for s in said)
 
 
-def measure(answer: Callable[[int | None], list[Said]], name: str, pairs: int, warmup: int) -> tuple[record.Row, str]:
-    """The row of a case, and in words how many guesses there were in the last run. `answer(most_guessed)` answers it."""
+def measure(
+    answer: Callable[[int], tuple[list[Said], list[Said]]], name: str, pairs: int, warmup: int
+) -> tuple[record.Row, str]:
+    """The row of a case, and in words how many guesses there were in the last run.
+
+    `answer(number of the pair)` answers it with guesses and without.
+    """
     guessed: list[float] = []
     plain: list[float] = []
     same, said = True, ""
     for run in range(warmup + pairs):
-        # in turn, and who comes first in turn, too
-        ways = [None, 0] if run % 2 else [0, None]
-        found = {way: answer(way) for way in ways}
-        same &= all(a.token_ids == b.token_ids for a, b in zip(found[None], found[0], strict=True))
+        with_guesses, without = answer(run)
+        same &= all(a.token_ids == b.token_ids for a, b in zip(with_guesses, without, strict=True))
         if run >= warmup:
-            guessed.append(tokens_per_s(found[None]))
-            plain.append(tokens_per_s(found[0]))
-        metrics = [s.metrics for s in found[None]]
+            guessed.append(tokens_per_s(with_guesses))
+            plain.append(tokens_per_s(without))
+        metrics = [s.metrics for s in with_guesses]
         drafted, accepted = sum(m.drafted_tokens for m in metrics), sum(m.accepted_tokens for m in metrics)
         said = f"{sum(m.new_tokens for m in metrics)} tokens, {drafted} guessed, {accepted} right"
         if len(guessed) >= LEAST_PAIRS:
@@ -263,14 +292,18 @@ def of_target(
     def load() -> VLM:
         return lensc.load(options.bundle, target, threads=options.threads)
 
-    def first(most: int | None) -> list[Said]:
-        with load() as fresh:
-            return answers(fresh, asked[FIRST], clock, most)
+    def first(case: Case, _: int) -> tuple[list[Said], list[Said]]:
+        with load() as fresh, load() as beside:
+            return answers(fresh, beside, case, clock)
 
     names = options.case or [*asked]
-    with load() as vlm:
+    with load() as one, load() as other:
+
+        def in_turn(case: Case, run: int) -> tuple[list[Said], list[Said]]:
+            return answers(*((one, other) if run % 2 else (other, one)), case, clock)
+
         for name in names:
-            answer = first if name == FIRST else partial(answers, vlm, asked[name], clock)
+            answer = partial(first if name == FIRST else in_turn, asked[name])
             row, said = measure(answer, f"{target}, {name}", options.pairs, 1)
             yield row, asked[name].gains, said
 
