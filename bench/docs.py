@@ -22,7 +22,15 @@ from lensc.export.quantize.scheme import ALLOWED_LOSS, USUAL_LOSS
 
 from . import record
 
-FILES = ("README.md", "docs/cli.md", "docs/full_size.md", "docs/ladder.md", "docs/native_cpu.md", "docs/planning.md")
+FILES = (
+    "README.md",
+    "docs/cli.md",
+    "docs/full_size.md",
+    "docs/ladder.md",
+    "docs/native_cpu.md",
+    "docs/planning.md",
+    "docs/speculation.md",
+)
 REACH = {
     "bandwidth_gb_s": "GB/s",
     "int8_product_gop_s": "GOP/s in int8 in registers",
@@ -130,6 +138,24 @@ def startup(root: Path) -> str:
         limit = f"{1000 * row['limit']:.0f} ms" if "limit" in row else ""
         lines.append(f"| {row['what']} | {1000 * row['lensc']:.0f} ms | {low:.0f}–{high:.0f} ms | {limit} |")
     return "\n".join(lines) + f"\n\n{_reproduce(found)}"
+
+
+def speculation(root: Path) -> str:
+    """What guessing gains and costs, by bundle, engine and case."""
+    tables = []
+    for found in _records(root, "runtime", "python -m lensc.bench.speculation"):
+        lines = ["| | with guesses | without | ratio | two standard errors |", "|---|---|---|---|---|"]
+        for row in found["rows"]:
+            if row.get("parity") != "pass":
+                lines.append(f"| {row['what']} | no speed: guesses changed a token | | | |")
+                continue
+            low, high = row["ratio_interval"]
+            lines.append(
+                f"| {row['what']} | {row['lensc']:.4g} {row['unit']} | {row['rival_value']:.4g} | {row['ratio']:.3f} × "
+                f"| {low:.3f}–{high:.3f} |"
+            )
+        tables.append("\n".join(lines) + f"\n\n{_reproduce(found)}")
+    return "\n\n".join(tables)
 
 
 def full_size(root: Path) -> str:
@@ -255,6 +281,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "native_cpu": native_cpu,
     "native_cpu_short": native_cpu_short,
     "schemes": schemes,
+    "speculation": speculation,
     "startup": startup,
     "command_line": command_line,
 }

@@ -177,7 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"the profile took {seconds:.1f} s")
         if options.results:
             limits = {"profile_s": round(seconds, 1), "profile": _reached(found)}
-            command = f"python -m lensc.bench.predict --folder {options.folder}"
+            folder = options.folder.name if options.folder.is_absolute() else options.folder
+            command = f"python -m lensc.bench.predict --folder {folder}"
             made = record.entry("runtime", command, rows, limits)
             record.put(options.results / "runtime.json", made)
     except LensError as error:

@@ -59,6 +59,7 @@ AREA = 150_000
 """Square pixels of a page of twelve lines."""
 FLOOR = 0.97
 """Of the speed without guesses: what guessing must never fall below."""
+TOKENS = 300
 LEAST_PAIRS = 6
 BLOCK = 8
 """Tokens that are said in turn: a few ms of a small model, 2 s of a large one on two cores."""
@@ -247,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", action="append", default=[], help="default: every target of the bundle")
     parser.add_argument("--case", action="append", default=[], help="of the names above; default: all")
     parser.add_argument("--pairs", type=int, default=25, help="most pairs of every case (default 25)")
-    parser.add_argument("--tokens", type=int, default=300, help="of every text (default 300)")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"of every text (default {TOKENS})")
     parser.add_argument("--threads", type=int, help="default: the physical cores")
     text = "count the time of the processor, with one thread: where others load the machine"
     parser.add_argument("--processor-time", action="store_true", help=text)
@@ -273,7 +274,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 broken += bool(wrong)
                 print(f"{row.what:44} {_shown(row)}   {said}   {wrong}".rstrip(), flush=True)
         if options.results:
-            command = f"python -m lensc.bench.speculation {options.bundle}"
+            bundle = options.bundle.name if options.bundle.is_absolute() else options.bundle
+            command = f"python -m lensc.bench.speculation {bundle}"
+            command += f" --tokens {options.tokens}" if options.tokens != TOKENS else ""
             command += f" --threads {options.threads}" if options.threads else ""
             command += " --processor-time" if options.processor_time else ""
             print(f"written to {record.write('runtime', command, rows, options.results)}", file=sys.stderr)
@@ -292,18 +295,18 @@ def of_target(
     def load() -> VLM:
         return lensc.load(options.bundle, target, threads=options.threads)
 
-    def first(case: Case, _: int) -> tuple[list[Said], list[Said]]:
-        with load() as fresh, load() as beside:
-            return answers(fresh, beside, case, clock)
+    def in_turn(one: VLM, other: VLM, case: Case, run: int) -> tuple[list[Said], list[Said]]:
+        # of two that are loaded, the second may be faster by some percent, and stay so
+        return answers(*((one, other) if run % 2 else (other, one)), case, clock)
+
+    def first(case: Case, run: int) -> tuple[list[Said], list[Said]]:
+        with load() as one, load() as other:
+            return in_turn(one, other, case, run)
 
     names = options.case or [*asked]
     with load() as one, load() as other:
-
-        def in_turn(case: Case, run: int) -> tuple[list[Said], list[Said]]:
-            return answers(*((one, other) if run % 2 else (other, one)), case, clock)
-
         for name in names:
-            answer = partial(first if name == FIRST else in_turn, asked[name])
+            answer = partial(first, asked[name]) if name == FIRST else partial(in_turn, one, other, asked[name])
             row, said = measure(answer, f"{target}, {name}", options.pairs, 1)
             yield row, asked[name].gains, said
 

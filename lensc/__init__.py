@@ -48,6 +48,7 @@ def load(
     placement: str = "measured",
     overlap: bool | None = None,
     tuned: bool = True,
+    max_slice_nums: int | None = None,
 ) -> VLM:
     """Open the bundle in folder `path`.
 
@@ -62,6 +63,8 @@ def load(
     candidate where the choice was open and there is one, with the same tokens; `"error"` raises ExecutionError. Everything
     that is replaced, refused or measured is one of `vlm.events`.
     `vision_padding` (official, masked or per_slice) overrides the bundle's: how slices of different sizes share a call.
+    A picture is cut into at most `max_slice_nums` cells, beside the overview (1: nothing but that; default and most: the
+    model's, officially 9): fewer are faster, and small print is lost.
     `picture_cache_bytes` of image embeddings are kept in the user's cache folder, for every process and engine that runs the
     same vision graph; 0 keeps none on disk.
     Where all graphs together take more than `max_memory_bytes`, by the sizes of their artifacts, one at a time is loaded, and
@@ -88,6 +91,7 @@ def load(
         placement,
         overlap,
         tuned,
+        max_slice_nums,
     )
 
 

@@ -263,6 +263,7 @@ def _load(options: argparse.Namespace) -> VLM:
             on_failure=options.on_failure,
             placement=options.placement,
             tuned=options.tuned,
+            max_slice_nums=options.max_slice_nums,
         )
     if not options.quiet:
         _print_notes([event.text for event in vlm.events])

@@ -165,6 +165,8 @@ def _generation(verb: Parser) -> None:
     where.add_argument("--device", "--target", metavar="DEVICE", dest="target", help=text)
     where.add_argument("--threads", metavar="N", type=int, help="default: one per physical core")
     where.add_argument("--vision-padding", metavar="MODE", help="official, masked or per_slice; default: the bundle's")
+    text = "cells a picture is cut into at most; fewer are faster, and small print is lost (default, and most: the model's)"
+    where.add_argument("--max-slice-nums", metavar="N", type=int, help=text)
     text = "where all graphs together would take more, e.g. 6GiB, load one at a time (default: no limit)"
     where.add_argument("--max-memory", metavar="SIZE", help=text)
     text = "keep image embeddings on disk, up to e.g. 512MiB, for the next time a picture is seen (default: do not)"

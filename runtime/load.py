@@ -8,7 +8,7 @@ from typing import cast, get_args
 
 from lensc.backends import registry
 from lensc.backends.base import Probe
-from lensc.backends.bundle import Manifest, ModelSpec, VisionPadding, load_manifest
+from lensc.backends.bundle import Manifest, ModelSpec, PictureSpec, VisionPadding, load_manifest
 from lensc.backends.errors import UnsupportedError, UsageError
 
 from .embedding import open_table
@@ -36,6 +36,7 @@ def load(
     placement: str = "measured",
     overlap: bool | None = None,
     tuned: bool = True,
+    max_slice_nums: int | None = None,
 ) -> VLM:
     """Open a bundle; see `lensc.load`."""
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
@@ -57,6 +58,8 @@ def load(
     if vision_padding is not None:
         picture = dataclasses.replace(spec.picture, vision_padding=cast(VisionPadding, vision_padding))
         spec = dataclasses.replace(spec, picture=picture)
+    if max_slice_nums is not None:
+        spec = dataclasses.replace(spec, picture=_coarser(spec.picture, max_slice_nums))
     tokenizer = Tokenizer.from_file(folder / manifest.tokenizer)
     table = open_table(folder, manifest.tables)
 
@@ -104,6 +107,12 @@ def _picture_cache(manifest: Manifest, loader: Loader, spec: ModelSpec, limit_by
     graph = manifest.graphs["vision"]
     recipe = {"graph": graph.sha256, "scheme": graph.scheme, **dataclasses.asdict(spec.picture)}
     return PictureCache(recipe, (spec.picture.query_num, spec.decoder.hidden_size), limit_bytes)
+
+
+def _coarser(spec: PictureSpec, most: int) -> PictureSpec:
+    if isinstance(most, bool) or not isinstance(most, int) or not 1 <= most <= spec.max_slice_nums:
+        raise UsageError(f"max_slice_nums={most!r}: expected 1 to {spec.max_slice_nums}, which the model was made for")
+    return dataclasses.replace(spec, max_slice_nums=most)
 
 
 def _probes(manifest: Manifest) -> list[Probe]:

@@ -19,8 +19,9 @@ MOST_DRAFTED = 7
 SIZES = (2, 4, 8)
 """Tokens of a step with guesses. Few sizes, because engines prepare for each."""
 
-LOSS = 0.01
-"""The share of an answer's decoding time that failed guesses may take. Thinking about them takes some us a token besides."""
+LOSS, SHORT_LOSS, LIKELY_LOSS = 0.015, 0.005, 0.02
+"""The share of an answer's decoding time that failed guesses may take: where steps are long, where they are short, which pay for
+thoughts and cold caches besides, and until a likely guess is not fed any more."""
 GAIN = 1.05
 """How many times faster a step must be expected to be."""
 LEAST_CHANCE = 0.25
@@ -28,11 +29,11 @@ LEAST_CHANCE = 0.25
 FORGET, RECONSIDER = 0.999, 16
 """What is left, after each thought, of the time that a size is believed to take which did not pay; and after how many tokens a
 chance is thought about again at which none did: a thought takes as long as all else, which a step of 0.5 ms would notice."""
-SHORT_S, PATIENCE, AT_ONCE = 0.002, 16, 4
-"""Steps shorter than this notice thoughts: where as many tokens passed without a guess, as many are thought about together, which
+SHORT_S, PATIENCE, AT_ONCE = 0.01, 16, 4
+"""Steps shorter than this notice thoughts: where as many tokens passed since a guess was right, as many are thought about together, which
 takes half the time of one by one, since each finds the processor's caches as a step has left them."""
 LIKELY = 0.8
-"""A guess as likely as this is always worth a thought."""
+"""A guess as likely as this is always worth a thought, and more of a loss: what repeats itself should be seen at once."""
 PLACEHOLDER = -1
 """In place of a token that nobody says: a row of a picture."""
 
@@ -136,7 +137,7 @@ class Speculation:
         self._pending: list[int] = []
         """Tokens that were chosen and not thought about."""
         self._passed = 0
-        """Tokens without a guess behind them, in a row."""
+        """Tokens since a guess was right."""
         for token in prompt:
             self._append(token)
 
@@ -146,15 +147,13 @@ class Speculation:
 
     def draft(self, most: int) -> list[int]:
         """The guesses to be fed behind the token that was pushed last: at most `most`, none if it does not pay."""
-        is_short = self._pace.plain_s < SHORT_S
-        if is_short and self._passed >= PATIENCE and len(self._pending) < AT_ONCE:
+        if self._is_short() and self._passed >= PATIENCE and len(self._pending) < AT_ONCE:
             return []
         for token in self._pending:
             self._think(token)
         self._pending.clear()
-        drafted = self._guess(most)
-        self._passed = 0 if drafted else self._passed + 1
-        return drafted
+        self._passed += 1
+        return self._guess(most)
 
     def _think(self, token: int) -> None:
         """See whether it is the one that would have been guessed, and what followed it before."""
@@ -172,7 +171,8 @@ class Speculation:
         chance = self._pace.right[self._kind()]
         if chance < LEAST_CHANCE:
             return []
-        may_lose_s = LOSS * self._spent_s - self._lost_s
+        loss = LIKELY_LOSS if chance >= LIKELY else SHORT_LOSS if self._is_short() else LOSS
+        may_lose_s = loss * self._spent_s - self._lost_s
         size = self._pace.best_size(chance, min(self._most, 1 + most), may_lose_s)
         drafted: list[int] = []
         for i in range(self._match, self._match + size - 1):
@@ -195,11 +195,16 @@ class Speculation:
             late_s = max(0.0, seconds - pace.plain_s) if fed == 1 else 0.0
             self._lost_s += late_s
             pace.measured(guessed[0], guessed[1] + late_s)
+        if brought > 1:
+            self._passed = 0
         if fed > 1:
             self._lost_s += seconds - brought * pace.plain_s
             self._guessed = fed, seconds
         elif guessed is None:
             pace.measured(1, seconds)
+
+    def _is_short(self) -> bool:
+        return self._pace.plain_s < SHORT_S
 
     def _kind(self) -> tuple[int, int]:
         return self._order, 3 if self._streak >= 3 else min(self._streak, 1)

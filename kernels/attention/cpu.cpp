@@ -11,12 +11,12 @@ namespace {
 
 #if defined(__AMX_BF16__)
 using FastCore = AmxCore;
-// Beyond these rows of queries a kv head, tiles are ahead of dot products.
-constexpr int kStreamRows = 8;
 #else
 using FastCore = FloatCore;
-constexpr int kStreamRows = Stream::kMaxRows;
 #endif
+
+// A token and guesses behind it: each has the bits that it would have alone, so that guesses change none that is chosen.
+constexpr int kStreamTokens = 8;
 
 Rows rows_of(const KvCache& cache, const void* data, const float* scales, int head) {
     const int64_t row = int64_t(head) * cache.capacity;
@@ -71,8 +71,7 @@ int panel_slots(int rows, int keys) {
 }
 
 bool streams(const CausalAttentionArgs& args) {
-    const int rows = args.tokens * (args.heads / args.cache.kv_heads);
-    return rows <= (args.cache.type == CacheType::float32 ? Stream::kMaxRows : kStreamRows);
+    return args.tokens <= kStreamTokens && args.tokens * (args.heads / args.cache.kv_heads) <= Stream::kMaxRows;
 }
 
 template <class Core>

@@ -35,7 +35,7 @@ inline vfloat sums_of(vfloat* x) {
 
 class Stream {
   public:
-    static constexpr int kMaxRows = 16;
+    static constexpr int kMaxRows = 64;
     static constexpr int kKeyBlock = 64;
 
     static size_t scratch_bytes(int dim) {

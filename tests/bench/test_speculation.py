@@ -21,7 +21,7 @@ class Eager(Pace):
 
 def looked_up(text: tuple[int, ...]) -> tuple[int, int]:
     """How many tokens of `text` could be guessed, and how many of these guesses would be right."""
-    guesses = Speculation(Eager(), [], 7)
+    guesses = Speculation(Eager(plain_s=1.0), [], 7)
     guessed = right = 0
     for token, following in itertools.pairwise(text):
         guesses.push(token)

@@ -137,6 +137,22 @@ def test_causal_is_close_on_average(tokens: int, kind: Type, isa: str) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("heads", (2, 4, 8, 16), ids=lambda heads: f"{heads // 2} of a head")
+def test_a_token_and_seven_guesses_have_the_bits_of_one_by_one(heads: int, kind: Type, isa: str) -> None:
+    past = 100
+    query, keys, values = causal_case(8, past, heads, 2, 128)
+    alone = []
+    for i in range(8):
+        seen = Cache(keys[:, : past + i + 1], values[:, : past + i + 1], kind)
+        alone.append(seen.run(query[i : i + 1], past + i, 0.1, isa)[0])
+    for tokens in range(2, 9):
+        end = past + tokens
+        together = Cache(keys[:, :end], values[:, :end], kind).run(query[:tokens], past, 0.1, isa)
+        np.testing.assert_array_equal(together, alone[:tokens])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("tokens", (1, 7, 100))
 def test_causal_has_the_same_bits_for_every_count_of_threads(tokens: int, kind: Type, isa: str) -> None:
     query, keys, values = causal_case(tokens, 300, 12, 3, 64)

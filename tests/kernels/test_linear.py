@@ -427,3 +427,20 @@ def test_any_number_of_threads_gives_the_same_bits(kind: str, rows: int, isa: st
         made.append(linear.run(normal_rows(rows, 264), normal_rows(rows, 137, 1)))
     for other in made[1:]:
         assert np.array_equal(np.stack(other), np.stack(made[0]))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("inputs", (264, 2048), ids="{} inputs".format)
+@pytest.mark.parametrize("kind", ("int8", "multiples", "float32", "channel"))
+def test_a_token_and_seven_guesses_have_the_bits_of_one_by_one(kind: str, inputs: int, isa: str) -> None:
+    form = Format(137, inputs, 4, 64, "one" if kind == "multiples" else "each", multiples=kind == "multiples")
+    linear = Linear(isa, 2, inputs, 137)
+    if kind == "channel":
+        linear.channel(*channel_case(137, inputs)[:3])
+    else:
+        linear.group(form, kind != "float32")
+    x, residual = normal_rows(8, inputs), normal_rows(8, 137, 1)
+    alone = [np.stack(linear.run(x[i : i + 1], residual[i : i + 1])).copy() for i in range(8)]
+    for rows in range(2, 9):
+        together = np.stack(linear.run(x[:rows], residual))
+        assert np.array_equal(together, np.concatenate(alone[:rows], axis=1))

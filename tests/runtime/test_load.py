@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import lensc
 from lensc.backends import registry
@@ -43,6 +44,7 @@ from lensc.backends.errors import (
 )
 from lensc.backends.load_options import DEFAULTS, LoadOptions
 from lensc.export.graph import DimRange, GraphSpec, StatePair, TensorSpec
+from lensc.runtime.prompt import user_messages
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "checkpoint" / "tokenizer.json"
 D, VOCAB = 8, 1280
@@ -222,6 +224,15 @@ def test_the_target_chooses(tmp_path: Path, engines: dict[str, Engine]) -> None:
     assert (len(engines["alpha"].open), len(engines["beta"].open)) == (0, 2)
 
 
+@pytest.mark.parametrize(("most", "slices"), [(None, 5), (3, 3), (1, 1)])
+def test_pictures_are_cut_as_finely_as_was_asked(
+    tmp_path: Path, engines: dict[str, Engine], most: int | None, slices: int
+) -> None:
+    with lensc.load(build(tmp_path / "b"), max_slice_nums=most) as vlm:
+        request = vlm.prepare(user_messages("?", [Image.new("RGB", (90, 90))]))
+    assert len(request.slices) == slices
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -230,6 +241,9 @@ def test_the_target_chooses(tmp_path: Path, engines: dict[str, Engine]) -> None:
         ({"target": "beta:cpu"}, UnavailableError, "nothing runs for beta:cpu"),
         ({"threads": 0}, UsageError, "threads=0"),
         ({"vision_padding": "none"}, UsageError, "vision_padding='none': expected one of official, masked, per_slice"),
+        ({"max_slice_nums": 0}, UsageError, "max_slice_nums=0: expected 1 to 4, which the model was made for"),
+        ({"max_slice_nums": 5}, UsageError, "max_slice_nums=5: expected 1 to 4"),
+        ({"max_slice_nums": True}, UsageError, "max_slice_nums=True: expected 1 to 4"),
     ],
 )
 def test_arguments_that_cannot_be_met(
