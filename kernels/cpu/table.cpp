@@ -21,11 +21,6 @@ namespace lensc::LENSC_ISA {
 extern const Table kernels;
 const Table kernels = {
     LENSC_TEXT(LENSC_ISA),
-#if defined(__AMX_INT8__)
-    2,  // more rows of tiles cost nothing
-#else
-    8,
-#endif
 #if defined(LENSC_PAIRS)
     true,
 #else

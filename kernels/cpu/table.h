@@ -16,8 +16,7 @@ namespace lensc {
 
 struct Table {
     const char* isa;
-    int64_t most_streamed_rows;  // up to so many rows int4_linear takes rows of any scales, beyond panels
-    bool corrects_multiples;     // few rows for weights with multiples have a correction for each group, and no sums
+    bool corrects_multiples;  // few rows for weights with multiples have a correction for each group, and no sums
     void (*rows)(const RowsArgs&, Share);
     size_t (*rows_scratch)(const RowsArgs&);
     void (*float_linear)(const FloatLinearArgs&, Share);

@@ -250,7 +250,7 @@ void Program::finish() {
 // --- memory --------------------------------------------------------------------------------------------------------
 
 Program::SlotLayout Program::layout_of(const Slot& slot, int64_t rows) const {
-    const int64_t multiple = slot.channels ? channel_rows_multiple : in_panels(slot, rows) ? panel_rows : 1;
+    const int64_t multiple = slot.channels ? channel_rows_multiple : in_panels(rows) ? panel_rows : 1;
     const int64_t held = (rows + multiple - 1) / multiple * multiple;
     const auto bytes_of = [&](int64_t inputs) {
         return aligned(static_cast<size_t>(held * ((slot.inputs + inputs - 1) / inputs)) * sizeof(float));
@@ -271,7 +271,7 @@ QuantizedRows Program::group_rows(int id, const Frame& frame) const {
             summed ? nullptr : reinterpret_cast<float*>(behind),
             summed ? reinterpret_cast<int32_t*>(behind) : nullptr,
             rows,
-            in_panels(slot(id), rows),
+            in_panels(rows),
             block_panels_of(slot(id).padded, slot(id).has_multiples)};
 }
 

@@ -80,15 +80,13 @@ class Program {
 
     // --- what steps ask for
     // Whether int4_linear takes `rows` rows in panels.
-    bool in_panels(const Slot& slot, int64_t rows) const {
-        return rows > (slot.has_multiples ? most_streamed_rows : kernels_.most_streamed_rows);
-    }
+    static bool in_panels(int64_t rows) { return rows > most_streamed_rows; }
     const Slot& slot(int id) const { return slots_[static_cast<size_t>(id)]; }
     QuantizedRows group_rows(int slot, const Frame& frame) const;
     ChannelRows channel_rows(int slot, const Frame& frame) const;
     // Whether rows have corrections, else sums.
     bool has_corrections(const Slot& slot, int64_t rows) const {
-        return !slot.has_multiples || (kernels_.corrects_multiples && !in_panels(slot, rows));
+        return !slot.has_multiples || (kernels_.corrects_multiples && !in_panels(rows));
     }
     // Inputs that share a correction, or a sum.
     int64_t corrected_inputs(const Slot& slot, int64_t rows) const {

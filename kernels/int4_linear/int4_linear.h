@@ -16,7 +16,8 @@ constexpr int64_t chunk_bytes = 64;
 constexpr int64_t panel_rows = 16, most_panels = 16;
 // A block's bytes, of a second-level cache of 2 MiB that holds weights and products, too.
 constexpr int64_t block_bytes = 5 << 18;
-// Up to so many rows are computed one by one while weights stream past; more go in panels.
+// Up to so many rows are computed one by one while weights stream past; more go in panels. A token and seven guesses: each has the
+// bits that it would have alone.
 constexpr int64_t most_streamed_rows = 8;
 // Of whole multiples: (value - 8) * 15 just fits in an int8.
 constexpr int most_multiple = 15;
