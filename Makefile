@@ -54,7 +54,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy || failed=1; \
 	exit $$failed
 
-# nanobind: pip removes what it needed to build lensc.
+# nanobind is not in the environment: pip has removed what it needed to build lensc.
 # Python itself is not instrumented, so the sanitizer's library comes first; what Python leaks at its end is not ours.
 sanitize: $(INSTALLED)
 	@$(PIP) install -qq -c constraints.txt nanobind

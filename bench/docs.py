@@ -158,6 +158,21 @@ def speculation(root: Path) -> str:
     return "\n\n".join(tables)
 
 
+def prediction(root: Path) -> str:
+    """What `lensc plan` predicts beside what `lensc bench` measures."""
+    found, rows = _rows(root, "runtime", "python -m lensc.bench.predict")
+    lines = ["| | measured | spread | predicted | time off by |", "|---|---|---|---|---|"]
+    for row in rows:
+        low, high = row["spread"]
+        unit = row["unit"]
+        lines.append(
+            f"| {row['what']} | {row['lensc']:.4g} {unit} | {low:.4g}–{high:.4g} | {row['predicted']:.4g} {unit} "
+            f"| {100 * row['error']:+.0f} % |"
+        )
+    seconds = found["machine"]["profile_s"]
+    return "\n".join(lines) + f"\n\n{_reproduce(found)} The profile took {seconds:.0f} s."
+
+
 def full_size(root: Path) -> str:
     """The full-size model beside its rivals, section by section."""
     return _beside(root, "full_size", FULL_SIZE)
@@ -280,6 +295,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "ladder": ladder,
     "native_cpu": native_cpu,
     "native_cpu_short": native_cpu_short,
+    "prediction": prediction,
     "schemes": schemes,
     "speculation": speculation,
     "startup": startup,

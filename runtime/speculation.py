@@ -30,8 +30,8 @@ FORGET, RECONSIDER = 0.999, 16
 """What is left, after each thought, of the time that a size is believed to take which did not pay; and after how many tokens a
 chance is thought about again at which none did: a thought takes as long as all else, which a step of 0.5 ms would notice."""
 SHORT_S, PATIENCE, AT_ONCE = 0.01, 16, 4
-"""Steps shorter than this notice thoughts: where as many tokens passed since a guess was right, as many are thought about together, which
-takes half the time of one by one, since each finds the processor's caches as a step has left them."""
+"""Steps shorter than this notice thoughts. Once PATIENCE tokens have passed since a guess was right, tokens are thought about
+AT_ONCE: that takes half the time of one by one, since each thought finds the processor's caches as a step has left them."""
 LIKELY = 0.8
 """A guess as likely as this is always worth a thought, and more of a loss: what repeats itself should be seen at once."""
 PLACEHOLDER = -1

@@ -180,7 +180,7 @@ def test_guessed_tokens_change_none(
     assert len(expected) > 12
 
     def draft(self: Speculation, most: int) -> list[int]:
-        at = len(self._ids) - len(request_of(*prompt).prompt.ids)
+        at = len(self._ids) + len(self._pending) - len(request_of(*prompt).prompt.ids)
         ids = expected[at : at + min(guessed, most)]
         return [*ids[:-1], (ids[-1] + 1) % VOCAB] if at % 3 and ids else ids
 
