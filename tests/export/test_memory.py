@@ -29,10 +29,12 @@ MIB = 1 << 20
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 
 
-@pytest.fixture(autouse=True)
-def no_free_heap() -> None:
-    """What a block takes is seen only if it does not fit into what tests before left free in the heap."""
-    memory.trim()
+def taken(mebibytes: int) -> mmap.mmap:
+    """Memory that the system has to find, and gets back: what comes from the heap may lie in a hole that other tests left."""
+    block = mmap.mmap(-1, mebibytes * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for page in range(0, len(block), mmap.PAGESIZE):
+        block[page] = 1
+    return block
 
 
 # --- amounts ------------------------------------------------------------------------------------------------------
@@ -84,7 +86,7 @@ def test_amounts_are_shown() -> None:
 def test_peak_and_resident_size() -> None:
     assert reset_peak()
     before = peak_bytes()
-    block = bytearray(b"x") * (64 * MIB)
+    block = taken(64)
     assert peak_bytes() - before > 60 * MIB and resident_bytes() > 64 * MIB
     del block
     memory.trim()
@@ -95,12 +97,13 @@ def test_peak_and_resident_size() -> None:
 
 @LINUX
 def test_pages_of_files_are_not_anonymous(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(bytes(64 * MIB))
+    with open(tmp_path / "file", "wb") as file:
+        file.writelines(bytes(MIB) for _ in range(64))
     anonymous, resident = anonymous_bytes(), resident_bytes()
-    with open(tmp_path / "file", "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+    with open(tmp_path / "file", "rb") as written, mmap.mmap(written.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         assert sum(mapped[:: 4 << 10]) == 0
         assert resident_bytes() - resident > 60 * MIB > 20 * MIB > anonymous_bytes() - anonymous
-    block = bytearray(b"x") * (64 * MIB)
+    block = taken(64)
     assert anonymous_bytes() - anonymous > 60 * MIB and block
 
 
@@ -169,14 +172,14 @@ def test_available_here() -> None:
 def test_a_stage_that_takes_too_much() -> None:
     limit = Limit(resident_bytes() + 100 * MIB)
     with limit.stage("small"):
-        block = bytearray(b"x") * (20 * MIB)
+        block = taken(20)
         limit.check()
         del block
     with (
         pytest.raises(MemoryLimitError, match=r"^large: took \d.*iB of memory, --max-memory is \d.*iB; raise it$"),
         limit.stage("large"),
     ):
-        block = bytearray(b"x") * (150 * MIB)
+        block = taken(150)
         del block  # the peak counts, not what is left
         limit.check()
     assert limit.max_bytes is not None
@@ -188,14 +191,14 @@ def test_a_stage_that_takes_too_much() -> None:
 def test_the_end_of_a_stage_is_checked() -> None:
     limit = Limit(resident_bytes() + 50 * MIB)
     with pytest.raises(MemoryLimitError, match=r"^once: took"), limit.stage("once"):
-        bytearray(b"x") * (100 * MIB)
+        taken(100).close()
 
 
 @LINUX
 def test_a_stage_within_a_stage_counts_for_both() -> None:
     limit = Limit()
     with limit.stage("outer"):
-        outer = bytearray(b"x") * (40 * MIB)
+        outer = taken(40)
         del outer
         with limit.stage("inner"):
             pass
