@@ -177,8 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"the profile took {seconds:.1f} s")
         if options.results:
             limits = {"profile_s": round(seconds, 1), "profile": _reached(found)}
-            folder = options.folder.name if options.folder.is_absolute() else options.folder
-            command = f"python -m lensc.bench.predict --folder {folder}"
+            command = f"python -m lensc.bench.predict --folder {record.shown(options.folder)}"
             made = record.entry("runtime", command, rows, limits)
             record.put(options.results / "runtime.json", made)
     except LensError as error:

@@ -100,6 +100,11 @@ def write(
     return path
 
 
+def shown(path: Path) -> Path | str:
+    """`path` as a record's command names it: where a machine keeps its files is nobody else's concern."""
+    return path.name if path.is_absolute() else path
+
+
 def entry(
     topic: str, command: str, rows: Sequence[dict[str, Any]], limits: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:

@@ -274,8 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 broken += bool(wrong)
                 print(f"{row.what:44} {_shown(row)}   {said}   {wrong}".rstrip(), flush=True)
         if options.results:
-            bundle = options.bundle.name if options.bundle.is_absolute() else options.bundle
-            command = f"python -m lensc.bench.speculation {bundle}"
+            command = f"python -m lensc.bench.speculation {record.shown(options.bundle)}"
             command += f" --tokens {options.tokens}" if options.tokens != TOKENS else ""
             command += f" --threads {options.threads}" if options.threads else ""
             command += " --processor-time" if options.processor_time else ""
