@@ -29,6 +29,7 @@ FILES = (
     "docs/ladder.md",
     "docs/native_cpu.md",
     "docs/planning.md",
+    "docs/qnn.md",
     "docs/speculation.md",
 )
 REACH = {
@@ -65,7 +66,7 @@ def demo_accuracy(root: Path) -> str:
 def schemes(root: Path) -> str:
     """What each scheme costs on the demo model. Figures that no scheme of the record has take no column."""
     found, rows = _rows(root, "demo_accuracy", "python -m lensc.bench.schemes")
-    table = _by_scheme(rows)
+    table = _by_subject(rows)
     columns: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
         "line": ("lines exact", _percent),
         "page": ("page character errors", _percent),
@@ -100,15 +101,16 @@ def mark(scheme: str, of: dict[str, dict[str, Any]]) -> str | None:
 def marks(root: Path) -> dict[str, str]:
     """The marks that the record asks for, by scheme."""
     _, rows = _rows(root, "demo_accuracy", "python -m lensc.bench.schemes")
-    found = {scheme: mark(scheme, of) for scheme, of in _by_scheme(rows).items()}
+    found = {scheme: mark(scheme, of) for scheme, of in _by_subject(rows).items()}
     return {scheme: text for scheme, text in found.items() if text is not None}
 
 
-def _by_scheme(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+def _by_subject(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Rows `<subject>: <figure>`, by scheme or chip, and figure."""
     table: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
-        scheme, what = row["what"].split(": ")
-        table.setdefault(scheme, {})[what] = row
+        subject, what = row["what"].split(": ")
+        table.setdefault(subject, {})[what] = row
     return table
 
 
@@ -171,6 +173,32 @@ def prediction(root: Path) -> str:
         )
     seconds = found["machine"]["profile_s"]
     return "\n".join(lines) + f"\n\n{_reproduce(found)} The profile took {seconds:.0f} s."
+
+
+def qnn(root: Path) -> str:
+    """What compiling for each chip took, and what emulating it gave, in a table for each record."""
+    found = _records(root, "qnn", "python -m lensc.bench.qnn")
+    return "\n\n".join(f"{npu_table(one['rows'])}\n\n{_reproduce(one)}" for one in found)
+
+
+def npu_table(rows: list[dict[str, Any]]) -> str:
+    """A line for each chip, a column for each figure."""
+    chips = _by_subject(rows)
+    figures = [*dict.fromkeys(figure for of in chips.values() for figure in of)]
+    lines = [f"| chip | {' | '.join(figures)} |", "|---" * (len(figures) + 1) + "|"]
+    for chip, of in chips.items():
+        lines.append(f"| `{chip}` | {' | '.join(_npu(of.get(figure)) for figure in figures)} |")
+    return "\n".join(lines)
+
+
+def _npu(row: dict[str, Any] | None) -> str:
+    """A figure of a chip, with its limit where it has one."""
+    if row is None:
+        return "–"
+    if "lensc" not in row:
+        return "**wrong**"
+    unit = "" if row["unit"] == "nodes" else f" {row['unit']}"
+    return f"{row['lensc']:.4g}{unit}" + (f" of {row['limit']:g}" if "limit" in row else "")
 
 
 def full_size(root: Path) -> str:
@@ -296,6 +324,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "native_cpu": native_cpu,
     "native_cpu_short": native_cpu_short,
     "prediction": prediction,
+    "qnn": qnn,
     "schemes": schemes,
     "speculation": speculation,
     "startup": startup,

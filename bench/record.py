@@ -26,7 +26,7 @@ TOPICS = ("full_size", "native_cpu", "qnn", "gpu", "runtime", "demo_accuracy", "
 BESIDE = frozenset({"native_cpu"})
 """Topics in which each processor keeps records of its own: what is measured there is code for that processor."""
 HIGHER_IS_BETTER = frozenset({"tokens/s", "slices/s", "GB/s", "GOP/s", "TOPS", "%", "dB"})
-LOWER_IS_BETTER = frozenset({"s", "ms", "steps", "MB", "GB", "errors", "% errors", "millinats"})
+LOWER_IS_BETTER = frozenset({"s", "ms", "steps", "nodes", "MB", "GB", "errors", "% errors", "millinats"})
 
 Parity = Literal["pass", "fail", "none"]
 
