@@ -82,16 +82,16 @@ def load(
     return load_bundle(
         path,
         target,
-        threads,
-        selftest,
-        vision_padding,
-        picture_cache_bytes,
-        max_memory_bytes,
-        on_failure,
-        placement,
-        overlap,
-        tuned,
-        max_slice_nums,
+        threads=threads,
+        selftest=selftest,
+        vision_padding=vision_padding,
+        picture_cache_bytes=picture_cache_bytes,
+        max_memory_bytes=max_memory_bytes,
+        on_failure=on_failure,
+        placement=placement,
+        overlap=overlap,
+        tuned=tuned,
+        max_slice_nums=max_slice_nums,
     )
 
 

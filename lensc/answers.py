@@ -7,15 +7,18 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lensc
+from lensc.backends.bundle import load_manifest
 from lensc.backends.errors import LensError, PromptError, UsageError
 from lensc.export.memory import parse_bytes
+from lensc.runtime.options import resolve
 from lensc.runtime.pipeline import VLM, Metrics, Result, Stream
 from lensc.runtime.plan import Placement
 
@@ -41,17 +44,18 @@ def run(options: argparse.Namespace) -> int:
     if not prompt.strip():
         raise UsageError('the prompt is empty; give the question, e.g. "Read the text."')
     arguments = _arguments(options)
-    with _load(options) as vlm, console.Progress() as progress:
+    pictures = [os.path.expanduser(path) for path in options.image]
+    with _load(options, arguments) as vlm, console.Progress() as progress:
         progress.show("thinking")
         beams = (options.num_beams or 1) > 1
         interrupted = False
         if options.json or beams:
-            result = vlm.generate(prompt, options.image, system_prompt=options.system, **arguments)
+            result = vlm.generate(prompt, pictures, system_prompt=options.system, **arguments)
             progress.clear()
             if not options.json:
                 print(result.text, flush=True)
         else:
-            stream = vlm.generate(prompt, options.image, system_prompt=options.system, stream=True, **arguments)
+            stream = vlm.generate(prompt, pictures, system_prompt=options.system, stream=True, **arguments)
             with _interrupt_cancels(stream):
                 result = _print_pieces(stream, progress)
             interrupted = result.finish_reason == "cancelled"
@@ -71,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
 def chat(options: argparse.Namespace) -> int:
     """Hold a conversation over stdin and stdout. Returns 1 if stdin is no terminal and a message failed."""
     arguments = _arguments(options)
-    with _load(options) as vlm:
+    with _load(options, arguments) as vlm:
         conversation = Conversation(vlm, options, arguments)
         for picture in options.image:
             conversation.add_picture(picture)
@@ -246,9 +250,15 @@ def _arguments(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
 
-def _load(options: argparse.Namespace) -> VLM:
+def _load(options: argparse.Namespace, arguments: Mapping[str, Any]) -> VLM:
+    """The bundle, once all that was given beside it is known to be good: loading may take a minute."""
+    from lensc.runtime.picture_source import check_picture
+
     if options.threads is not None and not 1 <= options.threads <= MAX_THREADS:
         raise UsageError(f"--threads {options.threads}: expected 1 to {MAX_THREADS}")
+    resolve(load_manifest(Path(options.bundle)).model.generation, **arguments)
+    for picture in options.image:
+        check_picture(os.path.expanduser(picture))
     with console.Progress() as progress:
         progress.show(f"loading {options.bundle}")
         vlm = lensc.load(

@@ -93,7 +93,7 @@ def serve(
     opened = load(
         bundle,
         device,
-        threads,
+        threads=threads,
         selftest="error",
         on_failure="error",
         tuned=tuned,

@@ -27,6 +27,7 @@ PLACEMENTS = ("measured", "ranked")
 def load(
     path: str | Path,
     target: str | None = None,
+    *,
     threads: int | None = None,
     selftest: bool | str = True,
     vision_padding: str | None = None,

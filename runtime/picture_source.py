@@ -22,17 +22,22 @@ from __future__ import annotations
 import io
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from lensc.backends.errors import PictureError
+
+if TYPE_CHECKING:
+    from PIL.ImageFile import ImageFile
+
+T = TypeVar("T")
 
 PictureSource = str | Path | bytes | Image.Image | npt.NDArray[Any]
 
@@ -90,7 +95,12 @@ def open_picture(source: PictureSource | RGBPicture) -> RGBPicture:
         raise PictureError(
             f"picture: got {type(source).__name__}; expected a path, bytes, a PIL image or uint8[height, width, 3]"
         )
-    return _open_path(source)
+    return _at_path(source, _decode)
+
+
+def check_picture(source: str | Path) -> None:
+    """Raise what `open_picture` would of a file that is not there, is no picture, or is too large: nothing is decoded."""
+    _at_path(source, _check_header)
 
 
 def check_size(width: int, height: int, name: str = "picture") -> None:
@@ -103,7 +113,8 @@ def check_size(width: int, height: int, name: str = "picture") -> None:
         )
 
 
-def _open_path(source: str | Path) -> RGBPicture:
+def _at_path(source: str | Path, read: Callable[[Any, str], T]) -> T:
+    """What `read` makes of the open file at `source`, and its name."""
     name = str(source)
     if name.startswith(("http://", "https://")):
         raise PictureError(f"{name}: pictures are not fetched from the network; download it and pass the file")
@@ -116,7 +127,7 @@ def _open_path(source: str | Path) -> RGBPicture:
         if info.st_size == 0:
             raise PictureError(f"{name}: the file is empty; expected a picture")
         with open(source, "rb") as file:
-            return _decode(file, name)
+            return read(file, name)
     except FileNotFoundError as error:
         raise PictureError(f"{name}: no such file; expected a picture") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -126,23 +137,30 @@ def _open_path(source: str | Path) -> RGBPicture:
 
 def _decode(file: Any, name: str) -> RGBPicture:
     """Decode an open binary file. The size is checked from the header before any pixel is decoded."""
-    with _reading(name) as caught:
-        Image.preinit()
-        try:
-            opened = Image.open(file, formats=FORMATS)
-        except UnidentifiedImageError as error:
-            raise PictureError(
-                f"{name}: not a picture, or its header is damaged; expected {', '.join(FORMATS)}"
-            ) from error
-        with opened as image:
-            check_size(*image.size, name)
-            notes: list[str] = []
-            if getattr(image, "is_animated", False):
-                notes.append("several frames: only the first is used")
-            if any(";16" in str(tile[3]) for tile in image.tile) and not image.mode.startswith("I"):
-                notes.append("16-bit channels: only their high byte is used")
-            picture = _to_rgb(image, name)
+    with _reading(name) as caught, _identified(file, name) as image:
+        notes: list[str] = []
+        if getattr(image, "is_animated", False):
+            notes.append("several frames: only the first is used")
+        if any(";16" in str(tile[3]) for tile in image.tile) and not image.mode.startswith("I"):
+            notes.append("16-bit channels: only their high byte is used")
+        picture = _to_rgb(image, name)
     return RGBPicture(picture.image, name, (*notes, *picture.notes, *caught))
+
+
+def _check_header(file: Any, name: str) -> None:
+    with _reading(name):
+        _identified(file, name).close()
+
+
+def _identified(file: Any, name: str) -> ImageFile:
+    """The picture in an open file, of which the header was read and the size checked."""
+    Image.preinit()
+    try:
+        opened = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise PictureError(f"{name}: not a picture, or its header is damaged; expected {', '.join(FORMATS)}") from error
+    check_size(*opened.size, name)
+    return opened
 
 
 @contextmanager

@@ -307,6 +307,16 @@ def test_absurd_flags(flags: str, bundle: Path, cli: Cli) -> None:
     assert_refused(cli("run", bundle, "Hello", *flags.split()), 2, FLAGS[flags])
 
 
+def test_what_was_given_is_checked_before_anything_is_loaded(copy: Path, tmp_path: Path, cli: Cli) -> None:
+    """Loading may take a minute; here it would fail."""
+    tokenizer = copy / "tokenizer.json"
+    tokenizer.write_bytes(bytes(tokenizer.stat().st_size))
+    assert_refused(cli("run", copy, "Hello"), 1, "tokenizer.json")
+    assert_refused(cli("run", copy, "Hello", "--max-new-tokens", "0"), 2, "max_new_tokens=0")
+    for verb in (["run", copy, "Hello"], ["chat", copy]):
+        assert_refused(cli(*verb, "--image", tmp_path / "none.png"), 1, "none.png: no such file")
+
+
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [

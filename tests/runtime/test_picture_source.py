@@ -20,6 +20,7 @@ from lensc.backends.bundle import PictureSpec
 from lensc.backends.errors import PictureError
 from lensc.runtime import picture_source
 from lensc.runtime.picture import MAX_PIXELS, open_picture, slice_picture
+from lensc.runtime.picture_source import check_picture
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SPEC = PictureSpec(448, 14, 9, 96, "official", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 70)
@@ -152,17 +153,26 @@ def _refusal(source: Any) -> str:
     return message
 
 
+def _refused_path(source: str | Path) -> str:
+    """As `_refusal`; nothing has to be decoded to know it."""
+    message = _refusal(source)
+    with pytest.raises(PictureError) as caught:
+        check_picture(source)
+    assert str(caught.value) == message
+    return message
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     (tmp_path / "notes.txt").write_text("shopping: milk, bread")
-    assert _refusal(tmp_path / "none.png").endswith("none.png: no such file; expected a picture")
-    assert _refusal(tmp_path).endswith("is a folder; expected a picture file")
-    assert _refusal(tmp_path / "empty.png").endswith("the file is empty; expected a picture")
-    assert "notes.txt: not a picture" in _refusal(tmp_path / "notes.txt")
-    assert "is not a regular file" in _refusal("/dev/zero")
-    assert "embedded null byte" in _refusal("a\0b")
-    assert "cannot be read (File name too long)" in _refusal("x" * 5000)
-    assert "not fetched from the network" in _refusal("https://example.org/cat.png")
+    assert _refused_path(tmp_path / "none.png").endswith("none.png: no such file; expected a picture")
+    assert _refused_path(tmp_path).endswith("is a folder; expected a picture file")
+    assert _refused_path(tmp_path / "empty.png").endswith("the file is empty; expected a picture")
+    assert "notes.txt: not a picture" in _refused_path(tmp_path / "notes.txt")
+    assert "is not a regular file" in _refused_path("/dev/zero")
+    assert "embedded null byte" in _refused_path("a\0b")
+    assert "cannot be read (File name too long)" in _refused_path("x" * 5000)
+    assert "not fetched from the network" in _refused_path("https://example.org/cat.png")
 
 
 @pytest.mark.parametrize(
