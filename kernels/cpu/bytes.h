@@ -52,7 +52,6 @@ struct Products {
 #if defined(__AVXVNNI__)
     static constexpr int most = 1 << 16;
     static Sum add(Sum sum, vbytes weights, vbytes x) { return _mm256_dpbusd_avx_epi32(sum, weights, x); }
-    static Sum add_channels(Sum sum, vbytes x, vbytes weights) { return add(sum, x, weights); }
     static vint whole(Sum sum) { return reinterpret_cast<vint>(sum); }
 #else
     // vpmaddubsw sums two products in an int16 and saturates: 2 * 15 * 127 fits in 8 times
@@ -79,8 +78,6 @@ struct Products<8> {
         asm("" : "+x"(sum));
         return sum;
     }
-    // x within +-127 and weights that may be -128.
-    static Sum add_channels(Sum sum, vbytes x, vbytes weights) { return add(sum, weights, x); }
     static vint whole(Sum sum) { return reinterpret_cast<vint>(sum); }
     static Sum zero() { return _mm256_setzero_si256(); }
 };

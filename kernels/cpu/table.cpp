@@ -26,6 +26,7 @@ const Table kernels = {
 #else
     false,
 #endif
+    channel_value_bytes,
     rows,
     rows_scratch,
     float_linear,

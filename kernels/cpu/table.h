@@ -17,6 +17,7 @@ namespace lensc {
 struct Table {
     const char* isa;
     bool corrects_multiples;  // few rows for weights with multiples have a correction for each group, and no sums
+    int64_t channel_value_bytes;  // of an input of int8_linear, once it is quantized
     void (*rows)(const RowsArgs&, Share);
     size_t (*rows_scratch)(const RowsArgs&);
     void (*float_linear)(const FloatLinearArgs&, Share);

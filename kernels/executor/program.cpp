@@ -255,7 +255,8 @@ Program::SlotLayout Program::layout_of(const Slot& slot, int64_t rows) const {
     const auto bytes_of = [&](int64_t inputs) {
         return aligned(static_cast<size_t>(held * ((slot.inputs + inputs - 1) / inputs)) * sizeof(float));
     };
-    const size_t scales = aligned(static_cast<size_t>(held * slot.padded));
+    const int64_t value_bytes = slot.channels ? kernels().channel_value_bytes : 1;
+    const size_t scales = aligned(static_cast<size_t>(held * slot.padded * value_bytes));
     const size_t corrections = scales + bytes_of(slot.channels ? slot.inputs : slot.unit);
     return {scales, corrections, slot.channels ? corrections : corrections + bytes_of(corrected_inputs(slot, rows))};
 }
@@ -278,7 +279,7 @@ QuantizedRows Program::group_rows(int id, const Frame& frame) const {
 ChannelRows Program::channel_rows(int id, const Frame& frame) const {
     const int64_t rows = frame.counts[static_cast<size_t>(slot(id).row_class)];
     uint8_t* at = frame.slots[static_cast<size_t>(id)];
-    return {reinterpret_cast<int8_t*>(at), reinterpret_cast<float*>(at + layout_of(slot(id), rows).scales), rows};
+    return {at, reinterpret_cast<float*>(at + layout_of(slot(id), rows).scales), rows};
 }
 
 const Program::Plan& Program::plan_for(const std::vector<int64_t>& counts) {

@@ -18,14 +18,22 @@ constexpr int8_t channel_offset = bytes_are_signed ? 0 : -128;
 constexpr int8_t channel_offset = -128;
 #endif
 
+// Without an instruction for whole bytes, products are of int16: inputs are widened once, and not for each output.
+#if defined(LENSC_PAIRS)
+typedef int16_t ChannelValue;
+#else
+typedef int8_t ChannelValue;
+#endif
+constexpr int64_t channel_value_bytes = sizeof(ChannelValue);
+
 // One row that `row(r)` gives as float32 to int8, symmetric: scale = max |x| / 127.
 template <class Row>
 void quantize_channel_rows(const ChannelRows& out, int64_t inputs, int64_t padded, Row row, Share share) {
     const Range rows = range_of(out.padded_rows(), 32, share);
     for (int64_t r = rows.begin; r < rows.end; r++) {
-        int8_t* values = out.values + r * padded;
+        ChannelValue* values = static_cast<ChannelValue*>(out.values) + r * padded;
         if (r >= out.rows) {
-            std::memset(values, 0, static_cast<size_t>(padded));
+            std::memset(values, 0, static_cast<size_t>(padded) * sizeof *values);
             out.scales[r] = 0;
             continue;
         }
@@ -40,7 +48,7 @@ void quantize_channel_rows(const ChannelRows& out, int64_t inputs, int64_t padde
         for (int64_t i = 0; i < inputs; i++)
             values[i] = static_cast<int8_t>(static_cast<int8_t>(static_cast<int32_t>(std::nearbyint(x[i] * inverse))) ^
                                             channel_offset);
-        std::memset(values + inputs, 0, static_cast<size_t>(padded - inputs));
+        std::memset(values + inputs, 0, static_cast<size_t>(padded - inputs) * sizeof *values);
     }
 }
 
@@ -56,7 +64,7 @@ struct ChannelTiles {
     ~ChannelTiles() { TileShapes::release(); }
 };
 
-inline void multiply_channels(const int8_t* x, const int8_t* weights, int64_t padded, int32_t* c) {
+inline void multiply_channels(const ChannelValue* x, const int8_t* weights, int64_t padded, int32_t* c) {
     LENSC_TILE_ZERO(0);
     LENSC_TILE_ZERO(1);
     LENSC_TILE_ZERO(2);
@@ -83,8 +91,36 @@ struct ChannelTiles {
     ChannelTiles() {}
 };
 
-inline void multiply_channels(const int8_t* x, const int8_t* weights, int64_t padded, int32_t* c) {
-#if defined(LENSC_BYTES)
+inline void multiply_channels(const ChannelValue* x, const int8_t* weights, int64_t padded, int32_t* c) {
+#if defined(LENSC_PAIRS)
+    // 8 outputs of 4 rows at a time: each four inputs of an output are two lanes, which are added at the end
+    constexpr int64_t together = 4;
+    const auto widened = [](const int8_t* at) {
+        return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+    };
+    for (int64_t r = 0; r < 32; r += together)
+        for (int64_t o = 0; o < 32; o += 8) {
+            const int8_t* quads = weights + o / 16 * padded * 16 + o % 16 * 4;
+            __m256i sums[together][2];
+            for (auto& of_row : sums) of_row[0] = of_row[1] = _mm256_setzero_si256();
+            for (int64_t k = 0; k < padded; k += 4) {
+                const __m256i first = widened(quads + k * 16), second = widened(quads + k * 16 + 16);
+                for (int64_t i = 0; i < together; i++) {
+                    int64_t quad;
+                    std::memcpy(&quad, x + (r + i) * padded + k, sizeof quad);
+                    const __m256i value = _mm256_set1_epi64x(quad);
+                    sums[i][0] = _mm256_add_epi32(sums[i][0], _mm256_madd_epi16(value, first));
+                    sums[i][1] = _mm256_add_epi32(sums[i][1], _mm256_madd_epi16(value, second));
+                    asm("" : "+x"(sums[i][0]), "+x"(sums[i][1]));  // stay in their registers
+                }
+            }
+            for (int64_t i = 0; i < together; i++) {
+                const __m256i pairs = _mm256_hadd_epi32(sums[i][0], sums[i][1]);
+                const __m256i whole = _mm256_permute4x64_epi64(pairs, _MM_SHUFFLE(3, 1, 2, 0));
+                std::memcpy(c + (r + i) * 32 + o, &whole, sizeof whole);
+            }
+        }
+#elif defined(LENSC_BYTES)
     constexpr int64_t together = 4, vectors = 64 / vector_bytes;
     typedef Products<8> P;
     for (int64_t r = 0; r < 32; r += together)
@@ -98,7 +134,7 @@ inline void multiply_channels(const int8_t* x, const int8_t* weights, int64_t pa
                 for (int64_t v = 0; v < vectors; v++) quads[v] = load_bytes(tile + v * vector_bytes);
                 for (int64_t i = 0; i < together; i++) {
                     const vbytes value = repeat_quad(x + (r + i) * padded + k);
-                    for (int64_t v = 0; v < vectors; v++) sums[i][v] = P::add_channels(sums[i][v], value, quads[v]);
+                    for (int64_t v = 0; v < vectors; v++) sums[i][v] = P::add(sums[i][v], value, quads[v]);
                 }
             }
             for (int64_t i = 0; i < together; i++)
@@ -176,6 +212,7 @@ inline void int8_linear(const Int8LinearArgs& a, Share share) {
     constexpr int64_t block_rows = 256;  // stay in the cache while all weights pass
     const Range outputs = range_of(a.weight.outputs, 32, share);
     const int64_t padded = a.weight.padded_inputs();
+    const ChannelValue* x = static_cast<const ChannelValue*>(a.x.values);
     alignas(64) int32_t products[2][32 * 32];
     const ChannelTiles tiles;
     for (int64_t begin = 0; begin < a.x.rows; begin += block_rows)
@@ -183,7 +220,7 @@ inline void int8_linear(const Int8LinearArgs& a, Share share) {
             const int64_t end = std::min(begin + block_rows, a.x.rows);
             int64_t count = 0;
             for (int64_t row = begin; row < end; row += 32, count++) {
-                multiply_channels(a.x.values + row * padded, a.weight.values + output * padded, padded, products[count % 2]);
+                multiply_channels(x + row * padded, a.weight.values + output * padded, padded, products[count % 2]);
                 // the tiles just stored are read a turn later: at once, each load would wait for its store
                 if (count) put_channels(a, products[(count + 1) % 2], row - 32, output);
             }

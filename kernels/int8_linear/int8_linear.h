@@ -26,8 +26,8 @@ struct ChannelWeight {
 constexpr int64_t channel_rows_multiple = 32;
 
 struct ChannelRows {
-    int8_t* values;  // [rows to a multiple of 32, padded inputs]; what they look like is the instruction set's own affair
-    float* scales;   // [rows to a multiple of 32]
+    void* values;   // [rows to a multiple of 32, padded inputs], of the instruction set's own width and looks
+    float* scales;  // [rows to a multiple of 32]
     int64_t rows;
 
     LENSC_INLINE int64_t padded_rows() const {
