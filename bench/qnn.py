@@ -48,7 +48,7 @@ from .record import Parity, Row, entry, put, shown
 COMMAND = "python -m lensc.bench.qnn"
 ALL = "all"
 SCHEMES = {"vision": "w8a16-vision", "decoder": "w8a16"}
-TARGET_MEMORY = 8 << 30
+MAX_MEMORY_BYTES = 8 << 30
 READY_LIMIT_S, MEMORY_LIMIT_GB = 600.0, 8.0
 """What we promised ourselves of the whole tower: ranges and compiling, and the most memory of either."""
 EMULATED_TOKENS = 64
@@ -74,7 +74,7 @@ def prepare(options: argparse.Namespace, backend: StaticBackend, folder: Path) -
     checkpoint = Checkpoint(resolve_checkpoint(options.checkpoint))
     if options.layers is not None:
         checkpoint.config = cut(checkpoint.config, options.graph, options.layers)
-    source = Source(checkpoint, resolve(options.scheme), TARGET_MEMORY)
+    source = Source(checkpoint, resolve(options.scheme), MAX_MEMORY_BYTES)
     record, _ = timed("export", lambda: export_one(source, options.graph, folder / "graphs", lambda: None)[0])
     assert record.file is not None
     graph = Graph(record.spec, folder / "graphs" / record.file, record.scheme, record.sha256, context=options.context)
