@@ -18,6 +18,7 @@ from lensc.backends.files import replacing
 from . import record
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 AHEAD, BEHIND = "#1b7f5c", "#b5502b"
@@ -45,12 +46,33 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write the chart as SVG. Raises UnavailableError without matplotlib, InputError if no row has a rival."""
-    rows = [row for found in records for row in found["rows"] if "ratio" in row]
-    if not rows:
+    """Write the chart as SVG, a panel for each processor. Raises UnavailableError without matplotlib, InputError if no row
+    has a rival.
+    """
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for found in records:
+        rows = [row for row in found["rows"] if "ratio" in row]
+        if rows:
+            panels.setdefault(found["machine"]["cpu"], []).extend(rows)
+    if not panels:
         raise InputError("no row of the record has a rival; run the benchmark with --results first")
-    figure = _figure((8, 0.9 + 0.34 * len(rows)))
-    axes = figure.subplots()
+    counts = [len(rows) for rows in panels.values()]
+    together = [row for rows in panels.values() for row in rows]
+    figure = _figure((8, 0.9 * len(panels) + 0.34 * sum(counts)))
+    grid = figure.subplots(len(panels), squeeze=False, sharex=True, height_ratios=counts)
+    for axes, (processor, rows) in zip(grid[:, 0], panels.items(), strict=True):
+        _bars(axes, rows)
+        axes.set_yticks(range(len(rows)), [_label(row, together) for row in rows])
+        if len(panels) > 1:
+            axes.set_title(processor, fontsize=9)
+    widest = max(max(row["ratio"], row.get("ratio_spread", [0, 0])[1]) for row in together)
+    grid[-1, 0].set_xlim(0, widest + 1.1)
+    grid[-1, 0].set_xlabel("times better than the rival in the same run (bar: median, line: smallest and largest)")
+    _save(figure, path)
+
+
+def _bars(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """A bar for each row, how many times better than the rival it is."""
     for place, row in enumerate(rows):
         ratio = row["ratio"]
         low, high = row.get("ratio_spread", (ratio, ratio))
@@ -59,14 +81,9 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
         axes.plot([low, high], [place, place], color="black", linewidth=1.2, marker="|", markersize=5)
         text = f"{ratio:.2f}×  ({row['lensc']:.3g} against {row['rival_value']:.3g} {row['unit']})"
         axes.text(max(ratio, high) + 0.03, place, text, va="center")
-    axes.set_yticks(range(len(rows)), [_label(row, rows) for row in rows])
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
-    widest = max(max(row["ratio"], row.get("ratio_spread", [0, 0])[1]) for row in rows)
-    axes.set_xlim(0, widest + 1.1)
-    axes.set_xlabel("times better than the rival in the same run (bar: median, line: smallest and largest)")
     axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
 
 
 def draw_ladder(records: Sequence[dict[str, Any]], path: Path) -> None:

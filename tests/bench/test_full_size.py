@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -115,12 +116,16 @@ def test_decibels_have_no_quotient() -> None:
 def test_chart(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install 'lensc[demo]')")
     rows = [{"what": "decode", "unit": "tokens/s", "lensc": 3.0, "rival_value": 2.0, "ratio": 1.5}]
+    found = {"machine": {"cpu": "a processor"}, "rows": rows}
     for name in ("a.svg", "b.svg"):
-        chart.draw([{"rows": rows}], tmp_path / name)
+        chart.draw([found], tmp_path / name)
     text = (tmp_path / "a.svg").read_text()
     assert "1.50×  (3 against 2 tokens/s)" in text and text == (tmp_path / "b.svg").read_text()
+    assert "a processor" not in text
+    chart.draw([found, {"machine": {"cpu": "another"}, "rows": rows}], tmp_path / "two.svg")
+    assert {"a processor", "another"} <= set(re.findall(">([^<>]+)</text>", (tmp_path / "two.svg").read_text()))
     with pytest.raises(InputError, match="no row"):
-        chart.draw([{"rows": []}], tmp_path / "c.svg")
+        chart.draw([found | {"rows": []}], tmp_path / "c.svg")
 
 
 def test_the_chart_names_rivals_where_there_are_several() -> None:
