@@ -115,7 +115,7 @@ def test_decibels_have_no_quotient() -> None:
 
 def test_chart(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install 'lensc[demo]')")
-    rows = [{"what": "decode", "unit": "tokens/s", "lensc": 3.0, "rival_value": 2.0, "ratio": 1.5}]
+    rows = [{"what": "decode", "unit": "tokens/s", "lensc": 3.0, "rival": "it", "rival_value": 2.0, "ratio": 1.5}]
     found = {"machine": {"cpu": "a processor"}, "rows": rows}
     for name in ("a.svg", "b.svg"):
         chart.draw([found], tmp_path / name)
