@@ -123,8 +123,7 @@ def refused(bench: Bench, artifacts: Mapping[str, Artifact], folder: Path) -> No
     for name, artifact in artifacts.items():
         for other in chips().keys() - {name}:
             target = Target("qnn", "npu", other)
-            numbers = {key: str(value) for key, value in dataclasses.asdict(chips()[other]).items() if key != "name"}
-            lie = artifact.compatibility | {"chip": other} | numbers
+            lie = artifact.compatibility | {"chip": other} | chips()[other].provider_options
             for offered in (
                 dataclasses.replace(artifact, target=target),
                 dataclasses.replace(artifact, target=target, compatibility=lie),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,9 +33,17 @@ class Loader:
 
 
 def artifact(chip: str) -> Artifact:
-    numbers = {name: str(value) for name, value in dataclasses.asdict(chips()[chip]).items()}
     target = Target("qnn", "npu", chip)
-    return Artifact("vision", target, "w8a16", (FileRecord("a", 0, ""),), {}, {}, {"chip": chip} | numbers, {})
+    return Artifact(
+        "vision",
+        target,
+        "w8a16",
+        (FileRecord("a", 0, ""),),
+        {},
+        {},
+        {"chip": chip} | chips()[chip].provider_options,
+        {},
+    )
 
 
 def bench(loader: Loader) -> qnn.Bench:
