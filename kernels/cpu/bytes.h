@@ -117,7 +117,6 @@ struct Products {
     typedef int32x4_t Sum;
     static constexpr int most = 1 << 16;
     static Sum add(Sum sum, vbytes weights, vbytes x) { return vdotq_s32(sum, weights, x); }
-    static Sum add_channels(Sum sum, vbytes x, vbytes weights) { return add(sum, weights, x); }
     static vint whole(Sum sum) { return reinterpret_cast<vint>(sum); }
     static Sum zero() { return vdupq_n_s32(0); }
 };

@@ -26,12 +26,12 @@ const Table kernels = {
 #else
     false,
 #endif
-    channel_value_bytes,
     rows,
     rows_scratch,
     float_linear,
     int4_linear,
     int8_linear,
+    int8_linear_scratch,
     rope_table,
     rope_append,
     causal_attention,

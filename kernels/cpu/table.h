@@ -17,12 +17,12 @@ namespace lensc {
 struct Table {
     const char* isa;
     bool corrects_multiples;  // few rows for weights with multiples have a correction for each group, and no sums
-    int64_t channel_value_bytes;  // of an input of int8_linear, once it is quantized
     void (*rows)(const RowsArgs&, Share);
     size_t (*rows_scratch)(const RowsArgs&);
     void (*float_linear)(const FloatLinearArgs&, Share);
     void (*int4_linear)(const Int4LinearArgs&, Share);
     void (*int8_linear)(const Int8LinearArgs&, Share);
+    size_t (*int8_linear_scratch)(const Int8LinearArgs&);
     void (*rope_table)(const RopeTableArgs&, Share);
     void (*rope_append)(const RopeAppendArgs&, Share);
     void (*causal_attention)(const CausalAttentionArgs&, Share);

@@ -124,7 +124,7 @@ void Program::int8_linear(int x, const ChannelWeight& weight, const float* bias,
     format.planes = format.unit = format.group = 0, format.factor = 0, format.has_multiples = false;
     Int8LinearStep step;
     step.program = this, step.slot = slot_of(x, format), step.residual = residual, step.y = y;
-    step.fixed = {weight, {}, bias, nullptr, nullptr};
+    step.fixed = {weight, {}, bias, nullptr, nullptr, nullptr};
     step.read_slots = {step.slot}, step.makes = {y};
     if (residual >= 0) step.reads.push_back(residual);
     append(std::move(step));
@@ -255,8 +255,7 @@ Program::SlotLayout Program::layout_of(const Slot& slot, int64_t rows) const {
     const auto bytes_of = [&](int64_t inputs) {
         return aligned(static_cast<size_t>(held * ((slot.inputs + inputs - 1) / inputs)) * sizeof(float));
     };
-    const int64_t value_bytes = slot.channels ? kernels().channel_value_bytes : 1;
-    const size_t scales = aligned(static_cast<size_t>(held * slot.padded * value_bytes));
+    const size_t scales = aligned(static_cast<size_t>(held * slot.padded));
     const size_t corrections = scales + bytes_of(slot.channels ? slot.inputs : slot.unit);
     return {scales, corrections, slot.channels ? corrections : corrections + bytes_of(corrected_inputs(slot, rows))};
 }
@@ -279,7 +278,7 @@ QuantizedRows Program::group_rows(int id, const Frame& frame) const {
 ChannelRows Program::channel_rows(int id, const Frame& frame) const {
     const int64_t rows = frame.counts[static_cast<size_t>(slot(id).row_class)];
     uint8_t* at = frame.slots[static_cast<size_t>(id)];
-    return {at, reinterpret_cast<float*>(at + layout_of(slot(id), rows).scales), rows};
+    return {reinterpret_cast<int8_t*>(at), reinterpret_cast<float*>(at + layout_of(slot(id), rows).scales), rows};
 }
 
 const Program::Plan& Program::plan_for(const std::vector<int64_t>& counts) {

@@ -137,8 +137,11 @@ struct Int8LinearStep : Step {
     Int8LinearArgs fixed;
     int slot, residual, y;
 
+    size_t scratch_bytes(const Frame&) const override { return program->kernels().int8_linear_scratch(fixed); }
+
     void run(const Frame& frame, Share share) const override {
         Int8LinearArgs a = fixed;
+        a.scratch = frame.scratch[static_cast<size_t>(share.index)];
         a.x = program->channel_rows(slot, frame);
         a.residual = at(frame, residual), a.y = at(frame, y);
         program->kernels().int8_linear(a, share);

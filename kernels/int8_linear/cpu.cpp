@@ -6,53 +6,68 @@
 #include "../cpu/bytes.h"
 #include "../cpu/tiles.h"
 #include "int8_linear.h"
+#if defined(LENSC_PAIRS)
+#include "tamed.h"
+#endif
 
 namespace lensc::LENSC_ISA {
 
 // vpdpbusd multiplies unsigned by signed: inputs are stored 128 too large, and the outputs' sums take it off again
-#if defined(__AMX_INT8__)
+#if defined(__AMX_INT8__) || (defined(LENSC_BYTES) && !defined(__AVX2__))
 constexpr int8_t channel_offset = 0;
-#elif defined(LENSC_BYTES)
-constexpr int8_t channel_offset = bytes_are_signed ? 0 : -128;
 #else
 constexpr int8_t channel_offset = -128;
 #endif
 
-// Without an instruction for whole bytes, products are of int16: inputs are widened once, and not for each output.
+constexpr int64_t channel_block = 64;  // inputs of a row that are put in their place at once
+
+inline void put_channel_block(int8_t* values, int64_t padded, int64_t row, int64_t input, const int8_t* block) {
 #if defined(LENSC_PAIRS)
-typedef int16_t ChannelValue;
+    int8_t* to = values + row / 32 * 32 * padded + input * 32 + row % 32 * 4;
+    for (int64_t i = 0; i < channel_block; i += 4) std::memcpy(to + i * 32, block + i, 4);
 #else
-typedef int8_t ChannelValue;
+    std::memcpy(values + row * padded + input, block, channel_block);
 #endif
-constexpr int64_t channel_value_bytes = sizeof(ChannelValue);
+}
 
 // One row that `row(r)` gives as float32 to int8, symmetric: scale = max |x| / 127.
 template <class Row>
 void quantize_channel_rows(const ChannelRows& out, int64_t inputs, int64_t padded, Row row, Share share) {
     const Range rows = range_of(out.padded_rows(), 32, share);
     for (int64_t r = rows.begin; r < rows.end; r++) {
-        ChannelValue* values = static_cast<ChannelValue*>(out.values) + r * padded;
-        if (r >= out.rows) {
-            std::memset(values, 0, static_cast<size_t>(padded) * sizeof *values);
-            out.scales[r] = 0;
-            continue;
-        }
-        const float* x = row(r);
+        const float* x = r < out.rows ? row(r) : nullptr;
         float largest = 0;
+        if (x) {
 #pragma omp simd reduction(max : largest)
-        for (int64_t i = 0; i < inputs; i++) largest = std::max(largest, std::fabs(x[i]));
+            for (int64_t i = 0; i < inputs; i++) largest = std::max(largest, std::fabs(x[i]));
+        }
         // a row of denormals has an inverse that is infinite; what it adds is nothing
         const float inverse = largest > 0 && std::isfinite(127 / largest) ? 127 / largest : 0;
         out.scales[r] = largest / 127;
+        for (int64_t begin = 0; begin < padded; begin += channel_block) {
+            int8_t block[channel_block] = {};
+            const int64_t count = x ? std::min(inputs - begin, channel_block) : 0;
 #pragma omp simd
-        for (int64_t i = 0; i < inputs; i++)
-            values[i] = static_cast<int8_t>(static_cast<int8_t>(static_cast<int32_t>(std::nearbyint(x[i] * inverse))) ^
-                                            channel_offset);
-        std::memset(values + inputs, 0, static_cast<size_t>(padded - inputs) * sizeof *values);
+            for (int64_t i = 0; i < count; i++)
+                block[i] = static_cast<int8_t>(
+                    static_cast<int8_t>(static_cast<int32_t>(std::nearbyint(x[begin + i] * inverse))) ^ channel_offset);
+            put_channel_block(out.values, padded, r, begin, block);
+        }
     }
 }
 
-// c[32][32] = x [32 rows] times two tiles of 16 outputs, over all inputs; lanes are outputs.
+// multiply_channels: c[32][32] = x [32 rows] times two tiles of 16 outputs, over all inputs; lanes are outputs.
+#if !defined(LENSC_PAIRS)
+
+// What multiply_channels takes of the weights of 32 outputs.
+typedef const int8_t* ChannelTile;
+
+inline ChannelTile channel_tile(const int8_t* weights, int64_t, void*) { return weights; }
+
+inline size_t tile_scratch_bytes(int64_t) { return 0; }
+
+#endif
+
 #if defined(__AMX_INT8__)
 
 struct ChannelTiles {
@@ -64,7 +79,7 @@ struct ChannelTiles {
     ~ChannelTiles() { TileShapes::release(); }
 };
 
-inline void multiply_channels(const ChannelValue* x, const int8_t* weights, int64_t padded, int32_t* c) {
+inline void multiply_channels(const int8_t* x, const int8_t* weights, int64_t padded, int32_t* c) {
     LENSC_TILE_ZERO(0);
     LENSC_TILE_ZERO(1);
     LENSC_TILE_ZERO(2);
@@ -91,36 +106,10 @@ struct ChannelTiles {
     ChannelTiles() {}
 };
 
-inline void multiply_channels(const ChannelValue* x, const int8_t* weights, int64_t padded, int32_t* c) {
-#if defined(LENSC_PAIRS)
-    // 8 outputs of 4 rows at a time: each four inputs of an output are two lanes, which are added at the end
-    constexpr int64_t together = 4;
-    const auto widened = [](const int8_t* at) {
-        return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-    };
-    for (int64_t r = 0; r < 32; r += together)
-        for (int64_t o = 0; o < 32; o += 8) {
-            const int8_t* quads = weights + o / 16 * padded * 16 + o % 16 * 4;
-            __m256i sums[together][2];
-            for (auto& of_row : sums) of_row[0] = of_row[1] = _mm256_setzero_si256();
-            for (int64_t k = 0; k < padded; k += 4) {
-                const __m256i first = widened(quads + k * 16), second = widened(quads + k * 16 + 16);
-                for (int64_t i = 0; i < together; i++) {
-                    int64_t quad;
-                    std::memcpy(&quad, x + (r + i) * padded + k, sizeof quad);
-                    const __m256i value = _mm256_set1_epi64x(quad);
-                    sums[i][0] = _mm256_add_epi32(sums[i][0], _mm256_madd_epi16(value, first));
-                    sums[i][1] = _mm256_add_epi32(sums[i][1], _mm256_madd_epi16(value, second));
-                    asm("" : "+x"(sums[i][0]), "+x"(sums[i][1]));  // stay in their registers
-                }
-            }
-            for (int64_t i = 0; i < together; i++) {
-                const __m256i pairs = _mm256_hadd_epi32(sums[i][0], sums[i][1]);
-                const __m256i whole = _mm256_permute4x64_epi64(pairs, _MM_SHUFFLE(3, 1, 2, 0));
-                std::memcpy(c + (r + i) * 32 + o, &whole, sizeof whole);
-            }
-        }
-#elif defined(LENSC_BYTES)
+#if !defined(LENSC_PAIRS)
+
+inline void multiply_channels(const int8_t* x, const int8_t* weights, int64_t padded, int32_t* c) {
+#if defined(LENSC_BYTES)
     constexpr int64_t together = 4, vectors = 64 / vector_bytes;
     typedef Products<8> P;
     for (int64_t r = 0; r < 32; r += together)
@@ -181,6 +170,7 @@ inline void multiply_channels(const ChannelValue* x, const int8_t* weights, int6
 }
 
 #endif
+#endif
 
 // y = c * x_scale * scale + bias + residual for 32 rows and outputs.
 inline void put_channels(const Int8LinearArgs& a, const int32_t* c, int64_t row, int64_t output) {
@@ -208,19 +198,25 @@ inline void put_channels(const Int8LinearArgs& a, const int32_t* c, int64_t row,
     }
 }
 
+inline size_t int8_linear_scratch(const Int8LinearArgs& a) { return tile_scratch_bytes(a.weight.padded_inputs()); }
+
 inline void int8_linear(const Int8LinearArgs& a, Share share) {
+#if defined(LENSC_PAIRS)
+    constexpr int64_t block_rows = 1024;  // for which a tile of weights is made once
+#else
     constexpr int64_t block_rows = 256;  // stay in the cache while all weights pass
+#endif
     const Range outputs = range_of(a.weight.outputs, 32, share);
     const int64_t padded = a.weight.padded_inputs();
-    const ChannelValue* x = static_cast<const ChannelValue*>(a.x.values);
     alignas(64) int32_t products[2][32 * 32];
     const ChannelTiles tiles;
     for (int64_t begin = 0; begin < a.x.rows; begin += block_rows)
         for (int64_t output = outputs.begin; output < outputs.end; output += 32) {
             const int64_t end = std::min(begin + block_rows, a.x.rows);
+            const ChannelTile tile = channel_tile(a.weight.values + output * padded, padded, a.scratch);
             int64_t count = 0;
             for (int64_t row = begin; row < end; row += 32, count++) {
-                multiply_channels(x + row * padded, a.weight.values + output * padded, padded, products[count % 2]);
+                multiply_channels(a.x.values + row * padded, tile, padded, products[count % 2]);
                 // the tiles just stored are read a turn later: at once, each load would wait for its store
                 if (count) put_channels(a, products[(count + 1) % 2], row - 32, output);
             }

@@ -26,8 +26,8 @@ struct ChannelWeight {
 constexpr int64_t channel_rows_multiple = 32;
 
 struct ChannelRows {
-    void* values;   // [rows to a multiple of 32, padded inputs], of the instruction set's own width and looks
-    float* scales;  // [rows to a multiple of 32]
+    int8_t* values;  // [rows to a multiple of 32, padded inputs], in the instruction set's own order and looks
+    float* scales;   // [rows to a multiple of 32]
     int64_t rows;
 
     LENSC_INLINE int64_t padded_rows() const {
@@ -41,6 +41,7 @@ struct Int8LinearArgs {
     const float* bias;      // [outputs] or null
     const float* residual;  // [rows, outputs] or null; may be y
     float* y;               // [rows, outputs]
+    void* scratch;          // int8_linear_scratch() bytes of this share alone
 };
 
 }  // namespace lensc
