@@ -250,18 +250,18 @@ void check_team() {
     for (const int threads : {1, 2, 3, 5}) {
         lensc::Team team(threads);
         for (int run = 0; run < 2000; run++) {
-            const int phases = 1 + run % 7;
-            std::vector<int64_t> made(static_cast<size_t>(phases * threads), 0);
-            team.run(phases, [&](int phase, lensc::Share share) {
+            const int phases = 1 + run % 7, parts = 1 << run % 3, shares = threads * parts;
+            std::vector<int64_t> made(static_cast<size_t>(phases * shares), 0);
+            team.run(phases, parts, [&](int phase, lensc::Share share) {
                 const int64_t* before = made.data() + (phase - 1) * share.count;
                 int64_t sum = phase == 0;
                 for (int i = 0; phase > 0 && i < share.count; i++) sum += before[i];
                 made[static_cast<size_t>(phase * share.count + share.index)] += sum;
             });
             int64_t expected = 1;
-            for (int phase = 1; phase < phases; phase++) expected *= threads;
+            for (int phase = 1; phase < phases; phase++) expected *= shares;
             bool right = true;
-            for (int i = 0; i < threads; i++) right = right && made[static_cast<size_t>((phases - 1) * threads + i)] == expected;
+            for (int i = 0; i < shares; i++) right = right && made[static_cast<size_t>((phases - 1) * shares + i)] == expected;
             checks++;
             if (!right && failures++ < 20) std::printf("team of %d, run %d of %d phases: FAILED\n", threads, run, phases);
         }

@@ -11,6 +11,7 @@ namespace lensc {
 // Part `index` of `count`. The parts need no barrier between them, and their sum has the same bits whatever `count` is.
 struct Share {
     int index, count;
+    int member = 0;  // of the team, who computes it: whose scratch memory may be used
 };
 
 // The items [begin, end) of `items` that belong to a share, in steps of `step`.

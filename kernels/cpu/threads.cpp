@@ -27,7 +27,7 @@ constexpr std::chrono::steady_clock::duration least_alone = std::chrono::millise
 
 }  // namespace
 
-Team::Team(int count) : count_(count), claims_(std::make_unique<Claims[]>(static_cast<size_t>(count))) {
+Team::Team(int count) : count_(count), claims_(std::make_unique<Claims[]>(static_cast<size_t>(count * most_parts))) {
     for (int i = 1; i < count; i++) threads_.emplace_back([this, i] { serve(i); });
 }
 
@@ -40,9 +40,12 @@ Team::~Team() {
     for (std::thread& thread : threads_) thread.join();
 }
 
-void Team::run(int phases, const std::function<void(int, Share)>& work) {
+void Team::run(int phases, int parts, const std::function<void(int, Share)>& work) {
     first_ = end_.load(std::memory_order_relaxed);
     work_ = &work;
+    // A member that comes late to an earlier phase finds no share of it left, also among those that it did not have.
+    for (int share = 0; share < count_ * most_parts; share++) claims_[share].phases.store(first_, std::memory_order_relaxed);
+    parts_.store(parts, std::memory_order_release);
     {
         const std::lock_guard<std::mutex> lock(mutex_);
         end_.store(first_ + phases, std::memory_order_release);
@@ -54,7 +57,7 @@ void Team::run(int phases, const std::function<void(int, Share)>& work) {
 // Until all phases are done; another member than the caller, until it is not wanted.
 void Team::work_on(int index) {
     while (true) {
-        const int64_t phase = done_.load(std::memory_order_acquire) / count_;
+        const int64_t phase = this->phase();
         if (phase >= end_.load(std::memory_order_acquire)) return;
         if (index != 0 && alone_.load(std::memory_order_relaxed)) return;
         const Clock::time_point begun = index == 0 && count_ > 1 ? Clock::now() : Clock::time_point();
@@ -67,12 +70,13 @@ void Team::work_on(int index) {
 
 // A share of `phase` that nobody has taken, the member's own first. The phase may have ended meanwhile: then all are taken.
 bool Team::take_share(int index, int64_t phase) {
-    for (int i = 0; i < count_; i++) {
-        const int share = (index + i) % count_;
+    const int parts = parts_.load(std::memory_order_acquire), shares = count_ * parts;
+    for (int i = 0; i < shares; i++) {
+        const int share = (index * parts + i) % shares;
         int64_t taken = phase;
         if (!claims_[share].phases.compare_exchange_strong(taken, phase + 1, std::memory_order_acq_rel)) continue;
-        (*work_)(static_cast<int>(phase - first_), {share, count_});
-        done_.fetch_add(1, std::memory_order_acq_rel);
+        (*work_)(static_cast<int>(phase - first_), {share, shares, index});
+        done_.fetch_add(most_parts / parts, std::memory_order_acq_rel);
         return true;
     }
     return false;
@@ -80,7 +84,7 @@ bool Team::take_share(int index, int64_t phase) {
 
 // Until those that took the other shares of `phase` have done them. `begun`: when the caller began with its own.
 void Team::wait_for(int64_t phase, Clock::time_point begun, bool is_caller) {
-    for (int spins = 0; done_.load(std::memory_order_acquire) / count_ == phase; spins++) {
+    for (int spins = 0; this->phase() == phase; spins++) {
         if (spins < spins_before_yield) {
             pause_briefly();
             continue;
@@ -112,7 +116,7 @@ void Team::call_members() {
 // Nothing is to be done, or not by others than the caller.
 bool Team::is_idle() const {
     return alone_.load(std::memory_order_relaxed) ||
-           done_.load(std::memory_order_acquire) / count_ >= end_.load(std::memory_order_acquire);
+           phase() >= end_.load(std::memory_order_acquire);
 }
 
 void Team::serve(int index) {

@@ -24,12 +24,14 @@ class Team {
 
     int count() const { return count_; }
 
+    static constexpr int most_parts = 4;
+
     // Calls work(phase, share) for every share of every phase, those of a phase once all of the one before are done, and
-    // returns when all are. A member takes its own share, then those that nobody has begun: where others use the machine a
-    // member may be without a core for longer than the whole run takes, and nobody waits for it unless it has begun. Where
-    // waiting for such a member takes many times as long as the work, the caller works alone for a while. An exception in a
-    // member ends the program: kernels throw none.
-    void run(int phases, const std::function<void(int, Share)>& work);
+    // returns when all are. There are `parts` shares (1, 2 or 4) for each member, which takes its own, then those that nobody
+    // has begun: cores may differ in speed, and where others use the machine a member may be without one for longer than the
+    // whole run takes, and nobody waits for more than what it has begun. Where waiting for such a member takes many times as
+    // long as the work, the caller works alone for a while. An exception in a member ends the program: kernels throw none.
+    void run(int phases, int parts, const std::function<void(int, Share)>& work);
 
   private:
     using Clock = std::chrono::steady_clock;
@@ -44,12 +46,14 @@ class Team {
     void wait_for(int64_t phase, Clock::time_point begun, bool is_caller);
     void leave_members(Clock::time_point now);
     void call_members();
+    int64_t phase() const { return done_.load(std::memory_order_acquire) / (count_ * most_parts); }
     bool is_idle() const;
 
     // Counted over all runs, so that a member that comes late finds what goes on now, and never the run that it missed.
     const int count_;
-    std::unique_ptr<Claims[]> claims_;  // of each share
-    std::atomic<int64_t> done_{0};      // shares
+    std::unique_ptr<Claims[]> claims_;  // of each share, as many as there may be
+    std::atomic<int> parts_{1};         // shares of each member in the run that goes on
+    std::atomic<int64_t> done_{0};      // most_parts for each member and phase
     std::atomic<int64_t> end_{0};       // phases, with those of the run that goes on
     int64_t first_ = 0;                 // phase of the run that goes on
     const std::function<void(int, Share)>* work_ = nullptr;

@@ -11,6 +11,9 @@ namespace {
 
 constexpr size_t line_bytes = 64, outside = ~size_t(0);
 
+// From so many rows on a thread's share is taken in parts. Fewer wait for memory, where parts would cut its streams.
+constexpr int64_t least_rows_of_parts = 64;
+
 size_t aligned(size_t bytes) { return (bytes + line_bytes - 1) / line_bytes * line_bytes; }
 
 uint8_t* new_bytes(size_t bytes) { return static_cast<uint8_t*>(::operator new(bytes, std::align_val_t{line_bytes})); }
@@ -370,7 +373,10 @@ void Program::run(Frame& frame) {
     }
     frame.scratch = scratch_;
 
-    team_.run(static_cast<int>(phases_.size()), [&](int phase, Share share) {
+    const bool has_many_rows = std::any_of(frame.counts.begin(), frame.counts.end(),
+                                           [](int64_t count) { return count >= least_rows_of_parts; });
+    const int parts = has_many_rows ? Team::most_parts : 1;
+    team_.run(static_cast<int>(phases_.size()), parts, [&](int phase, Share share) {
         const auto next = static_cast<size_t>(phase) + 1;
         const size_t end = next < phases_.size() ? phases_[next] : steps_.size();
         for (size_t i = phases_[next - 1]; i < end; i++) steps_[i]->run(frame, share);

@@ -65,7 +65,7 @@ struct RowsStep : Step {
     void run(const Frame& frame, Share share) const override {
         Arguments a;
         gather(frame, a);
-        a.rows.scratch = frame.scratch[static_cast<size_t>(share.index)];
+        a.rows.scratch = frame.scratch[static_cast<size_t>(share.member)];
         program->kernels().rows(a.rows, share);
     }
 };
@@ -141,7 +141,7 @@ struct Int8LinearStep : Step {
 
     void run(const Frame& frame, Share share) const override {
         Int8LinearArgs a = fixed;
-        a.scratch = frame.scratch[static_cast<size_t>(share.index)];
+        a.scratch = frame.scratch[static_cast<size_t>(share.member)];
         a.x = program->channel_rows(slot, frame);
         a.residual = at(frame, residual), a.y = at(frame, y);
         program->kernels().int8_linear(a, share);
@@ -211,7 +211,7 @@ struct CausalAttentionStep : Step {
     void run(const Frame& frame, Share share) const override {
         for (int64_t s = 0; s < rows_of(frame, apart); s++) {
             CausalAttentionArgs a = arguments(frame, s);
-            a.scratch = frame.scratch[static_cast<size_t>(share.index)];
+            a.scratch = frame.scratch[static_cast<size_t>(share.member)];
             program->kernels().causal_attention(a, share);
         }
     }
@@ -245,7 +245,7 @@ struct AttentionStep : Step {
 
     void run(const Frame& frame, Share share) const override {
         AttentionArgs a = arguments(frame);
-        a.scratch = frame.scratch[static_cast<size_t>(share.index)];
+        a.scratch = frame.scratch[static_cast<size_t>(share.member)];
         if (!constant_q) return program->kernels().attention(a, share);
         // one slice at a time, each from the first row of the constant
         const int slices = a.slices;
