@@ -204,7 +204,9 @@ def _channel_linear(machine: Machine, outputs: int, inputs: int, rows: int) -> R
     filled = (-(-outputs // 32) * 32, -(-inputs // 64) * 64)
     random = np.random.default_rng(1)
     weight = np.zeros(filled, np.int8)
-    weight[:outputs, :inputs] = random.integers(-127, 128, (outputs, inputs), np.int8)
+    # as weights are: how many are large decides what AVX2 has to do
+    floats = random.standard_normal((outputs, inputs), np.float32)
+    weight[:outputs, :inputs] = np.rint(floats * (127 / np.abs(floats).max(1, keepdims=True)))
     tiles = weight.reshape(filled[0] // 16, 16, -1, 4).transpose(0, 2, 1, 3).reshape(-1).view(np.uint8)
     sums = weight[:outputs].sum(1, dtype=np.int32)
     scales = random.uniform(0.01, 1, outputs).astype(np.float32)

@@ -4,15 +4,15 @@
 
 A kernel runs at the sizes of Llama-3-8B and SigLIP (`kernel_cases`), and what it computed is compared with its reference; one
 that differs has no speed, and the command ends with 1. What streams is given in GB/s, what computes in GOP/s, two operations
-for a multiplication with its addition. The limits are measured before and after, and the larger counts: bandwidth by a loop
-that only reads, in several places at once; products by a loop that only multiplies. The rate of the best engine's product of
-matrices, which has to fetch them, stands beside those in the record.
+for a multiplication with its addition. Its limit is measured right before and after it, as a machine that others use changes
+its speed within seconds, and the larger counts: bandwidth by a loop that only reads, in several places at once; products by a
+loop that only multiplies. The best of all and the rate of the best engine's product of matrices, which has to fetch them, are
+those of the machine in the record.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -46,20 +46,15 @@ def machine_of(isa: str | None, threads: int, pool_bytes: int = POOL_BYTES) -> M
     return Machine(_cpu, isa or usable[0], threads, Pool.make(pool_bytes))
 
 
-def reach(machine: Machine) -> dict[Limit, float]:
-    """What the machine does at best now, in GB/s and GOP/s. Products that the instruction set lacks are absent, but for
+def reach(machine: Machine, kind: Limit) -> float | None:
+    """What the machine does at best now, in GB/s or GOP/s. None for products that the instruction set lacks, but for
     bfloat16, whose kernels compute in float32 then.
     """
-    data = machine.pool.values.view(np.int64)
-    int8, bfloat16, float32 = (
-        product_gop_s(name, machine.threads, machine.isa) for name in ("int8", "bfloat16", "float32")
-    )
-    found: dict[Limit, float | None] = {
-        "bandwidth": max(read_gb_s(data, machine.threads, streams) for streams in STREAMS),
-        "int8": int8,
-        "bfloat16": bfloat16 or float32,
-    }
-    return {kind: value for kind, value in found.items() if value is not None}
+    if kind == "bandwidth":
+        data = machine.pool.values.view(np.int64)
+        return max(read_gb_s(data, machine.threads, streams) for streams in STREAMS)
+    found = product_gop_s(kind, machine.threads, machine.isa)
+    return product_gop_s("float32", machine.threads, machine.isa) if found is None and kind == "bfloat16" else found
 
 
 def error_of(ready: Ready) -> float:
@@ -81,15 +76,20 @@ def speeds(ready: Ready, seconds: float) -> list[float]:
 
 
 def measure(case: Case, machine: Machine, seconds: float) -> tuple[record.Row, Limit]:
-    """The row of a case, without its limit, and which that is. It has no speed if its error is too large."""
+    """The row of a case, and which limit it has. It has no speed if its error is too large."""
     ready = case.make(machine)
     ready.run()
     error = error_of(ready)
     if error > ALLOWED[ready.arithmetic]:
         print(f"{case.what}: error {error:.2g}, allowed are {ALLOWED[ready.arithmetic]:g}", file=sys.stderr)
         return record.Row(case.what, ready.unit, None, parity="fail"), ready.limit
+    before = reach(machine, ready.limit)
     found = speeds(ready, seconds)
-    return record.Row(case.what, ready.unit, median(found), (min(found), max(found)), parity="pass"), ready.limit
+    after = reach(machine, ready.limit)
+    limit = max(before, after) if before and after else None
+    return record.Row(
+        case.what, ready.unit, median(found), (min(found), max(found)), limit=limit, parity="pass"
+    ), ready.limit
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,15 +108,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--only {options.only}: no case has this in its name")
     try:
         machine = machine_of(options.isa, options.threads)
-        before = reach(machine)
-        measured = []
+        rows, reached = [], dict[Limit, float]()
         for case in chosen:
             row, kind = measure(case, machine, options.seconds)
-            measured.append((row, kind))
-            _print(dataclasses.replace(row, limit=before.get(kind)))
-        after = reach(machine)
-        reached = {kind: max(value, after[kind]) for kind, value in before.items()}
-        rows = [dataclasses.replace(row, limit=reached.get(kind)) for row, kind in measured]
+            rows.append(row)
+            _print(row)
+            if row.limit is not None:
+                reached[kind] = max(row.limit, reached.get(kind, 0.0))
         stored = _stored(reached, options.threads)
         shown = ", ".join(f"{name} {value:.0f}" for name, value in stored.items())
         print(f"{machine.isa}, {machine.threads} threads; the machine reached {shown}")
