@@ -35,6 +35,7 @@ FILES = (
 REACH = {
     "bandwidth_gb_s": "GB/s",
     "int8_product_gop_s": "GOP/s in int8 in registers",
+    "int16_product_gop_s": "in int16 in registers",
     "bfloat16_product_gop_s": "in bfloat16 in registers",
     "int8_gemm_gop_s": "GOP/s in int8",
     "bfloat16_gemm_gop_s": "in bfloat16",

@@ -24,7 +24,7 @@ from lensc.kernels.rope.reference import rope, rope_table
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
-Limit = Literal["bandwidth", "int8", "bfloat16"]
+Limit = Literal["bandwidth", "int8", "int16", "bfloat16"]
 Shown = tuple[npt.NDArray[Any], Floats]
 """What a kernel computed, and what its reference does."""
 
@@ -341,7 +341,8 @@ def _vision(machine: Machine) -> Ready:
     def run() -> None:
         program.run([PATCHES, 1], bound, [], None, 0, 0, 0)
 
-    return Ready("GOP/s", copies * 4 * PATCHES**2 * VISION_WIDTH, "bfloat16", run, shown, "bfloat16")
+    limit: Limit = "int16" if machine.kernels.multiply("int16", 1, machine.isa) else "bfloat16"
+    return Ready("GOP/s", copies * 4 * PATCHES**2 * VISION_WIDTH, limit, run, shown, "bfloat16")
 
 
 def _rope(machine: Machine, tokens: int) -> Ready:

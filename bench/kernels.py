@@ -135,8 +135,9 @@ def _command(options: argparse.Namespace) -> str:
 
 def _stored(reached: Mapping[Limit, float], threads: int) -> dict[str, float]:
     """As it stands in the record of a machine, with the rates of the best engines' products."""
-    names = {"bandwidth": "bandwidth_gb_s", "int8": "int8_product_gop_s", "bfloat16": "bfloat16_product_gop_s"}
-    found = {names[kind]: value for kind, value in reached.items()}
+    found = {
+        f"{kind}_gb_s" if kind == "bandwidth" else f"{kind}_product_gop_s": value for kind, value in reached.items()
+    }
     found |= {f"{dtype}_gemm_gop_s": limits.gemm_gop_s(dtype, threads) for dtype in ("int8", "bfloat16")}
     return {name: round(value, 1) for name, value in found.items()}
 

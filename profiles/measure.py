@@ -73,7 +73,7 @@ def read_gb_s(data: npt.NDArray[np.int64], threads: int, streams: int) -> float:
 
 def product_gop_s(product: str, threads: int, isa: str = "") -> float | None:
     """Operations of multiplications with additions in registers, 10^9 per second, by the fastest instruction of `isa` (the
-    best there is if it is empty) for int8, bfloat16 or float32. None without compiled kernels or such an instruction.
+    best there is if it is empty) for int8, int16, bfloat16 or float32. None without compiled kernels or such an instruction.
     """
     compiled = kernels()
     operations = compiled.multiply(product, PRODUCT_ROUNDS, isa, threads) if compiled else 0

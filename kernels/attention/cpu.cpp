@@ -4,6 +4,7 @@
 #include "amx_core.h"
 #include "float_core.h"
 #include "stream.h"
+#include "word_core.h"
 
 namespace lensc::LENSC_ISA {
 
@@ -13,6 +14,13 @@ namespace {
 using FastCore = AmxCore;
 #else
 using FastCore = FloatCore;
+#endif
+
+// Where no query comes behind a key: the scales of a block of values are of all its keys.
+#if defined(LENSC_WORDS)
+using FullCore = WordCore;
+#else
+using FullCore = FastCore;
 #endif
 
 // A token and guesses behind it: each has the bits that it would have alone, so that guesses change none that is chosen.
@@ -141,7 +149,7 @@ void causal_attention(const CausalAttentionArgs& args, Share share) {
 
 size_t attention_scratch(const AttentionArgs& args) {
     return args.exact ? FloatCore::scratch_bytes(args.dim, panel_slots<FloatCore>(args.queries, args.keys))
-                      : FastCore::scratch_bytes(args.dim, panel_slots<FastCore>(args.queries, args.keys));
+                      : FullCore::scratch_bytes(args.dim, panel_slots<FullCore>(args.queries, args.keys));
 }
 
 void attention(const AttentionArgs& args, Share share) {
@@ -149,7 +157,7 @@ void attention(const AttentionArgs& args, Share share) {
     if (args.exact) {
         full<FloatCore>(args, share);
     } else {
-        full<FastCore>(args, share);
+        full<FullCore>(args, share);
     }
 }
 

@@ -75,6 +75,17 @@ int64_t multiply(Product product, [[maybe_unused]] int64_t rounds) {
 #else
             return 0;
 #endif
+        case Product::int16:
+#if defined(LENSC_WORDS)
+            repeat<__m256i>(rounds, [ones = _mm256_set1_epi16(1)](__m256i sum) {
+                // of the sum's own words, so that the product is made anew each time
+                add_word_products(sum, sum, ones);
+                return sum;
+            });
+            return rounds * independent_sums * 2 * 16;
+#else
+            return 0;
+#endif
         case Product::bfloat16:
 #if defined(__AMX_BF16__)
             return multiply_tiles(rounds, 32, [] {

@@ -6,6 +6,6 @@
 
 namespace lensc {
 
-enum class Product { int8, bfloat16, float32 };
+enum class Product { int8, int16, bfloat16, float32 };
 
 }  // namespace lensc

@@ -87,6 +87,7 @@ def test_limits_of_an_instruction_set(machine: Machine) -> None:
     best = product_gop_s("int8", 1)
     assert best is None or best > 1
     assert machine.kernels.multiply("float32", 10, "generic") == 0
+    assert machine.kernels.multiply("int16", 10, "generic") == 0
     with pytest.raises(ValueError, match="product int4 is not one of"):
         machine.kernels.multiply("int4", 10)
 
