@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../cpu/half.h"
 #include "multiples.h"
 #include "panels.h"
 #include "streams.h"
@@ -21,13 +22,63 @@ inline __m256i load_vector(const void* from) { return _mm256_loadu_si256(static_
 
 // --- few rows: weights stream past -----------------------------------------------------------------------------------
 
-// The multiples of the 16 bytes that each lane of a part (32 bytes) of a chunk holds, for each pair of products.
+// The multiples of a chunk, for each pair of products of its two parts (32 bytes), whose lanes are 16 bytes.
+struct PartMultiples {
+    __m256i low, high;
+};
+
+// Which bytes of a chunk's multiples, as int16, each byte of a part takes: groups of one lane, or of two.
+struct LaneOrder {
+    alignas(32) uint8_t bytes[2][2][32];
+
+    constexpr LaneOrder() : bytes() {
+        for (int shift = 0; shift < 2; shift++)
+            for (int part = 0; part < 2; part++)
+                for (int i = 0; i < 32; i++)
+                    bytes[shift][part][i] = static_cast<uint8_t>(2 * ((2 * part + i / 16) >> shift) + i % 2);
+    }
+};
+
 template <bool Lanes>
-inline __m256i multiples_of_part(const GroupsOfChunks& g, const int8_t* of_output, int64_t chunk, int part) {
-    if (!Lanes) return _mm256_set1_epi16(g.of_chunk(of_output, chunk));
-    return _mm256_set_m128i(_mm_set1_epi16(g.of_lane(of_output, chunk, 2 * part + 1)),
-                            _mm_set1_epi16(g.of_lane(of_output, chunk, 2 * part)));
-}
+struct MultiplesOfChunks {
+    explicit MultiplesOfChunks(const GroupsOfChunks& groups) : groups_(groups) {}
+
+    PartMultiples of(const int8_t* of_output, int64_t chunk, bool) const {
+        const __m256i all = _mm256_set1_epi16(groups_.of_chunk(of_output, chunk));
+        return {all, all};
+    }
+
+  private:
+    const GroupsOfChunks groups_;
+};
+
+template <>
+struct MultiplesOfChunks<true> {
+    explicit MultiplesOfChunks(const GroupsOfChunks& groups) : groups_(groups) {
+        static constexpr LaneOrder order;
+        low_ = load_vector(order.bytes[groups.lane_shift][0]);
+        high_ = load_vector(order.bytes[groups.lane_shift][1]);
+    }
+
+    // Of a chunk that ends behind the row, there are not all.
+    PartMultiples of(const int8_t* of_output, int64_t chunk, bool is_whole) const {
+        int32_t bytes = 0;
+        if (!is_whole) {
+            for (int lane = 0; lane < 4; lane++)
+                bytes |= int32_t(uint8_t(groups_.of_lane(of_output, chunk, lane))) << ((lane >> groups_.lane_shift) * 8);
+        } else if (groups_.lane_shift == 0) {
+            std::memcpy(&bytes, of_output + chunk * 4, 4);
+        } else {
+            std::memcpy(&bytes, of_output + chunk * 2, 2);
+        }
+        const __m256i words = _mm256_broadcastq_epi64(_mm_cvtepi8_epi16(_mm_cvtsi32_si128(bytes)));
+        return {_mm256_shuffle_epi8(words, low_), _mm256_shuffle_epi8(words, high_)};
+    }
+
+  private:
+    const GroupsOfChunks groups_;
+    __m256i low_, high_;
+};
 
 // Few rows of x, and where what they are multiplied with is.
 struct Streamed {
@@ -43,26 +94,24 @@ struct Streamed {
           corrections(a.x.corrections + row * w.groups()) {}
 };
 
-// sums += `Outputs` outputs, `apart` from each other, times `Rows` rows of x: products of the chunks of unit u.
+// sums += `Outputs` outputs, `apart` from each other, times `Rows` rows of x, `x_apart` from each other: products of the chunks of
+// some units, the first of which x points to.
 template <int Bits, bool Lanes, int Outputs, int Rows, class Fetch>
-inline void multiply_unit(const Streamed& s, int64_t output, int64_t apart, int64_t u, Fetch fetch, vfloat (*sums)[Rows]) {
+inline void multiply_units(const Streamed& s, int64_t output, int64_t apart, const int8_t* x, int64_t x_apart, Range units,
+                           Fetch fetch, vfloat (*sums)[Rows]) {
     constexpr int planes = 8 / Bits;
     typedef Products<Bits> P;
     static_assert(2 * planes <= P::most, "a chunk is summed without a stop");
     // copies: for all that the compiler knows, what is stored in between might be they
-    const GroupsOfChunks groups = s.groups;
-    const int64_t padded = s.padded, values_apart = apart * s.row_bytes, multiples_apart = apart * groups.groups;
-    const int8_t* multiples = groups.of_output(output);
-    const int64_t first = u * s.per_unit, end = std::min(first + s.per_unit, s.chunks);
-    const int64_t whole_end = std::min(end, s.row_bytes / chunk_bytes);
-    const uint8_t* values = s.w.values + output * s.row_bytes + first * chunk_bytes;
-    const int8_t* x = s.x + first * planes * chunk_bytes;
+    const MultiplesOfChunks<Lanes> of_chunks(s.groups);
+    const int64_t values_apart = apart * s.row_bytes, multiples_apart = apart * s.groups.groups;
+    const int64_t per_unit = s.per_unit, chunks = s.chunks, all_units = s.units, whole_chunks = s.row_bytes / chunk_bytes;
+    const int8_t* multiples = s.groups.of_output(output);
+    const float* scales = s.scales;
+    const int64_t begin = units.begin * per_unit;
+    const uint8_t* values = s.w.values + output * s.row_bytes + begin * chunk_bytes;
     __m256i whole[Outputs][Rows];
-#pragma GCC unroll 8
-    for (int o = 0; o < Outputs; o++)
-#pragma GCC unroll 8
-        for (int r = 0; r < Rows; r++) whole[o][r] = _mm256_setzero_si256();
-    const auto multiply_chunk = [&](int64_t c, const uint8_t* at, int64_t at_apart) __attribute__((always_inline)) {
+    const auto multiply_chunk = [&](int64_t c, const uint8_t* at, int64_t at_apart, bool is_whole) __attribute__((always_inline)) {
 #pragma GCC unroll 4
         for (int o = 0; o < Outputs; o++) {
             __m256i unpacked[2][planes];
@@ -71,16 +120,15 @@ inline void multiply_unit(const Streamed& s, int64_t output, int64_t apart, int6
 #pragma GCC unroll 4
                 for (int p = 0; p < planes; p++)
                     unpacked[part][p] = plane_of_bytes<Bits>(load_bytes(at + o * at_apart + part * 32), p, 0);
-            const __m256i low = multiples_of_part<Lanes>(groups, multiples + o * multiples_apart, c, 0);
-            const __m256i high = Lanes ? multiples_of_part<Lanes>(groups, multiples + o * multiples_apart, c, 1) : low;
+            const PartMultiples m = of_chunks.of(multiples + o * multiples_apart, c, is_whole);
 #pragma GCC unroll 8
             for (int r = 0; r < Rows; r++) {
-                const auto quads = [&](int part, int p) { return load_vector(x + r * padded + p * chunk_bytes + part * 32); };
+                const auto quads = [&](int part, int p) { return load_vector(x + r * x_apart + p * chunk_bytes + part * 32); };
                 __m256i pairs = _mm256_maddubs_epi16(unpacked[0][0], quads(0, 0));
 #pragma GCC unroll 4
                 for (int p = 1; p < planes; p++) pairs = P::add(pairs, unpacked[0][p], quads(0, p));
                 if (Lanes) {
-                    whole[o][r] = _mm256_add_epi32(whole[o][r], _mm256_madd_epi16(pairs, low));
+                    whole[o][r] = _mm256_add_epi32(whole[o][r], _mm256_madd_epi16(pairs, m.low));
                     asm("" : "+x"(whole[o][r]));
                     pairs = _mm256_maddubs_epi16(unpacked[1][0], quads(1, 0));
                 } else {
@@ -88,27 +136,33 @@ inline void multiply_unit(const Streamed& s, int64_t output, int64_t apart, int6
                 }
 #pragma GCC unroll 4
                 for (int p = 1; p < planes; p++) pairs = P::add(pairs, unpacked[1][p], quads(1, p));
-                whole[o][r] = _mm256_add_epi32(whole[o][r], _mm256_madd_epi16(pairs, high));
+                whole[o][r] = _mm256_add_epi32(whole[o][r], _mm256_madd_epi16(pairs, m.high));
                 asm("" : "+x"(whole[o][r]));  // stays in its register
             }
         }
     };
-    int64_t c = first;
-    for (; c < whole_end; c++, values += chunk_bytes, x += planes * chunk_bytes) {
-        fetch(values, c - first);
-        multiply_chunk(c, values, values_apart);
-    }
-    if (c < end) {
-        uint8_t last[Outputs][chunk_bytes] = {};
+    for (int64_t u = units.begin, c = begin; u < units.end; u++) {
+        const int64_t end = std::min(c + per_unit, chunks), whole_end = std::min(end, whole_chunks);
+#pragma GCC unroll 8
         for (int o = 0; o < Outputs; o++)
-            std::memcpy(last[o], values + o * values_apart, static_cast<size_t>(s.row_bytes - c * chunk_bytes));
-        multiply_chunk(c, last[0], chunk_bytes);
-    }
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; r++) {
-        const vfloat scale = splat(s.scales[r * s.units + u]);
+            for (int r = 0; r < Rows; r++) whole[o][r] = _mm256_setzero_si256();
+        for (; c < whole_end; c++, values += chunk_bytes, x += planes * chunk_bytes) {
+            fetch(values, c - begin);
+            multiply_chunk(c, values, values_apart, true);
+        }
+        if (c < end) {
+            uint8_t last[Outputs][chunk_bytes] = {};
+            for (int o = 0; o < Outputs; o++)
+                std::memcpy(last[o], values + o * values_apart, static_cast<size_t>(s.row_bytes - c * chunk_bytes));
+            multiply_chunk(c, last[0], chunk_bytes, false);
+        }
 #pragma GCC unroll 8
-        for (int o = 0; o < Outputs; o++) sums[o][r] += vfloat(_mm256_cvtepi32_ps(whole[o][r])) * scale;
+        for (int r = 0; r < Rows; r++) {
+            const vfloat scale = splat(scales[r * all_units + u]);
+#pragma GCC unroll 8
+            for (int o = 0; o < Outputs; o++) sums[o][r] += vfloat(_mm256_cvtepi32_ps(whole[o][r])) * scale;
+        }
     }
 }
 
@@ -140,22 +194,36 @@ inline void stream_apart(const Int4LinearArgs& a, const Streamed& s, int64_t out
 #pragma GCC unroll 4
         for (int o = 0; o < Outputs; o++) __builtin_prefetch(at + o * step + fetched_ahead);
     };
-    for (int64_t u = 0; u < s.units; u++) multiply_unit<Bits, Lanes, Outputs, Rows>(s, output, apart, u, fetch, sums);
+    multiply_units<Bits, Lanes, Outputs, Rows>(s, output, apart, s.x, s.padded, {0, s.units}, fetch, sums);
     for (int o = 0; o < Outputs; o++) put_corrected<Rows>(a, s, output + o * apart, row, sums[o]);
 }
 
-// More rows: some outputs take turns, a unit each, so that its inputs stay in the first-level cache.
+// More rows: some outputs take turns, some units each, so that their inputs stay in the first-level cache. More than four rows are
+// copied: where they lie a multiple of 4096 bytes apart, they would share few sets of it.
 template <int Bits, bool Lanes, int Rows>
 void stream_in_turns(const Int4LinearArgs& a, const Streamed& s, Range outputs, int64_t row) {
+    constexpr bool copied = Rows > 4;
+    constexpr int64_t turn_inputs = 16384 / Rows / chunk_bytes * chunk_bytes, most_inputs = std::max(turn_inputs, span_inputs);
+    const int64_t of_turn = std::max<int64_t>(1, turn_inputs / s.w.unit()), turn_bytes = of_turn * s.per_unit * chunk_bytes;
+    const int64_t x_apart = copied ? most_inputs + chunk_bytes : s.padded;
+    alignas(64) int8_t copies[copied ? Rows * (most_inputs + chunk_bytes) : 1];
     vfloat sums[turn_outputs][Rows] = {};
-    for (int64_t u = 0; u < s.units; u++)
-        for (int64_t o = outputs.begin; o < outputs.end; o++) {
-            // what this output's turn needs next: its next unit, or the first of the output that takes its place
-            const uint8_t* next = s.w.values + (u + 1 < s.units ? o * s.row_bytes + (u + 1) * s.per_unit * chunk_bytes
-                                                                : (o + turn_outputs) * s.row_bytes);
-            const auto fetch = [next](const uint8_t*, int64_t c) { __builtin_prefetch(next + c * chunk_bytes); };
-            multiply_unit<Bits, Lanes, 1, Rows>(s, o, 0, u, fetch, &sums[o - outputs.begin]);
+    for (int64_t u = 0; u < s.units; u += of_turn) {
+        const int8_t* x = s.x + u * s.w.unit();
+        if (copied) {
+            const auto count = static_cast<size_t>(std::min(of_turn * s.w.unit(), s.padded - u * s.w.unit()));
+            for (int r = 0; r < Rows; r++) std::memcpy(copies + r * x_apart, x + r * s.padded, count);
+            x = copies;
         }
+        for (int64_t o = outputs.begin; o < outputs.end; o++) {
+            // what this output's turn needs next: its next units, or the first of the output that takes its place
+            const uint8_t* next = s.w.values + (u + of_turn < s.units ? o * s.row_bytes + (u / of_turn + 1) * turn_bytes
+                                                                      : (o + turn_outputs) * s.row_bytes);
+            const auto fetch = [next](const uint8_t*, int64_t c) { __builtin_prefetch(next + c * chunk_bytes); };
+            const Range units = {u, std::min(u + of_turn, s.units)};
+            multiply_units<Bits, Lanes, 1, Rows>(s, o, 0, x, x_apart, units, fetch, &sums[o - outputs.begin]);
+        }
+    }
     for (int64_t o = outputs.begin; o < outputs.end; o++) put_corrected<Rows>(a, s, o, row, sums[o - outputs.begin]);
 }
 
