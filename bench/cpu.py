@@ -1,6 +1,6 @@
 """Our own kernels at full size (`native:cpu`) beside the engines' own generators and towers, on this machine.
 
-    python -m lensc.bench.cpu [onnxruntime openvino llama verify vision whole] [--folder build/full] [--repeat 5]
+    python -m lensc.bench.cpu [onnxruntime openvino llama small verify vision whole] [--folder build/full] [--repeat 5]
 
 The rivals, what they run, and the rules are those of `lensc.bench.full_size`: processes of their own that take turns, ratios
 of runs that followed each other, limits measured before and after. Sections:
@@ -8,11 +8,13 @@ of runs that followed each other, limits measured before and after. Sections:
     onnxruntime    the decoder beside ONNX Runtime GenAI: load, prefill, decode at three contexts, memory
     openvino       the same beside OpenVINO GenAI
     llama          the same beside llama.cpp with weights in Q4_0, and decode beside the smaller Q3_K_M
+    small          decode with weights below 4 bits beside ONNX Runtime GenAI's and llama.cpp's in 4
     verify         a step of 2 to 8 drafted tokens, in steps of one token
     vision         1 and 10 slices beside both engines' 8-bit towers
     whole          a picture of 1344 x 1344 to the first token, beside the faster tower and the fastest prefill added up
 
-`--bundle` measures another bundle for `native:cpu` beside the same rivals.
+`--bundle` measures another bundle for `native:cpu` beside the same rivals. The bundle of `small` is FOLDER/native-small: the
+recipe `int2-mlp-gptq`, but for its method. Weights are rounded, which takes minutes; other values would be no faster or slower.
 """
 
 from __future__ import annotations
@@ -20,13 +22,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
 from lensc.backends import _program_file
 from lensc.backends._program import Constant, GatherRows, Place, Program, WeightRecord
 from lensc.backends.bundle import DecoderSpec, load_manifest
+from lensc.backends.files import write_text
 from lensc.contender import Contender, end_with_us
 from lensc.export.quantize.scheme import Scheme
 from lensc.profiles import probe
@@ -34,12 +37,14 @@ from lensc.profiles import probe
 from . import full_size, limits, record, turns
 
 COMMAND = "python -m lensc.bench.cpu"
-TARGET, SCHEME = "native:cpu", "int4"
+TARGET, SCHEME, SMALL_SCHEME = "native:cpu", "int4", "int2-mlp-gptq"
 CONTEXTS, PROMPTS = (32, 1024, 4096), (128, 1024)
 STEPS = 8
 """Tokens decoded in a turn; a cache has room for 128 beyond its prompt."""
 TURNS, LAST_TURNS, VERIFY_TURNS = 4, 15, 12
 """In each repetition; at the longest context, which is prefilled once; steps of each size."""
+SMALL_NAME, BESIDE_SMALL = "int2-mlp", ("onnxruntime", "llama")
+"""What the weights of `small` are called, and the rivals whose 4 bits they are set beside."""
 DRAFTS = (2, 4, 8)
 SLICES = 10
 SIDE = 1344
@@ -103,16 +108,33 @@ def prepare(bench: Bench, sections: Sequence[str]) -> None:
     place = bench.place
     full_size.prepare_checkpoint(place)
     if not bench.bundle.is_dir():
-        command = [sys.executable, "-P", "-m", "lensc", "build", str(place.checkpoint), "--scheme", SCHEME]
-        full_size.run([*command, "--target", TARGET, "--max-memory", full_size.MAX_MEMORY, "-o", str(bench.bundle)])
+        _build(place, SCHEME, bench.bundle)
+    if "small" in sections and not small_bundle(place).is_dir():
+        from lensc.export.quantize.recipe import resolve  # which imports torch
+
+        recipe = place.folder / "small.toml"
+        write_text(recipe, replace(resolve(SMALL_SCHEME), name=SMALL_NAME, method="rtn").to_toml())
+        _build(place, str(recipe), small_bundle(place))
     full_size.prepare_rivals(place, scripts_of(sections))
+
+
+def _build(place: full_size.Place, scheme: str, bundle: Path) -> None:
+    command = [sys.executable, "-P", "-m", "lensc", "build", str(place.checkpoint), "--scheme", scheme]
+    full_size.run([*command, "--target", TARGET, "--max-memory", full_size.MAX_MEMORY, "-o", str(bundle)])
+
+
+def small_bundle(place: full_size.Place) -> Path:
+    """Of weights below 4 bits."""
+    return place.folder / "native-small"
 
 
 def scripts_of(sections: Sequence[str]) -> list[tuple[str, str]]:
     """Engine and script of the rivals that the sections need. The pictures that judge come with OpenVINO's tower."""
     decoders = {name: (name, full_size.DECODERS[name][0]) for name in full_size.DECODERS}
     towers = [(name, full_size.TOWERS[name][0]) for name in full_size.TOWERS]
-    needed = [decoders[name] for name in decoders if name in sections or "whole" in sections]
+    beside = {name: (name,) for name in decoders} | {"whole": tuple(decoders), "small": BESIDE_SMALL}
+    wanted = {name for section in sections for name in beside.get(section, ())}
+    needed = [decoders[name] for name in decoders if name in wanted]
     needed += [("llama", full_size.SMALLER[0])] if "llama" in sections else []
     return needed + (towers if "vision" in sections or "whole" in sections else [])
 
@@ -162,17 +184,31 @@ def decoder(bench: Bench, engine: str) -> Measured:
 def llama(bench: Bench) -> Measured:
     """What `decoder` measures beside llama.cpp, and decode beside the smaller of its files."""
     beside, (script, label) = decoder(bench, "llama"), full_size.SMALLER
+    smaller = _short_decode(bench, "llama", script, label)
+    return lambda reach: [*beside(reach), smaller(reach)]
+
+
+def small(bench: Bench) -> Measured:
+    """Decode with weights below 4 bits, beside the rivals' in 4."""
+    ours = replace(bench, bundle=small_bundle(bench.place))
+    found = [_short_decode(ours, engine, *full_size.DECODERS[engine], f", {SMALL_NAME}") for engine in BESIDE_SMALL]
+    return lambda reach: [row(reach) for row in found]
+
+
+def _short_decode(
+    bench: Bench, engine: str, script: str, label: str, suffix: str = ""
+) -> Callable[[Reach], record.Row]:
+    """Decode at the short context alone, beside a rival."""
     short = CONTEXTS[0]
-    with bench.place.rival("llama", script) as theirs, bench.ours("decoder") as ours:
+    with bench.place.rival(engine, script) as theirs, bench.ours("decoder") as ours:
         took = turns.in_turn({"ours": ours, "theirs": theirs}, _asked(short, (), ()), bench.place.repeat)
 
-    def rows(reach: Reach) -> list[record.Row]:
+    def row(reach: Reach) -> record.Row:
         what, limit = _decode(short)[0], reach["bandwidth_gb_s"] * 1e9 / bench.bytes_per_token(short)
         speeds = _speeds(took, what, STEPS)
-        smaller = turns.compared(what, "tokens/s", speeds["ours"], speeds["theirs"], label, limit)
-        return [*beside(reach), smaller]
+        return turns.compared(what + suffix, "tokens/s", speeds["ours"], speeds["theirs"], label, limit)
 
-    return rows
+    return row
 
 
 def _asked(short: int, prompts: Sequence[int], long: Sequence[int]) -> list[tuple[str, str]]:
@@ -276,6 +312,7 @@ SECTIONS: dict[str, Callable[[Bench], Measured]] = {
     "onnxruntime": lambda bench: decoder(bench, "onnxruntime"),
     "openvino": lambda bench: decoder(bench, "openvino"),
     "llama": llama,
+    "small": small,
     "verify": lambda bench: _as_they_are(verify(bench)),
     "vision": lambda bench: _as_they_are(vision(bench)),
     "whole": lambda bench: _as_they_are(whole(bench)),

@@ -10,6 +10,7 @@
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #define LENSC_WORDS
 
+#include <algorithm>
 #include <cmath>
 
 #include "blocks.h"
@@ -55,12 +56,11 @@ struct WordCore {
     static constexpr int kQueryBlock = 8 * kQueries;  // rows of queries for which a block of keys is read once
     static constexpr int kWeightBits = 14;
     static constexpr float kMostValue = float((1u << 31) / (unsigned(kKeyBlock) << kWeightBits) - 1);
-
     static constexpr int kAhead = 8;  // rows that are asked for before their turn: they lie far apart
 
     // 64 keys and their values.
     struct Block {
-        WordPair* keys;       // [kKeyBlock][row_pairs]
+        WordPair* keys;       // [kKeyBlock][padded dim / 2]
         float* key_scales;    // [kKeyBlock]
         WordPair* values;     // [padded dim][kKeyBlock / 2]
         float* value_scales;  // [padded dim]
@@ -104,9 +104,9 @@ struct WordCore {
     void take_queries(const Problem& problem, int tile, int row, int valid) {
         softmax[tile].clear();
         WordPair* to = queries + int64_t(tile) * (padded / 2) * kQueries;
+        // a row of whole numbers for each lane, where there is room for them until sums begin
+        float* words = mixed + int64_t(tile) * padded * kQueries;
         for (int q = 0; q < kQueries; q += kLanes) {
-            // where the logits will be: a row of whole numbers for each lane
-            float* words = logits;
             for (int lane = 0; lane < kLanes; ++lane) {
                 // A row that is not there repeats the last one, whose logits are finite.
                 const float* from = problem.query_row(row + least(q + lane, valid - 1));
@@ -123,7 +123,7 @@ struct WordCore {
                 }
             }
         }
-        std::memset(mixed + int64_t(tile) * padded * kQueries, 0, sizeof(float) * size_t(padded) * kQueries);
+        std::memset(words, 0, sizeof(float) * size_t(padded) * kQueries);
     }
 
     Block keys(const Problem& problem, int first) {

@@ -63,6 +63,24 @@ def test_llama_cpp_is_measured_with_both_of_its_files(bench: cpu.Bench, monkeypa
     assert set(asked) == set(cpu.scripts_of(["llama"]))
 
 
+def test_small_weights_are_set_beside_both_rivals(bench: cpu.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(bench.bundle, cpu.small_bundle(bench.place))
+    asked = []
+
+    def rival(place: full_size.Place, engine: str, script: str) -> Contender:
+        asked.append((engine, script))
+        return bench.ours("decoder")
+
+    monkeypatch.setattr(full_size.Place, "rival", rival)
+    rows = cpu.SECTIONS["small"](bench)(REACH)
+    assert [(row.what, row.rival) for row in rows] == [
+        ("decode, context 32, int2-mlp", "ONNX Runtime GenAI, int4 block 128"),
+        ("decode, context 32, int2-mlp", "llama.cpp Q4_0"),
+    ]
+    assert all(row.ratio is not None and row.limit == 20e9 / bench.bytes_per_token(32) for row in rows)
+    assert asked == cpu.scripts_of(["small"])
+
+
 def test_steps_of_drafts_are_counted_in_steps_of_one(bench: cpu.Bench) -> None:
     rows = cpu.verify(bench)
     assert [(row.what, row.unit) for row in rows] == [(f"verify {count} tokens", "steps") for count in cpu.DRAFTS]

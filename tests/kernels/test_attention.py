@@ -236,7 +236,7 @@ def test_full_extremes(extreme: str, exact: bool, isa: str) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("exact", (False, True), ids=("fast", "exact"))
-@pytest.mark.parametrize("dim", (64, 72, 128, 200))
+@pytest.mark.parametrize("dim", (64, 72, 128, 200, 700))
 @pytest.mark.parametrize("sign", (1, -1))
 def test_full_of_the_largest_sums(sign: float, dim: int, exact: bool, isa: str) -> None:
     """All of a row as large as its largest value: every weight is 1, and all products have one sign."""
