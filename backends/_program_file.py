@@ -184,7 +184,7 @@ def _spec_problems(program: Program, spec: GraphSpec) -> Iterator[str]:
         if tensor is None or tensor.dtype != "float32" or not tensor.shape:
             yield f"no {kind} {codec.shown(found.name)} of float32"
         elif (product(tensor.shape[:-1]), tensor.shape[-1]) != (value.rows, value.width):
-            yield f"expected {kind} {tensor}, found [{value.rows}, {value.width}]"
+            yield f"expected {kind} {tensor}, found {_shown(value)}"
 
     def array(name: str, dtype: str, rows: str) -> Iterator[str]:
         tensor = inputs.get(name)
@@ -362,7 +362,8 @@ def _finite(scale: float) -> Iterator[str]:
 
 
 def _shown(value: Value) -> str:
-    return f"[{value.rows}, {value.width}]"
+    rows = value.rows if _ROWS.fullmatch(value.rows) else codec.shown(value.rows)
+    return f"[{rows}, {value.width}]"
 
 
 def _place_problems(step: Step, sizes: Mapping[str, int], files: Sequence[str]) -> Iterator[str]:
