@@ -31,12 +31,20 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> cpu.Bench:
     return cpu.Bench(full_size.Place(folder, 1, 2), folder / "native", 128)
 
 
-def test_the_decoder_beside_a_rival(bench: cpu.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def asked(bench: cpu.Bench, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Engine and script of the rivals that are started; our own decoder stands in for each."""
+    found: list[tuple[str, str]] = []
+
     def rival(place: full_size.Place, engine: str, script: str) -> Contender:
-        assert (engine, script) == ("onnxruntime", "ort_genai")
+        found.append((engine, script))
         return bench.ours("decoder")
 
     monkeypatch.setattr(full_size.Place, "rival", rival)
+    return found
+
+
+def test_the_decoder_beside_a_rival(bench: cpu.Bench, asked: list[tuple[str, str]]) -> None:
     rows = {row.what: row for row in cpu.decoder(bench, "onnxruntime")(REACH)}
     assert list(rows) == ["load until ready", "decode, context 32", "prefill 128", "peak memory, 128 tokens"]
     decode = rows["decode, context 32"]
@@ -44,16 +52,10 @@ def test_the_decoder_beside_a_rival(bench: cpu.Bench, monkeypatch: pytest.Monkey
     assert decode.ratio is not None and 0.01 < decode.ratio < 100
     assert decode.limit == 20e9 / bench.bytes_per_token(32)
     assert rows["prefill 128"].limit == 1000e9 / full_size.FLOP_PER_TOKEN
+    assert set(asked) == {("onnxruntime", "ort_genai")}
 
 
-def test_llama_cpp_is_measured_with_both_of_its_files(bench: cpu.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def rival(place: full_size.Place, engine: str, script: str) -> Contender:
-        asked.append((engine, script))
-        return bench.ours("decoder")
-
-    monkeypatch.setattr(full_size.Place, "rival", rival)
+def test_llama_cpp_is_measured_with_both_of_its_files(bench: cpu.Bench, asked: list[tuple[str, str]]) -> None:
     rows = cpu.SECTIONS["llama"](bench)(REACH)
     decode = [(row.what, row.rival) for row in rows if row.what.startswith("decode")]
     assert decode == [("decode, context 32", "llama.cpp Q4_0"), ("decode, context 32", "llama.cpp Q3_K_M")]
@@ -63,15 +65,8 @@ def test_llama_cpp_is_measured_with_both_of_its_files(bench: cpu.Bench, monkeypa
     assert set(asked) == set(cpu.scripts_of(["llama"]))
 
 
-def test_small_weights_are_set_beside_both_rivals(bench: cpu.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_weights_are_set_beside_both_rivals(bench: cpu.Bench, asked: list[tuple[str, str]]) -> None:
     shutil.copytree(bench.bundle, cpu.small_bundle(bench.place))
-    asked = []
-
-    def rival(place: full_size.Place, engine: str, script: str) -> Contender:
-        asked.append((engine, script))
-        return bench.ours("decoder")
-
-    monkeypatch.setattr(full_size.Place, "rival", rival)
     rows = cpu.SECTIONS["small"](bench)(REACH)
     assert [(row.what, row.rival) for row in rows] == [
         ("decode, context 32, int2-mlp", "ONNX Runtime GenAI, int4 block 128"),
