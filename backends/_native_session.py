@@ -16,8 +16,9 @@ from lensc.kernels.rope.reference import quantize_rows
 from ._engine_cache import EngineCache, begin_step
 from ._native_build import Built, build
 from ._program import Program, count, split
-from .base import Array, Cache, check_feeds, check_indices, check_out, map_file, writeable
+from .base import Array, Cache, check_feeds, check_indices, check_out, writeable
 from .errors import ExecutionError
+from .mapped_file import map_file
 
 F32 = npt.NDArray[np.float32]
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from lensc.export.graph import GraphSpec
 
-from .base import Array, check_feeds, check_out, give_back, map_file
+from .base import Array, check_feeds, check_out
 from .errors import ExecutionError
+from .mapped_file import give_back, map_file
 
 MESSAGE_LENGTH = 400
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from ._tensorrt_device import CudaDevice
 from ._tensorrt_session import Placed
 from ._tensorrt_target import Profile
-from .base import map_file
 from .errors import ExecutionError, GraphError
+from .mapped_file import map_file
 
 if TYPE_CHECKING:
     import tensorrt as trt

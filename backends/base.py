@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import filecmp
 import hashlib
-import mmap
 import os
 import re
 import shutil
@@ -23,7 +22,7 @@ import numpy.typing as npt
 
 from lensc.export.graph import Graph, GraphSpec
 
-from .errors import CompatibilityError, ExecutionError, GraphError, UsageError
+from .errors import CompatibilityError, GraphError, UsageError
 from .load_options import DEFAULTS, Choices, LoadOptions
 
 Array = npt.NDArray[Any]
@@ -318,24 +317,6 @@ def borrow_weights(source: Path, folder: Path) -> Path:
     except OSError:
         shutil.copyfile(source, borrowed)
     return borrowed
-
-
-def give_back(mapped: mmap.mmap) -> None:
-    """Let go of the pages of a mapped file that are in this process's memory; one that is read again comes from the
-    system's file cache. Does nothing where the system cannot.
-    """
-    if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-        mapped.madvise(mmap.MADV_DONTNEED)
-
-
-def map_file(path: Path) -> mmap.mmap:
-    """A file of a bundle, mapped to be read. Raises ExecutionError if it cannot be, or is empty."""
-    try:
-        with open(path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # ValueError: an empty file
-        reason = error.strerror if isinstance(error, OSError) else "it is empty"
-        raise ExecutionError(f"{path}: cannot be read: {reason}; build the bundle again") from error
 
 
 def sha256_file(path: Path) -> str:

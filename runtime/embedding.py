@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from lensc.backends.base import Array, give_back
+from lensc.backends.base import Array
 from lensc.backends.bundle import DecoderSpec
 from lensc.backends.errors import GraphError, ManifestError, TokenizerError
+from lensc.backends.mapped_file import give_back
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]

@@ -168,16 +168,9 @@ struct AmxCore {
     void add(const Problem& problem, const Block& block, int tile, int row, int valid, int first, int count) {
         const int chunks = (count + 31) / 32;
         multiply_keys(problem.dim, block.keys, queries + tile * (query_bytes(problem.dim) / 2), chunks);
-        alignas(64) float fade[kQueries];
         float* sums = mixed + tile * (mixed_bytes(problem.dim) / sizeof(float));
         Softmax<kQueries>& state = softmax[tile];
-        if (state.take(problem, row, valid, first, count, logits, fade) && first > 0) {
-            const vfloat fade0 = load(fade), fade1 = load(fade + 16);
-            for (int d = 0; d < problem.dim; ++d, sums += kQueries) {
-                store(sums, load(sums) * fade0);
-                store(sums + 16, load(sums + 16) * fade1);
-            }
-        }
+        state.take(problem, row, valid, first, count, logits, sums);
         for (int k = count; k < chunks * 32; ++k) {
             for (int v = 0; v < 2; ++v) store(logits + k * kQueries + v * 16, splat(-__builtin_inff()));
         }
@@ -186,8 +179,7 @@ struct AmxCore {
         } else {
             weigh<false>(state, nullptr, count, chunks);
         }
-        multiply_values(problem.dim, block.values, mixed + tile * (mixed_bytes(problem.dim) / sizeof(float)), chunks,
-                        first > 0);
+        multiply_values(problem.dim, block.values, sums, chunks, first > 0);
     }
 
     void finish(const Problem& problem, int tile, int row, int valid) {

@@ -58,8 +58,8 @@ struct Softmax {
     }
 
     // Scales, biases and masks the logits of `count` keys from `first` on, [count][kQueries], and takes their maxima
-    // in. `fade` := what sums and products up to here are to be multiplied with; returns whether any of it is not 1.
-    bool take(const Problem& problem, int first_row, int rows, int first, int count, float* logits, float* fade) {
+    // in: what was summed up to here fades to them, `mixed`, [dim][kQueries], too (not read before the first block).
+    void take(const Problem& problem, int first_row, int rows, int first, int count, float* logits, float* mixed) {
         if (problem.keys.scales) scale(problem.keys.scales + first, count, logits);
         if (problem.bias) add_bias(problem.bias + first, count, logits);
         // Rows of a tile are in the order of their tokens: the first row sees the fewest keys.
@@ -71,14 +71,17 @@ struct Softmax {
             for (int v = 0; v < kVectors; ++v) high[v] = max(high[v], load(logits + k * kQueries + v * kLanes));
         }
         bool fades = false;
+        vfloat fade[kVectors];
         for (int v = 0; v < kVectors; ++v) {
-            const vfloat factor = exp2(load(most + v * kLanes) - high[v]);
-            store(fade + v * kLanes, factor);
+            fade[v] = exp2(load(most + v * kLanes) - high[v]);
             store(most + v * kLanes, high[v]);
-            store(sum + v * kLanes, load(sum + v * kLanes) * factor);
-            for (int i = 0; i < kLanes; ++i) fades |= factor[i] != 1.0f;
+            store(sum + v * kLanes, load(sum + v * kLanes) * fade[v]);
+            for (int i = 0; i < kLanes; ++i) fades |= fade[v][i] != 1.0f;
         }
-        return fades;
+        if (!fades || first == 0) return;
+        for (int d = 0; d < problem.dim; ++d, mixed += kQueries) {
+            for (int v = 0; v < kVectors; ++v) store(mixed + v * kLanes, load(mixed + v * kLanes) * fade[v]);
+        }
     }
 
   private:

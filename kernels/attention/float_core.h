@@ -119,13 +119,8 @@ struct FloatCore {
         const int dim = problem.dim;
         float* sums = mixed + int64_t(tile) * dim * kQueries;
         product(block.keys, block.key_stride, 1, count, queries + int64_t(tile) * dim * kQueries, dim, logits, false);
-        alignas(64) float fade[kQueries];
         Softmax<kQueries>& state = softmax[tile];
-        if (state.take(problem, row, valid, first, count, logits, fade) && first > 0) {
-            for (int d = 0; d < dim; ++d) {
-                for (int q = 0; q < kQueries; ++q) sums[d * kQueries + q] *= fade[q];
-            }
-        }
+        state.take(problem, row, valid, first, count, logits, sums);
         vfloat sum[kTileVectors], most[kTileVectors];
         for (int v = 0; v < kTileVectors; ++v) {
             sum[v] = load(state.sum + v * kLanes);

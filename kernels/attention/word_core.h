@@ -155,13 +155,8 @@ struct WordCore {
                 }
             }
         }
-        alignas(64) float fade[kQueries];
         Softmax<kQueries>& state = softmax[tile];
-        if (state.take(problem, row, valid, first, count, logits, fade) && first > 0) {
-            for (int d = 0; d < dim; ++d) {
-                for (int q = 0; q < kQueries; ++q) sums[d * kQueries + q] *= fade[q];
-            }
-        }
+        state.take(problem, row, valid, first, count, logits, sums);
         weigh(state, count);
         for (int d = 0; d < dim; d += 4) {
             word_product(block.values + d * (kKeyBlock / 2), kKeyBlock / 2, weights, (count + 1) / 2, products[0]);
@@ -279,11 +274,7 @@ struct WordCore {
         // Adding 3 * 2**22 leaves the floor in the low bits of the mantissa.
         const vfloat shifted = (bounded - 0.5f) + 12582912.0f;
         const vfloat fraction = bounded - (shifted - 12582912.0f);
-        vfloat p = splat(0.07706703990697861f);  // as in exp2_coarse
-        p = p * fraction + 0.22764499485492706f;
-        p = p * fraction + 0.6951167583465576f;
-        p = p * fraction + 1.0f;
-        return _mm256_cvtps_epi32(as_float(as_int(p) + (as_int(shifted) << 23)));
+        return _mm256_cvtps_epi32(as_float(as_int(coarse_power(fraction)) + (as_int(shifted) << 23)));
     }
 
     // weights := those of `count` logits, two keys together, and 0 for a key behind them; adds them up.

@@ -65,6 +65,10 @@ inline float reduce_add(vfloat x) {
 inline float reduce_max(vfloat x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps(x);
+#elif defined(__AVX2__)
+    const __m128 fours = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    const __m128 twos = _mm_max_ps(fours, _mm_movehl_ps(fours, fours));
+    return _mm_max_ss(twos, _mm_movehdup_ps(twos))[0];
 #endif
     float most = x[0];
     for (int i = 1; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
@@ -163,15 +167,16 @@ inline vfloat exp2(vfloat x) {
     });
 }
 
-// 2**x with a relative error below 1e-4, for what is rounded to bfloat16 (half a unit: 2e-3).
-inline vfloat exp2_coarse(vfloat x) {
-    return exp2_by(x, [](vfloat r) {
-        vfloat p = splat(0.07706703990697861f);
-        p = p * r + 0.22764499485492706f;
-        p = p * r + 0.6951167583465576f;
-        return p * r + 1.0f;
-    });
+// 2**r for r between 0 and 1, with a relative error below 1e-4.
+inline vfloat coarse_power(vfloat r) {
+    vfloat p = splat(0.07706703990697861f);
+    p = p * r + 0.22764499485492706f;
+    p = p * r + 0.6951167583465576f;
+    return p * r + 1.0f;
 }
+
+// 2**x with a relative error below 1e-4, for what is rounded to bfloat16 (half a unit: 2e-3).
+inline vfloat exp2_coarse(vfloat x) { return exp2_by(x, coarse_power); }
 
 // e**x, x < 88, -inf included: relative error below 3e-7.
 inline vfloat exp(vfloat x) {

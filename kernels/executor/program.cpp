@@ -1,5 +1,9 @@
 #include "program.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <new>
 #include <stdexcept>
 
@@ -16,7 +20,22 @@ constexpr int64_t least_rows_of_parts = 64;
 
 size_t aligned(size_t bytes) { return (bytes + line_bytes - 1) / line_bytes * line_bytes; }
 
-uint8_t* new_bytes(size_t bytes) { return static_cast<uint8_t*>(::operator new(bytes, std::align_val_t{line_bytes})); }
+// Rows of a matrix lie pages apart. Where the system has them, huge pages take fewer walks through its tables: the attention
+// of a picture takes 0.9 to 0.95 of the time.
+void advise_huge_pages([[maybe_unused]] uint8_t* bytes, [[maybe_unused]] size_t size) {
+#if defined(MADV_HUGEPAGE)
+    constexpr uintptr_t huge = 2 << 20;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(bytes) + huge - 1) / huge * huge;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(bytes) + size) / huge * huge;
+    if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
+
+uint8_t* new_bytes(size_t bytes) {
+    uint8_t* made = static_cast<uint8_t*>(::operator new(bytes, std::align_val_t{line_bytes}));
+    advise_huge_pages(made, bytes);
+    return made;
+}
 
 void delete_bytes(uint8_t* bytes) { ::operator delete(bytes, std::align_val_t{line_bytes}); }
 
