@@ -16,8 +16,8 @@ from pathlib import Path
 
 from lensc.backends import registry
 from lensc.backends.base import Artifact, StaticBackend, Target
-from lensc.backends.bundle import FORMAT, Manifest, ParityRecord, load_manifest, write_manifest
-from lensc.backends.errors import CheckpointError, UsageError
+from lensc.backends.bundle import FORMAT, MANIFEST, Manifest, ParityRecord, load_manifest, write_manifest
+from lensc.backends.errors import CheckpointError, ManifestError, UsageError
 from lensc.runtime.prompt import Tokenizer
 
 from . import compile_stages, demo, export_stages
@@ -85,13 +85,15 @@ def compile_graphs(
     """Compile the folder `graphs` for every target into the bundle `out`.
 
     `calibration` is a folder of pictures for targets that fix the ranges of activations; nodes named in `cpu_nodes` may run
-    on the CPU where all others must be on an NPU; `context`: tokens of past that a decoder of fixed shapes is made for. What can run here is checked with the golden probes. Raises
-    ManifestError if `graphs` is damaged, UnsupportedError listing every graph that a target cannot take, and what engines
-    raise. `out` is complete or untouched.
+    on the CPU where all others must be on an NPU; `context`: tokens of past that a decoder of fixed shapes is made for.
+    What can run here is checked with the golden probes. Raises ManifestError if `graphs` is none or damaged,
+    UnsupportedError listing every graph that a target cannot take, and what engines raise. `out` is complete or untouched.
     """
     folder = Path(graphs)
     if folder.resolve() == Path(out).resolve():
         raise UsageError(f"{out}: is the folder of graphs itself; choose another output folder")
+    if not (folder / MANIFEST).exists():
+        raise ManifestError(f"{folder} is not a folder of graphs; make one with lensc export, or check the path")
     made = load_manifest(folder, verify=True)
     portable = portable_graphs(folder, made)
     specs = {name: graph.spec for name, graph in portable.items()}

@@ -61,7 +61,7 @@ NOT_JUDGED = "none: what the recipe costs"
 SURE_MARGIN = 2 * TOLERANCES["logits"]
 """Both choices may move by the tolerance, towards each other."""
 
-PROBE_SIZES = {"slices": 2, "patches": 12, "batch": 2, "tokens": 13, "past": 5, "rows": 8}
+PROBE_SIZES = {"slices": 2, "patches": 12, "batch": 2, "tokens": 9, "past": 5, "rows": 8}
 """Sizes of the golden probe: small, but each dimension is one that a graph could get wrong. Logits of random inputs are weak
 in some rows, where rounding inputs to 8 bits weighs more: four rows swing from 24 to 37 dB, sixteen stay above 29."""
 

@@ -169,6 +169,8 @@ def test_missing_bundle(tmp_path: Path, cli: Cli) -> None:
     assert_refused(cli("run", tmp_path / "absent", "Hello"), 1, "is not a bundle; make one with lensc build")
     (tmp_path / "file").write_text("")
     assert_refused(cli("run", tmp_path / "file", "Hello"), 1, "is not a bundle")
+    compiled = cli("compile", tmp_path / "absent", "--target", "onnxruntime:cpu", "-o", tmp_path / "out")
+    assert_refused(compiled, 1, "is not a folder of graphs; make one with lensc export")
 
 
 @pytest.mark.parametrize("file", [VISION, f"{VISION}.data", "tokenizer.json", "embed_tokens.npy"])
