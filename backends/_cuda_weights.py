@@ -13,7 +13,7 @@ import torch
 from lensc.kernels.linear.gpu import FloatWeight, Weight, can_pack, pack
 
 from ._program import BITS, Constant, Place, WeightRecord
-from .mapped_file import give_back, map_file
+from .files import give_back, map_file
 
 
 class Source(Protocol):

@@ -18,7 +18,7 @@ from ._native_build import Built, build
 from ._program import Program, count, split
 from .base import Array, Cache, check_feeds, check_indices, check_out, writeable
 from .errors import ExecutionError
-from .mapped_file import map_file
+from .files import map_file
 
 F32 = npt.NDArray[np.float32]
 

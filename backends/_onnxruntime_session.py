@@ -15,7 +15,7 @@ from lensc.export.graph import GraphSpec
 
 from .base import Array, check_feeds, check_out
 from .errors import ExecutionError
-from .mapped_file import give_back, map_file
+from .files import give_back, map_file
 
 MESSAGE_LENGTH = 400
 

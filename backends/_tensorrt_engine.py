@@ -18,7 +18,7 @@ from ._tensorrt_device import CudaDevice
 from ._tensorrt_session import Placed
 from ._tensorrt_target import Profile
 from .errors import ExecutionError, GraphError
-from .mapped_file import map_file
+from .files import map_file
 
 if TYPE_CHECKING:
     import tensorrt as trt

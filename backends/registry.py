@@ -13,9 +13,7 @@ from typing import cast
 from .base import Backend, Probe
 from .errors import UsageError
 
-NOT_BACKENDS = frozenset(
-    {"base", "bundle", "codec", "compiling", "errors", "files", "load_options", "mapped_file", "registry"}
-)
+NOT_BACKENDS = frozenset({"base", "bundle", "codec", "compiling", "errors", "files", "load_options", "registry"})
 """The modules of this folder that are the contract, not an engine."""
 
 

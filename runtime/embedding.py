@@ -12,7 +12,7 @@ import numpy.typing as npt
 from lensc.backends.base import Array
 from lensc.backends.bundle import DecoderSpec
 from lensc.backends.errors import GraphError, ManifestError, TokenizerError
-from lensc.backends.mapped_file import give_back
+from lensc.backends.files import give_back
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]

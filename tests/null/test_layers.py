@@ -125,7 +125,7 @@ LAYERS = {
     **{
         f"backends._cuda_{part}": Layer(
             (
-                *("backends.base", "backends.errors", "backends._program", "export.graph", "kernels"),
+                *("backends.base", "backends.errors", "backends.files", "backends._program", "export.graph", "kernels"),
                 *(f"backends._cuda_{other}" for other in ("plan", "session", "weights")),
             ),
             anywhere=frozenset({"numpy", "torch"}),

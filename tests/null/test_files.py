@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lensc.backends.errors import ExecutionError
-from lensc.backends.mapped_file import map_file
+from lensc.backends.files import map_file
 
 SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
