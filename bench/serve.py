@@ -34,11 +34,11 @@ from lensc.backends.bundle import Manifest, load_manifest
 from lensc.backends.errors import LensError, UnsupportedError
 from lensc.backends.load_options import LoadOptions
 from lensc.profiles import probe
+from lensc.runtime.answered import check_probe
 from lensc.runtime.decoder import Decoder
 from lensc.runtime.embedding import open_table
 from lensc.runtime.pipeline import VLM
 from lensc.runtime.result import Metrics
-from lensc.runtime.selftest import check, run_selftest
 from lensc.runtime.vision import VisionEncoder
 
 Answer = dict[str, bool | float | str]
@@ -73,8 +73,9 @@ def opened(bundle: Path, manifest: Manifest, graph: str, target: Target, threads
     artifact = next((a for a in manifest.artifacts if a.graph == graph and a.target == target), None)
     if artifact is None:
         raise UnsupportedError(f"{bundle}: no {graph} for {target}; build it with --target {target}")
-    session = registry.get(target.backend).load(artifact, manifest.graphs[graph].spec, bundle, LoadOptions(threads))
-    check(run_selftest(manifest.probes, {graph: session}, bundle), {graph: str(target)})
+    backend, options = registry.get(target.backend), LoadOptions(threads)
+    session = backend.load(artifact, manifest.graphs[graph].spec, bundle, options)
+    check_probe(bundle, manifest, artifact, session, backend.probe(), options)
     return session
 
 

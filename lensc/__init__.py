@@ -57,7 +57,8 @@ def load(
     Without it, `placement="measured"` times the candidates of a graph that has several when a bundle is first loaded on a
     machine, each in a process of its own, and remembers the figures; `"ranked"` takes npu before gpu before cpu. `vlm.plan`
     says which were taken and why. `threads` defaults to the physical cores allowed.
-    `selftest`: what is done about a graph whose golden probe fails. `"replace"` (or True) takes another candidate where the
+    Each graph answers a golden probe: a decoder the whole of it until that was right once on this machine, then its first tokens.
+    `selftest`: what is done about a graph whose probe fails. `"replace"` (or True) takes another candidate where the
     choice was open and there is one, else raises ParityError; `"error"` raises it; `"warn"` goes on; `"off"` (or False) runs no
     probes. `on_failure`: what is done about a device that fails in the middle of an answer. `"replan"` goes on with the next
     candidate where the choice was open and there is one, with the same tokens; `"error"` raises ExecutionError. Everything

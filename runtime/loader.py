@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lensc.backends import registry
-from lensc.backends.base import PROBE_TOLERANCE, Probe, Session, Target
+from lensc.backends.base import Probe, Session, Target
 from lensc.backends.bundle import Manifest
 from lensc.backends.errors import (
     CompatibilityError,
@@ -29,6 +29,7 @@ from lensc.backends.errors import (
 
 from . import selftest as golden
 from . import tuned as kept
+from .answered import check_probe
 from .conversation import Identity
 from .events import Event
 from .placement import Found
@@ -138,7 +139,7 @@ class Loader:
                 self._refuse(placement, "refused", error, may)
                 continue
             try:
-                failure = self._probe_failure(placement, session)
+                failure = self._probe_failure(placement, session, settings)
             except BaseException:
                 session.close()
                 raise
@@ -239,21 +240,23 @@ class Loader:
         except MemoryLimitError as error:
             return str(error)
 
-    def _probe_failure(self, placement: Placement, session: Session) -> ParityError | None:
-        """What is wrong with a graph by its golden probes, within the policy."""
+    def _probe_failure(self, placement: Placement, session: Session, settings: Settings) -> ParityError | None:
+        """What is wrong with a graph by its golden probe, within the policy. What is to be said about a right answer goes into the
+        plan's reason.
+        """
         if self._policy.selftest == "off":
             return None
-        graph, parity = placement.graph, placement.artifact.parity
-        tolerances = {graph: float(parity[PROBE_TOLERANCE])} if PROBE_TOLERANCE in parity else {}
-        target = str(placement.effective)
+        graph, artifact = placement.graph, placement.artifact
         try:
-            limit_s = golden.limit_s(placement.artifact, placement.state)
-            results = golden.run_selftest(self._manifest.probes, {graph: session}, self._folder, tolerances, limit_s)
-            golden.check(results, {graph: target})
+            limit_s = golden.limit_s(artifact, placement.state)
+            told = check_probe(self._folder, self._manifest, artifact, session, self._probes, settings.options, limit_s)
         except golden.SilentError as error:
-            return golden.SilentError(f"self-test failed: {graph} on {target}: {error}")
+            return golden.SilentError(f"self-test failed: {graph} on {placement.effective}: {error}")
         except ExecutionError as error:
-            return ParityError(f"self-test failed: {graph} on {target}: {error}")
+            return ParityError(f"self-test failed: {graph} on {placement.effective}: {error}")
         except ParityError as error:
             return error
+        if told and told not in placement.reason:
+            said = dataclasses.replace(placement, reason=f"{placement.reason}; {told}")
+            self.plan = Plan(tuple(said if p == placement else p for p in self.plan.placements))
         return None

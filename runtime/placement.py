@@ -2,15 +2,13 @@
 
     <cache>/placement/<key>.json      what each candidate took, or why it is out
 
-The key is all that the figures depend on: machine, versions of the engines and of lensc, what the drivers say, the artifacts
-by their hashes, threads and settings. A file that is damaged or says something else than it should is a note, and is written anew;
+The key is of all that the figures depend on (`circumstances`). A file that is damaged or says something else than it should is a note, and is written anew;
 processes may share the folder: a file appears whole. It may be deleted at any time.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import time
@@ -24,10 +22,10 @@ from lensc.backends.bundle import Manifest
 from lensc.backends.errors import ExecutionError
 from lensc.backends.files import reason, replacing
 from lensc.backends.load_options import LoadOptions
-from lensc.profiles import probe as machine
 from lensc.profiles.folders import cache_folder
 
 from . import trial
+from .circumstances import key_of
 from .events import Event
 from .plan import Timing, contenders, probe_of
 from .trial import Refusal
@@ -68,7 +66,7 @@ def measured(
     if not rivals:
         return found
     options = [_options(artifact, probes, threads, tuned) for artifact in rivals]
-    key = _key(rivals, probes, options)
+    key = key_of(FORMAT, rivals, [probe_of(artifact.target, probes) for artifact in rivals], options)
     path = _path(key)
     kept = None if path is None else _kept(path, key, rivals, found.events)
     if kept is None:
@@ -128,22 +126,6 @@ def _told(outcomes: Outcomes, seconds: float, path: Path | None) -> list[Event]:
 
 
 # --- what is kept -------------------------------------------------------------------------------------------------
-
-
-def _key(rivals: Sequence[Artifact], probes: Sequence[Probe], options: Sequence[LoadOptions]) -> str:
-    """A hash of all that the figures depend on."""
-    here = machine.machine()
-    told = [probe_of(artifact.target, probes) for artifact in rivals]
-    parts = {
-        "format": FORMAT,
-        "machine": [str(here), here.system, *here.isa],
-        "lensc": machine.version("lensc"),
-        "drivers": machine.gpu_driver(),
-        "probes": sorted({f"{p.backend}:{p.processor} {p.reason}" for p in told if p is not None}),
-        "artifacts": [dataclasses.asdict(artifact) for artifact in rivals],
-        "options": [[told.threads, sorted(told.engine.items())] for told in options],
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _path(key: str) -> Path | None:

@@ -19,6 +19,7 @@ import numpy as np
 from lensc.backends.base import Array, Artifact, Session
 from lensc.backends.bundle import ProbeRecord
 from lensc.backends.errors import ExecutionError, LensError, ManifestError, ParityError
+from lensc.export.graph import GraphSpec
 
 LEAST_S, BYTES_PER_S, EMULATION = 60.0, 20e6, 20
 """The longest that a probe, or whatever a process of its own does with a graph, may take: so many seconds and one for so many
@@ -58,10 +59,12 @@ def run_selftest(
     folder: Path,
     tolerances: Mapping[str, float] | None = None,
     limit_s: float | None = None,
+    tokens: int | None = None,
 ) -> tuple[ProbeResult, ...]:
     """Run the probes of every graph in `sessions`; paths are relative to `folder`.
 
-    `tolerances` by graph replace the probes' own, for an artifact that computes less exactly than its graph.
+    `tolerances` by graph replace the probes' own, for an artifact that computes less exactly than its graph. `tokens`: a graph
+    that takes tokens is given the first so many of those recorded.
     Raises ManifestError if a probe file cannot be used, ExecutionError if an engine fails, SilentError if one does not answer
     within `limit_s`. It is then waited for no more; but its thread goes on, keeps what it holds of memory and processor, and
     an engine that never lets Python run while it hangs cannot be left at all: that takes a process of its own (`trial`).
@@ -74,6 +77,7 @@ def run_selftest(
                 dataclasses.replace(probe, tolerance=allowed.get(probe.graph, probe.tolerance)),
                 sessions[probe.graph],
                 folder,
+                tokens,
             )
             for probe in probes
             if probe.graph in sessions
@@ -117,7 +121,7 @@ def check(results: Sequence[ProbeResult], targets: Mapping[str, str]) -> None:
         )
 
 
-def _run(probe: ProbeRecord, session: Session, folder: Path) -> ProbeResult:
+def _run(probe: ProbeRecord, session: Session, folder: Path, tokens: int | None) -> ProbeResult:
     arrays = _read(folder / probe.file)
     feeds = {name[3:]: a for name, a in arrays.items() if name.startswith("in.")}
     expected = {name[4:]: a for name, a in arrays.items() if name.startswith("out.")}
@@ -127,10 +131,27 @@ def _run(probe: ProbeRecord, session: Session, folder: Path) -> ProbeResult:
             f"{folder / probe.file}: arrays {', '.join(sorted(arrays))}: expected in.<name> for every input and "
             f"out.<name> for outputs of graph {probe.graph}"
         )
+    if tokens is not None:
+        feeds, expected = _first(tokens, session.spec, feeds, expected)
     outputs = session.run(feeds)
     differences = {name: _difference(outputs[name], array) for name, array in expected.items()}
     worst = max(differences, key=lambda n: np.inf if np.isnan(differences[n]) else differences[n])
     return ProbeResult(probe.graph, probe.file, differences[worst], worst, probe.tolerance)
+
+
+def _first(
+    tokens: int, spec: GraphSpec, feeds: dict[str, Array], expected: dict[str, Array]
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The first recorded tokens, and what was recorded of them: it does not depend on the tokens behind them."""
+    shapes = {tensor.name: tensor.shape for tensor in (*spec.inputs, *spec.outputs)}
+    rows = int(np.count_nonzero(feeds["logit_positions"] < tokens)) if "logit_positions" in feeds else 0
+
+    def cut(arrays: dict[str, Array]) -> dict[str, Array]:
+        ends = {"tokens": tokens, "rows": rows}
+        parts = {name: tuple(slice(ends.get(str(size))) for size in shapes.get(name, ())) for name in arrays}
+        return {name: np.ascontiguousarray(array[parts[name]]) for name, array in arrays.items()}
+
+    return cut(feeds), cut(expected)
 
 
 def _difference(got: Array, expected: Array) -> float:
