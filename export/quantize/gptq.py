@@ -44,28 +44,44 @@ would leave the second thread of a weight with 4096 outputs without work."""
 PIECE = 1 << 22
 """Numbers of a temporary while the matrix is permuted (16 MiB)."""
 
+PANEL = 1024
+"""Rows of the matrix that are summed together, from the diagonal on: of 4096 inputs five eighths are computed."""
+
 
 class Hessian:
     """X^T X over all activations X: float[tokens, in] that were added. Holds in * in * 4 bytes."""
 
     def __init__(self, inputs: int) -> None:
-        self.matrix = torch.zeros(inputs, inputs)
+        self._matrix = torch.zeros(inputs, inputs)
+        self._is_whole = True
         self.tokens = 0
+
+    @property
+    def matrix(self) -> Tensor:
+        """float32[in, in], symmetric."""
+        if not self._is_whole:
+            for part in pieces(self._matrix.shape[0], PANEL):
+                self._matrix[part.stop :, part] = self._matrix[part, part.stop :].mT
+            self._is_whole = True
+        return self._matrix
 
     def add(self, activations: Tensor) -> None:
         """Add activations: float[..., in]. Raises InputError for another width, NaN or Inf."""
         x = activations.reshape(-1, activations.shape[-1]).float()
-        if x.shape[1] != self.matrix.shape[0]:
-            raise InputError(f"activations {list(activations.shape)}: expected {self.matrix.shape[0]} channels")
+        inputs = self._matrix.shape[0]
+        if x.shape[1] != inputs:
+            raise InputError(f"activations {list(activations.shape)}: expected {inputs} channels")
         if not bool(torch.isfinite(x).all()):
             raise InputError(f"activations {list(activations.shape)} hold NaN or Inf")
-        self.matrix.addmm_(x.mT, x)
+        for part in pieces(inputs, PANEL):
+            self._matrix[part, part.start :].addmm_(x[:, part].mT, x[:, part.start :])
+        self._is_whole = False
         self.tokens += x.shape[0]
 
     @property
     def diagonal(self) -> Tensor:
         """The mean square of each input: float32[in]."""
-        return self.matrix.diagonal() / max(1, self.tokens)
+        return self._matrix.diagonal() / max(1, self.tokens)
 
     def factor(self, damp: float = 0.01, order: Order = "activation") -> Factor:
         """The Cholesky factor, in a matrix of its own; the Hessian is left as it is.
@@ -74,13 +90,13 @@ class Hessian:
         not positive definite. Inputs that were always 0 thus stand alone: their weights are rounded to the nearest.
         Raises InputError where that does not help, and for activations that are all 0 or too large to be squared.
         """
-        mean = float(self.matrix.diagonal().double().mean())
+        mean = float(self._matrix.diagonal().double().mean())
         if not 0 < mean < torch.inf:
             raise InputError(
                 f"Hessian of {self.tokens} tokens: mean of the diagonal is {mean}, expected a positive number; "
                 "calibrate with other data"
             )
-        inputs = self.matrix.shape[0]
+        inputs = self._matrix.shape[0]
         columns = torch.arange(inputs - 1, -1, -1)
         if order == "activation":
             columns = self.matrix.diagonal().argsort(stable=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lensc.backends._multiples import multiples
 from lensc.backends.errors import InputError
+from lensc.export.quantize import gptq
 from lensc.export.quantize.gptq import Factor, Hessian, Order, quantize_gptq
 from lensc.export.quantize.weights import WeightFormat, dequantize, quantize_rtn
 
@@ -144,6 +145,18 @@ def test_hessian_sums_over_batches() -> None:
     assert parts.tokens == whole.tokens == 90
     torch.testing.assert_close(parts.matrix, whole.matrix, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(whole.diagonal, (activations**2).mean(0))
+
+
+@pytest.mark.parametrize("inputs", [7, 8, 20])
+def test_the_hessian_is_whole_whenever_it_is_read(inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is summed in panels of the upper half."""
+    monkeypatch.setattr(gptq, "PANEL", 8)
+    activations, hessian = correlated(60, inputs), Hessian(inputs)
+    for count in (20, 60):
+        hessian.add(activations[hessian.tokens : count])
+        truth = activations[:count].double()
+        torch.testing.assert_close(hessian.matrix.double(), truth.mT @ truth, rtol=1e-5, atol=1e-4)
+        assert torch.equal(hessian.matrix, hessian.matrix.mT)
 
 
 @pytest.mark.parametrize("tokens", [5, 40])
