@@ -281,8 +281,10 @@ class _Rounder:
         place = shared_input(name)
         if self._owners.setdefault(place, name) != name:
             return
+        if place not in self._seen:
+            self._seen[place] = Hessian(x.shape[1])
         try:
-            self._seen.setdefault(place, Hessian(x.shape[1])).add(x)
+            self._seen[place].add(x)
         except InputError as error:
             raise InputError(f"weight {name}: {error}") from error
 

@@ -41,6 +41,9 @@ ROWS = 2048
 """Outputs that a thread rounds together. Fewer make the many small steps dearer (512: a third more time in all), more
 would leave the second thread of a weight with 4096 outputs without work."""
 
+STEPS = 16
+"""Inputs that are rounded one after the other, each with the errors of those before it; more go in halves."""
+
 PIECE = 1 << 22
 """Numbers of a temporary while the matrix is permuted (16 MiB)."""
 
@@ -163,11 +166,12 @@ def quantize_gptq(
         for end in range(inputs, 0, -block):
             start = max(0, end - block)
             here = columns[start:end]
-            truth = weight[rows][:, here].float().mT.contiguous()
+            truth = torch.index_select(weight[rows], 1, here).float().mT.contiguous()
             scale = scales[rows].mT[group[start:end]]
             zero = None if zeros is None else zeros[rows].mT[group[start:end]].float()
             pull = lower[end:, start:end].mT @ errors[end:]
-            rounded = _round_block(truth, pull, lower[start:end, start:end], scale, zero, format, errors[start:end])
+            rounded = torch.empty_like(truth)
+            _round_block(truth, pull, lower[start:end, start:end], scale, zero, format, errors[start:end], rounded)
             values[rows, here] = rounded.mT.to(values.dtype)
 
     for_each(round_rows, outputs, ROWS)
@@ -182,22 +186,32 @@ def _round_block(
     zero: Tensor | None,
     format: WeightFormat,
     errors: Tensor,
-) -> Tensor:
-    """Round the inputs of one block, the last first; return float32[block, out] values and write `errors`.
+    values: Tensor,
+) -> None:
+    """Round the inputs of one block, the last first: write `values` and `errors`, and use `pull` up.
 
     truth: float32[block, out], the weights; pull: float32[block, out], what the errors of earlier blocks add to L[i,i]
     times each weight; lower: float32[block, block], the block's part of the factor; scale, zero: float32[block, out].
     """
-    values = torch.empty_like(truth)
+    size = truth.shape[0]
+    if size > STEPS:
+        # the errors of the later half reach the earlier one in one product
+        for part in (slice(size // 2, size), slice(0, size // 2)):
+            if part.stop < size:
+                pull[part].addmm_(lower[part.stop :, part].mT, errors[part.stop :])
+            zeros = None if zero is None else zero[part]
+            _round_block(
+                truth[part], pull[part], lower[part, part], scale[part], zeros, format, errors[part], values[part]
+            )
+        return
     diagonal = lower.diagonal().tolist()
-    for i in range(truth.shape[0] - 1, -1, -1):
-        if i + 1 < truth.shape[0]:
-            pull[i] += lower[i + 1 :, i] @ errors[i + 1 :]
+    for i in range(size - 1, -1, -1):
+        if i + 1 < size:
+            pull[i].addmv_(errors[i + 1 :].mT, lower[i + 1 :, i])
         origin: Tensor | float = float(format.zero_point) if zero is None else zero[i]
-        wanted = truth[i] + pull[i] / diagonal[i]
+        wanted = torch.add(truth[i], pull[i], alpha=1 / diagonal[i])
         values[i] = round_to_grid(wanted, scale[i], origin, format.lowest, format.highest)
-        errors[i] = truth[i] - (values[i] - origin) * scale[i]
-    return values
+        torch.addcmul(truth[i], values[i] - origin, scale[i], value=-1, out=errors[i])
 
 
 def _permute(matrix: Tensor, columns: Tensor, out: Tensor) -> None:

@@ -207,7 +207,9 @@ class _Probing:
             return
         place = shared_input(name)
         if self._owners.setdefault(place, name) == name:
-            self._hessians.setdefault(place, Hessian(x.shape[1])).add(x)
+            if place not in self._hessians:
+                self._hessians[place] = Hessian(x.shape[1])
+            self._hessians[place].add(x)
 
     def on_block(self, name: str, module: nn.Module, x: Sequence[Tensor], run: Run) -> None:
         """Carry all trajectories through the block, and let new ones begin."""

@@ -156,7 +156,6 @@ def test_the_hessian_is_whole_whenever_it_is_read(inputs: int, monkeypatch: pyte
         hessian.add(activations[hessian.tokens : count])
         truth = activations[:count].double()
         torch.testing.assert_close(hessian.matrix.double(), truth.mT @ truth, rtol=1e-5, atol=1e-4)
-        assert torch.equal(hessian.matrix, hessian.matrix.mT)
 
 
 @pytest.mark.parametrize("tokens", [5, 40])
