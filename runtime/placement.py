@@ -2,8 +2,8 @@
 
     <cache>/placement/<key>.json      what each candidate took, or why it is out
 
-The key is of all that the figures depend on (`circumstances`). A file that is damaged or says something else than it should is a note, and is written anew;
-processes may share the folder: a file appears whole. It may be deleted at any time.
+The key is of all that the figures depend on (`circumstances`). A file that is damaged or says something else than it should is
+a note, and is written anew; processes may share the folder: a file appears whole. It may be deleted at any time.
 """
 
 from __future__ import annotations
