@@ -62,7 +62,7 @@ sanitize: $(INSTALLED)
 	cmake --build build/sanitize --parallel
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc OPENBLAS_NUM_THREADS=1 \
-	$(BIN)/python tests/kernels/with_module.py build/sanitize/_cpu.*.so -q -p no:cacheprovider tests/kernels
+	$(BIN)/python tests/kernels/with_module.py build/sanitize/_cpu.*.so -q -p no:cacheprovider tests/kernels --ignore tests/kernels/gpu
 
 # NVIDIA's bindings go into an environment of their own: their licence lets nobody pass on what is made of them.
 check-tensorrt: $(INSTALLED)

@@ -58,7 +58,7 @@ inline void stream_apart(const Int4LinearArgs& a, const GroupsOfChunks& groups, 
         __m512i products[Outputs][Rows];
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; r++) {
-            const __m128i too_much = _mm_cvtsi32_si128(-byte_offset * a.x.sums[(row + r) * units + u]);
+            const __m128i too_much = _mm_cvtsi32_si128(-offset_of(a.x.sums[(row + r) * units + u]));
 #pragma GCC unroll 8
             for (int o = 0; o < Outputs; o++) products[o][r] = _mm512_zextsi128_si512(too_much);
         }
@@ -117,7 +117,7 @@ inline void stream_output(const Int4LinearArgs& a, const GroupsOfChunks& groups,
         }
         for (int64_t r = 0; r < rows; r++) {
             const int64_t unit = (row + r) * units + u;
-            sums[r].end_unit(byte_offset * a.x.sums[unit], a.x.scales[unit]);
+            sums[r].end_unit(offset_of(a.x.sums[unit]), a.x.scales[unit]);
         }
     }
     for (int64_t r = 0; r < rows; r++) put_sum(a, output, row + r, sums[r].total());
@@ -170,7 +170,7 @@ struct PendingUnit {
         products = made, sums = to, lanes = pair * panel_rows, is_first = unit == 0, next = 0;
         const int64_t at = block + (unit * panels + panel) * panel_rows;
         std::memcpy(scales, x.scales + at, static_cast<size_t>(lanes) * sizeof(float));
-        for (int64_t r = 0; r < lanes; r++) too_much[r] = byte_offset * x.sums[at + r];
+        for (int64_t r = 0; r < lanes; r++) too_much[r] = offset_of(x.sums[at + r]);
     }
 
     void add_up_to(int64_t output) {

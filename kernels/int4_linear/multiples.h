@@ -29,6 +29,11 @@ constexpr int byte_offset = bytes_are_signed ? 0 : 128;
 constexpr int byte_offset = 128;
 #endif
 
+// What products have too much by a unit's sum, of two's complement: where an input is no number the sum is any.
+inline int32_t offset_of(int32_t sum) {
+    return static_cast<int32_t>(static_cast<uint32_t>(byte_offset) * static_cast<uint32_t>(sum));
+}
+
 // By the low five bits of a multiple, -15 to 15 (whatever a file holds, there is a table): what each value of 2 or 4 bits
 // stands for. A table of 2 bits is repeated.
 struct MultipleTables {
