@@ -47,6 +47,9 @@ ENVIRONMENTS = {
               "safetensors==0.8.0"),
 }  # fmt: skip
 """What pip installs for a rival, torch's CPU build before all else. llama.cpp is compiled for this processor."""
+LEFT_OUT = {"openvino": ("torchvision",)}
+"""What comes along and is removed again: optimum-intel asks for torchvision, pip takes a build for another torch, and importing
+transformers fails at it, which does without where there is none."""
 COMPILED = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF", "CXXFLAGS": "-fno-tree-dse -fno-dse"}
 """The environment of pip where it compiles. GCC 12.2 takes most of what llama.cpp stores for `ldtilecfg` for dead and leaves
 it out: on a CPU with AMX the first prompt would end with an illegal instruction."""
@@ -157,6 +160,8 @@ def prepare_rivals(place: Place, scripts: Sequence[tuple[str, str]]) -> None:
             if TORCH in ENVIRONMENTS[engine]:
                 run([*install, TORCH])
             run([*install, *ENVIRONMENTS[engine]], dict(os.environ) | COMPILED)
+            if engine in LEFT_OUT:
+                run([place.python(engine), "-m", "pip", "uninstall", "-qq", "--yes", *LEFT_OUT[engine]])
         if not place.model(script).is_dir():
             command = [place.python(engine), str(file_of(script)), "build", str(place.checkpoint)]
             _, told = VARIANTS.get(script, (script, ()))

@@ -135,3 +135,14 @@ def test_the_chart_names_rivals_where_there_are_several() -> None:
         {"what": "load", "rival": "one"},
     ]
     assert [chart._label(row, rows) for row in rows] == ["decode / one", "decode / other", "load"]
+
+
+def test_what_comes_along_and_breaks_the_rival_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(full_size, "run", lambda command, environment=None: ran.append(command))
+    place = full_size.Place(tmp_path, 2, 1)
+    full_size.prepare_rivals(place, [("openvino", "openvino_decoder")])
+    _, torch, others, removed, build = ran
+    assert torch[-1] == full_size.TORCH and others[-1] == full_size.ENVIRONMENTS["openvino"][-1]
+    assert removed[-4:] == ["uninstall", "-qq", "--yes", "torchvision"]
+    assert build[-1] == str(place.model("openvino_decoder"))
