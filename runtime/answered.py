@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lensc.backends.base import PROBE_TOLERANCE, Artifact, Probe, Session
+from lensc.backends.base import Artifact, Probe, Session
 from lensc.backends.bundle import Manifest
 from lensc.backends.files import reason, replacing
 from lensc.backends.load_options import LoadOptions
@@ -47,7 +47,7 @@ def check_probe(
     if "tokens" in session.spec.dims:
         known = _Record.of(artifact, probe_of(target, probes), options)
     tokens = FIRST_TOKENS if known is not None and known.exists() else None
-    tolerances = {graph: float(artifact.parity[PROBE_TOLERANCE])} if PROBE_TOLERANCE in artifact.parity else {}
+    tolerances = selftest.tolerances_of(artifact)
     results = selftest.run_selftest(manifest.probes, {graph: session}, folder, tolerances, limit_s, tokens)
     selftest.check(results, {graph: str(target)})
     if tokens is not None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lensc.backends import registry
-from lensc.backends.base import PROBE_TOLERANCE, Artifact, StaticBackend, Target
+from lensc.backends.base import Artifact, StaticBackend, Target
 from lensc.backends.bundle import Manifest, load_manifest
 from lensc.backends.errors import ExecutionError, LensError, UnavailableError, UnsupportedError
 from lensc.export.graph import Graph
@@ -87,10 +87,8 @@ def check(bundle: Path, target: Target, graphs: Sequence[str]) -> str:
         artifact = next((a for a in manifest.artifacts if (a.graph, a.target) == (name, target)), None)
         if artifact is None:
             artifact = _compile(bundle, manifest, name, target)
-        allowed = {}
-        if PROBE_TOLERANCE in artifact.parity:
-            allowed[name] = float(artifact.parity[PROBE_TOLERANCE])
-        elif artifact.scheme == "f16" != manifest.graphs[name].scheme:
+        allowed = selftest.tolerances_of(artifact)
+        if not allowed and artifact.scheme == "f16" != manifest.graphs[name].scheme:
             allowed[name] = FLOAT16_PROBE
         session = registry.get(target.backend).load(artifact, manifest.graphs[name].spec, bundle)
         try:

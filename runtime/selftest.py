@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lensc.backends.base import Array, Artifact, Session
+from lensc.backends.base import PROBE_TOLERANCE, Array, Artifact, Session
 from lensc.backends.bundle import ProbeRecord
 from lensc.backends.errors import ExecutionError, LensError, ManifestError, ParityError
 from lensc.export.graph import GraphSpec
@@ -34,6 +34,13 @@ def limit_s(artifact: Artifact, state: str) -> float:
     """How many seconds an artifact may take to answer a golden probe."""
     seconds = LEAST_S + sum(file.bytes for file in artifact.files) / BYTES_PER_S
     return seconds * EMULATION if state == "emulated" else seconds
+
+
+def tolerances_of(artifact: Artifact) -> dict[str, float]:
+    """What an artifact that computes less exactly than its graph is allowed, for `run_selftest`; empty for others."""
+    if PROBE_TOLERANCE not in artifact.parity:
+        return {}
+    return {artifact.graph: float(artifact.parity[PROBE_TOLERANCE])}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import Literal
 import numpy as np
 
 from lensc.backends import registry
-from lensc.backends.base import PROBE_TOLERANCE, Artifact, Session, Target
+from lensc.backends.base import Artifact, Session, Target
 from lensc.backends.bundle import Manifest, load_manifest
 from lensc.backends.errors import LensError, ParityError
 from lensc.backends.load_options import LoadOptions
@@ -96,8 +96,7 @@ def time_candidate(folder: Path, graph: str, target: Target, options: LoadOption
     backend = registry.get(target.backend)
     session = backend.load(artifact, manifest.graphs[graph].spec, folder, options)
     try:
-        tolerance = artifact.parity.get(PROBE_TOLERANCE)
-        tolerances = {} if tolerance is None else {graph: float(tolerance)}
+        tolerances = golden.tolerances_of(artifact)
         golden.check(golden.run_selftest(manifest.probes, {graph: session}, folder, tolerances), {graph: str(target)})
         return _vision(manifest, session) if graph == "vision" else _decoder(folder, manifest, session)
     finally:

@@ -32,7 +32,7 @@ from typing import Literal, Self
 import numpy as np
 
 from lensc.backends import registry
-from lensc.backends.base import PROBE_TOLERANCE, Array, Artifact, Session, TunableBackend
+from lensc.backends.base import Array, Artifact, Session, TunableBackend
 from lensc.backends.bundle import Manifest
 from lensc.backends.errors import LensError, ParityError
 from lensc.backends.load_options import PREFILL_CHUNK, Choices
@@ -376,8 +376,8 @@ def _thread_counts() -> list[str]:
 
 def _tolerance(manifest: Manifest, artifact: Artifact) -> float:
     """How far off outputs may be: what the golden probe of the artifact may show."""
-    if PROBE_TOLERANCE in artifact.parity:
-        return float(artifact.parity[PROBE_TOLERANCE])
+    if own := selftest.tolerances_of(artifact):
+        return own[artifact.graph]
     tolerances = [p.tolerance for p in manifest.probes if p.graph == artifact.graph]
     if not tolerances:
         raise ParityError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Watched:
 
 
 @pytest.fixture
-def load(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[str, list[int]]]]:
+def load(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, list[int]]]:
     """Load the bundle; return why its decoder is where it is, and the tokens of each probe."""
     real = registry.get
 
@@ -67,7 +67,7 @@ def load(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[...
             assert vlm.plan is not None
             return vlm.plan["decoder"].reason, seen
 
-    yield loaded
+    return loaded
 
 
 def test_the_whole_is_asked_for_until_it_was_right_once(load: Callable[..., Any], kept: Path) -> None:
